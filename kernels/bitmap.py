@@ -1,0 +1,81 @@
+"""Weights with any mask as a bitmap and the kept values: 1 bit per weight and 16 per kept one.
+
+Bit `j` of byte `i` of a row tells whether column `8 i + j` is kept (bits past the last column are 0); `values` holds
+the kept weights of all rows one after another, in natural order.
+
+These are the reference functions: plain torch, exact, any device and any floating dtype.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK = 1 << 19  # elements of the dense matrix that are built at a time: small enough for a core's cache
+
+
+@torch.no_grad()
+def pack_bitmap(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Store only what `keep` marks.
+
+    weight (..., out, in), floating; keep (..., out, in), bool. Kept zeros are stored like any other value.
+    Returns values (kept,) of weight's dtype, bit for bit, and bitmap (..., out, ceil(in / 8)) uint8.
+    """
+    if keep.shape != weight.shape or keep.dtype != torch.bool:
+        raise ValueError(
+            f"keep must be bool and shaped like weight {tuple(weight.shape)}, not {keep.dtype} {tuple(keep.shape)}"
+        )
+    inner = weight.shape[-1]
+    rows, kept = weight.reshape(-1, inner), keep.reshape(-1, inner)
+    parts = _blocks(len(rows), inner)
+    values = torch.cat([rows[p][kept[p]] for p in parts]) if parts else weight.new_empty(0)  # (kept,)
+    bits = F.pad(kept.view(torch.uint8), (0, -inner % 8)).reshape(len(rows), -(-inner // 8), 8)  # (row, byte, 8)
+    bitmap = bits[..., 0].clone()
+    for j in range(1, 8):
+        bitmap |= bits[..., j] << j
+    return values, bitmap.reshape(*weight.shape[:-1], bitmap.shape[-1])
+
+
+@torch.no_grad()
+def unpack_bitmap(values: Tensor, bitmap: Tensor, in_features: int) -> Tensor:
+    """The dense weight (..., out, in) of `pack_bitmap`: dropped positions are +0.0. Block by block, in one buffer.
+
+    values (kept,); bitmap (..., out, ceil(in / 8)) uint8.
+    Raises ValueError if the bitmap's width or its number of set bits does not belong to `in_features` and `values`.
+    """
+    if bitmap.dtype != torch.uint8 or bitmap.shape[-1] != -(-in_features // 8) or values.dim() != 1:
+        raise ValueError(
+            f"{in_features} columns need 1-D values and a uint8 bitmap of {-(-in_features // 8)} bytes per row, "
+            f"not values {tuple(values.shape)} and {bitmap.dtype} {tuple(bitmap.shape)}"
+        )
+    dense = values.new_zeros(*bitmap.shape[:-1], in_features)
+    if values.is_meta:
+        return dense
+    ends = [0, *count_bits(bitmap).flatten().cumsum(0).tolist()]  # values before each row
+    if ends[-1] != len(values):
+        raise ValueError(f"the bitmap marks {ends[-1]} weights and {len(values)} values are stored")
+    rows, codes = dense.view(-1, in_features), bitmap.reshape(-1, bitmap.shape[-1])
+    shifts = torch.arange(8, dtype=torch.uint8, device=bitmap.device)
+    for part in _blocks(len(rows), in_features):
+        keep = ((codes[part].unsqueeze(-1) >> shifts) & 1).view(torch.bool).flatten(-2)[:, :in_features]  # (row, in)
+        rows[part].masked_scatter_(keep, values[ends[part.start] : ends[part.stop]])
+    return dense
+
+
+def bitmap_matmul(x: Tensor, values: Tensor, bitmap: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` of a packed weight (out, in). Bit-equal to `F.linear` with the dense weight.
+
+    x (..., in); values (kept,); bitmap (out, ceil(in / 8)); bias (out,). Returns (..., out).
+    """
+    return F.linear(x, unpack_bitmap(values, bitmap, x.shape[-1]), bias)
+
+
+def count_bits(bitmap: Tensor) -> Tensor:
+    """How many bits are set in each row: (..., bytes) uint8 -> (...) int64. Adds neighbours of 1, 2 and 4 bits."""
+    pairs = bitmap - ((bitmap >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return ((nibbles + (nibbles >> 4)) & 0x0F).sum(-1, dtype=torch.int64)
+
+
+def _blocks(rows: int, inner: int) -> list[slice]:
+    step = max(1, BLOCK // max(1, inner))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
