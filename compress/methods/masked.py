@@ -1,0 +1,48 @@
+"""Any mask with any update of the surviving weights: two separate choices, of which the papers' methods are named pairs.
+
+`{mask: wanda, update: sparsegpt}` lets Wanda choose and SparseGPT's sweep repair (arXiv 2306.11695, section 5).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from paredown.compress.edits import Masked
+from paredown.compress.methods import register
+from paredown.compress.solvers import (
+    adaptive_mask,
+    fixed_mask,
+    magnitude_score,
+    masked,
+    sparsegpt_sweep,
+    wanda_score,
+)
+from paredown.compress.sparsity import Sparsity, keep_mask
+from paredown.compress.statistics import InputStats
+
+
+@register("masked")
+@dataclass(frozen=True)
+class MaskAndUpdate:
+    sparsity: Sparsity = 0.5  # fraction removed, or "2:4" to keep 2 of every 4
+    mask: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
+    update: Literal["none", "sparsegpt"] = "sparsegpt"
+    damping: float = 0.01  # of the mean diagonal of H, added to the diagonal
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+
+    def compress(self, weight: Tensor, stats: InputStats) -> Masked:
+        if self.sparsity == 0:
+            return Masked(weight, weight == weight, 0.0)
+        inverse = stats.inverse_cholesky(self.damping)
+        if self.mask == "sparsegpt":
+            choose = adaptive_mask(self.sparsity, *weight.shape)
+        elif self.mask == "wanda":
+            choose = fixed_mask(keep_mask(wanda_score(weight, stats), self.sparsity, within="row"))
+        else:
+            choose = fixed_mask(keep_mask(magnitude_score(weight, stats), self.sparsity, within="layer"))
+        updated, keep = sparsegpt_sweep(weight, inverse, choose)
+        new = updated.to(weight.dtype) if self.update == "sparsegpt" else weight
+        fallback = f"damping raised from {self.damping:g} to {inverse.damping:g}" if inverse.escalated else None
+        return Masked(masked(new, keep), keep, self.sparsity, inverse.damping, fallback)

@@ -1,0 +1,32 @@
+"""SparseGPT: prune column by column by the OBS loss w^2 / [H^-1]_jj, later columns making up for the error.
+
+Frantar & Alistarh 2023, algorithm 1 (arXiv 2301.00774).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from paredown.compress.edits import Masked
+from paredown.compress.methods import register
+from paredown.compress.solvers import adaptive_mask, masked, sparsegpt_sweep
+from paredown.compress.sparsity import Sparsity
+from paredown.compress.statistics import InputStats
+
+
+@register("sparsegpt")
+@dataclass(frozen=True)
+class SparseGPT:
+    sparsity: Sparsity = 0.5  # fraction removed, or "2:4" to keep 2 of every 4
+    damping: float = 0.01  # of the mean diagonal of H, added to the diagonal
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+
+    def compress(self, weight: Tensor, stats: InputStats) -> Masked:
+        if self.sparsity == 0:
+            return Masked(weight, weight == weight, 0.0)
+        inverse = stats.inverse_cholesky(self.damping)
+        updated, keep = sparsegpt_sweep(weight, inverse, adaptive_mask(self.sparsity, *weight.shape))
+        fallback = f"damping raised from {self.damping:g} to {inverse.damping:g}" if inverse.escalated else None
+        return Masked(masked(updated.to(weight.dtype), keep), keep, self.sparsity, inverse.damping, fallback)

@@ -1,0 +1,153 @@
+"""The recipe: what is done to a model, strict and whole before anything is downloaded or loaded."""
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from paredown.compress.errors import PareError, did_you_mean
+from paredown.compress.methods import Method, build
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Targets(_Strict):
+    """Which linears are edited: globs on a layer's full name or on any dotted part of it."""
+
+    include: tuple[str, ...] = ("*",)
+    skip: tuple[str, ...] = ("lm_head",)
+
+
+class CalibrationSpec(_Strict):
+    """On what text the statistics are taken. `length` is capped by what the model allows."""
+
+    source: str = "stdlib"
+    sequences: int = Field(128, ge=1)
+    length: int = Field(2048, ge=2)
+    seed: int = Field(0, ge=0)
+
+
+class EvaluateSpec(_Strict):
+    """On what the model is scored before and after. `windows` caps how many windows of a corpus are read."""
+
+    perplexity: tuple[str, ...] = ("stdlib",)
+    tasks: tuple[str, ...] = ()
+    length: int = Field(2048, ge=2)
+    windows: int | None = Field(None, ge=1)
+
+
+class Recipe(_Strict):
+    """One method with its options, targets, calibration and evaluation."""
+
+    name: str | None = None
+    description: str | None = None
+    citation: str | None = None
+    method: str
+    options: dict[str, Any] = {}
+    targets: Targets = Targets()
+    calibration: CalibrationSpec = CalibrationSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    idle: Literal["data_free", "dense"] = "data_free"  # what becomes of a layer that no calibration token reached
+
+    def build(self) -> Method:
+        return build(self.method, self.options)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude_none=True)
+
+    @classmethod
+    def parse(cls, raw: Any, origin: str = "recipe") -> "Recipe":
+        """From plain data. Raises PareError listing every fault, those of the method's options among them."""
+        if not isinstance(raw, dict):
+            raise PareError(f"{origin}: a recipe is a mapping with at least the key 'method'; found {raw!r}.")
+        faults: list[str] = []
+        recipe = None
+        try:
+            recipe = cls.model_validate(raw)
+        except ValidationError as fault:
+            faults += [_told(error) for error in fault.errors()]
+        method, options = raw.get("method"), raw.get("options") or {}
+        if isinstance(method, str) and isinstance(options, dict):
+            try:
+                build(method, options)
+            except PareError as fault:
+                faults += str(fault).splitlines()
+        if faults or recipe is None:
+            raise PareError(f"{origin}: " + ("\n  ".join(["", *faults]) if len(faults) > 1 else faults[0]))
+        return recipe
+
+    @classmethod
+    def load(cls, name_or_path: str, overrides: Sequence[str] = ()) -> "Recipe":
+        """A shipped recipe by name, or a YAML file; `overrides` are `key.sub=value` (bare option names work too)."""
+        raw = _read(name_or_path)
+        for override in overrides:
+            _override(raw, override)
+        return cls.parse(raw, name_or_path)
+
+
+@cache
+def shipped_recipes() -> dict[str, Recipe]:
+    """The recipes that come with the package, by name."""
+    found = {f.name.removesuffix(".yaml"): f for f in files("paredown.recipes").iterdir() if f.name.endswith(".yaml")}
+    return {name: Recipe.parse(yaml.safe_load(found[name].read_text()), name) for name in sorted(found)}
+
+
+def _read(name_or_path: str) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if not path.suffix and not path.exists():
+        known = sorted(f.name.removesuffix(".yaml") for f in files("paredown.recipes").iterdir())
+        known = [k for k in known if not k.startswith("_")]
+        if name_or_path not in known:
+            raise PareError(
+                f"no recipe is called {name_or_path!r}, and no such file exists.{did_you_mean(name_or_path, known)} "
+                "List them with: paredown recipes"
+            )
+        text = (files("paredown.recipes") / f"{name_or_path}.yaml").read_text()
+    elif not path.is_file():
+        raise PareError(f"the recipe file {name_or_path} does not exist. List shipped recipes with: paredown recipes")
+    else:
+        text = path.read_text()
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as fault:
+        raise PareError(f"{name_or_path} is no valid YAML: {fault}") from fault
+    if not isinstance(raw, dict):
+        raise PareError(f"{name_or_path}: a recipe is a mapping with at least the key 'method'; found {raw!r}.")
+    return raw
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    """Apply one `key.sub=value` to the raw recipe, in place."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise PareError(f"--set {override!r} must look like key=value, as in --set calibration.sequences=64.")
+    path = key.split(".")
+    if len(path) == 1 and path[0] not in Recipe.model_fields:
+        path = ["options", *path]
+    node = raw
+    for part in path[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise PareError(f"--set {override!r}: {part!r} holds a value, not keys.")
+    # on the command line nobody quotes 2:4, which YAML would read as a number to the base of 60
+    pattern = text.replace(":", "").strip().isdigit() and ":" in text
+    node[path[-1]] = text.strip() if pattern else yaml.safe_load(text)
+
+
+def _told(error: Any) -> str:
+    """One fault of pydantic's in our words."""
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        fields: dict[str, Any] = Recipe.model_fields
+        for part in error["loc"][:-1]:
+            fields = fields[str(part)].annotation.model_fields
+        return f"{path}: there is no such key.{did_you_mean(str(error['loc'][-1]), fields)} Keys: {', '.join(fields)}."
+    if error["type"] == "missing":
+        return f"{path}: this key is required."
+    return f"{path}: {error['msg']}; found {error['input']!r}."

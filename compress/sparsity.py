@@ -1,0 +1,106 @@
+"""How much is removed, and which weights stay: a fraction with an exact count, or `n:m`, which keeps n of every m."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from paredown.compress.errors import PareError
+
+Within = Literal["row", "layer"]
+SMALL_GROUP = 8  # up to this m, ranks come from pairwise comparisons: many times faster than topk on a CPU
+
+
+@dataclass(frozen=True)
+class NofM:
+    """Keep `n` of every `m` neighbouring weights of a row (papers that count the pruned ones agree for 2:4 only)."""
+
+    n: int
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+Sparsity = float | NofM
+
+
+def parse_sparsity(value: object) -> Sparsity:
+    """`0.5` -> half is removed; `"2:4"` -> 2 of 4 are kept. Raises PareError for anything else."""
+    if isinstance(value, NofM):
+        return value
+    if isinstance(value, str) and (found := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", value)):
+        n, m = int(found[1]), int(found[2])
+        if not 1 <= n <= m:
+            raise PareError(f"sparsity {value!r} keeps {n} of {m}: n must lie between 1 and m, as in '2:4'.")
+        return NofM(n, m)
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise PareError(f"sparsity {value!r} is neither a fraction like 0.5 nor a pattern like '2:4'.") from None
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 60:
+        n, m = divmod(value, 60)
+        raise PareError(f"sparsity {value}: YAML reads an unquoted {n}:{m} as {value}. Quote it: sparsity: \"{n}:{m}\".")
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1:
+        return float(value)
+    raise PareError(f"sparsity {value!r} must be a fraction removed in [0, 1), or a pattern like '2:4'.")
+
+
+def keep_mask(score: Tensor, sparsity: Sparsity, within: Within = "row") -> Tensor:
+    """Which weights to keep, bool (out, in): the highest scores, with exact counts; of equals the first one stays.
+
+    A fraction is compared within each row or over the whole layer, and `round(sparsity * size)` weights are removed
+    from each. `n:m` is always compared within its group. Raises PareError if m does not divide the width.
+    """
+    if isinstance(sparsity, NofM):
+        return _keep_n_of_m(score, sparsity)
+    if within == "layer":
+        return _keep_fraction(score.reshape(1, -1), sparsity).view_as(score)
+    return _keep_fraction(score, sparsity)
+
+
+def check_width(width: int, sparsity: Sparsity) -> None:
+    """Raises PareError if rows of this width cannot be cut into groups of m."""
+    if isinstance(sparsity, NofM) and width % sparsity.m:
+        raise PareError(
+            f"sparsity {sparsity} needs an input width divisible by {sparsity.m}, and this layer has {width}. "
+            "Leave the layer out with targets.skip, or choose a fraction such as 0.5."
+        )
+
+
+def _keep_n_of_m(score: Tensor, pattern: NofM) -> Tensor:
+    check_width(score.shape[-1], pattern)
+    n, m = pattern.n, pattern.m
+    groups = rearrange(score, "out (group m) -> out group m", m=m)
+    if m > SMALL_GROUP:
+        order = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
+        keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
+        return rearrange(keep, "out group m -> out (group m)")
+    columns = [groups[..., j].contiguous() for j in range(m)]  # each (out, group)
+    beaten = [torch.zeros(columns[0].shape, dtype=torch.uint8, device=score.device) for _ in range(m)]
+    for i in range(m):
+        for j in range(i + 1, m):
+            second_wins = columns[j] > columns[i]  # of equals the first stays
+            beaten[i] += second_wins
+            beaten[j] += ~second_wins
+    keep = torch.stack([b < n for b in beaten], dim=-1)  # (out, group, m)
+    return rearrange(keep, "out group m -> out (group m)")
+
+
+def _keep_fraction(score: Tensor, sparsity: float) -> Tensor:
+    """Remove the `round(sparsity * width)` lowest of each row, the last of equals first."""
+    width = score.shape[-1]
+    removed = round(sparsity * width)
+    if removed == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    threshold = score.kthvalue(removed, dim=-1, keepdim=True).values  # (rows, 1): the highest removed score
+    keep = score > threshold
+    missing = (width - removed) - keep.sum(-1, keepdim=True)  # (rows, 1): ties at the threshold that must stay
+    if bool((missing > 0).any()):
+        ties = score == threshold
+        keep |= ties & (ties.cumsum(-1, dtype=torch.int32) <= missing)
+    return keep
