@@ -1,0 +1,66 @@
+"""Collect the moments of every layer's input while a block runs, without hooks and without knowing the block's code.
+
+Matrix products are recognised by the address of their weight: a `Linear`, GPT-2's `Conv1D` and one expert's slice of a
+fused 3-D parameter all look alike, and a weight that is used in any other way is found out by never being seen.
+"""
+
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from paredown.compress.blocks import View
+from paredown.compress.errors import PareError
+from paredown.compress.statistics import InputStats
+
+
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+class Observer(TorchFunctionMode):
+    """While active, feeds the input of each view's product to its InputStats. Call `next_batch` between batches.
+
+    Views that are given the same tensor (q/k/v; gate/up) share one InputStats.
+    """
+
+    def __init__(self, views: list[View], needs: frozenset[str], device: torch.device) -> None:
+        super().__init__()
+        self.stats: dict[str, InputStats] = {}  # by view name; views that no token reached are missing
+        self.seconds = 0.0
+        self._views = {view.raw.data_ptr(): view for view in views}
+        self._needs, self._device = needs, device
+        # inputs of the running batch, held so that no address is reused: address -> (input, its statistics)
+        self._seen: dict[int, tuple[Tensor, InputStats]] = {}
+
+    def next_batch(self) -> None:
+        self._seen.clear()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.linear:
+            self._note(args[0], args[1] if len(args) > 1 else kwargs["weight"])
+        elif func is torch.addmm and len(args) > 2:
+            self._note(args[1], args[2])
+        elif func in _MATMULS and isinstance(args[1], Tensor) and args[1].dim() == 2:  # x @ weight.T
+            self._note(args[0], args[1])
+        return func(*args, **kwargs)
+
+    def _note(self, x: Tensor, weight: Tensor) -> None:
+        view = self._views.get(weight.data_ptr())
+        if view is None or x.shape[-1] != view.shape[1] or not x.numel():
+            return
+        began = perf_counter()
+        seen, mine = self._seen.get(x.data_ptr()), self.stats.get(view.name)
+        if seen is None or seen[0].shape != x.shape or (mine is not None and mine is not seen[1]):
+            mine = mine or InputStats(view.shape[1], self._needs, self._device)
+            try:
+                mine.update(x)
+            except PareError as fault:
+                raise PareError(f"{view.name}: {fault}") from fault
+            self._seen[x.data_ptr()] = (x, mine)
+        else:
+            mine = seen[1]
+        self.stats[view.name] = mine
+        self.seconds += perf_counter() - began

@@ -1,0 +1,127 @@
+"""The safetensors files of one folder, seen as one lazy dictionary. Never pickle, never a path outside the folder."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from paredown.compress.errors import PareError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as the header of its file describes it."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """All tensors of `folder` by name. Headers are read and checked when first asked for, data only by `read`.
+
+    Raises PareError for pickle-only folders, index entries that are no plain file names, missing or truncated shards.
+    """
+
+    folder: Path
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        wanted = self._index()
+        found: dict[str, Entry] = {}
+        for file in sorted(set(wanted.values())) if wanted else [SINGLE]:
+            found.update(self._header(file))
+        if missing := sorted(set(wanted) - set(found)):
+            raise PareError(
+                f"{self.folder}: the index names {missing[0]!r}, which {wanted[missing[0]]!r} does not hold "
+                f"({len(missing)} such tensors). The download is incomplete or mixed: fetch the checkpoint again."
+            )
+        return found
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors `names` on CPU, in their stored dtypes, mapped from the file rather than copied.
+
+        Raises PareError naming the tensor if any value is not finite.
+        """
+        tensors: dict[str, Tensor] = {}
+        for file, group in groupby(sorted(names, key=self._file), key=self._file):
+            with self._open(file) as shard:
+                tensors.update((name, shard.get_tensor(name)) for name in group)
+        for name, tensor in tensors.items():
+            # the sum is finite if every value is (float64 cannot overflow here), and is far cheaper than a mask of all
+            if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+                raise PareError(
+                    f"{self.folder}: tensor {name!r} holds NaN or infinite values. Fetch the checkpoint again."
+                )
+        return tensors
+
+    def _file(self, name: str) -> str:
+        return self.entries[name].file
+
+    def _index(self) -> dict[str, str]:
+        """Tensor name -> file of a sharded checkpoint; empty for a single file."""
+        path = self.folder / INDEX
+        if not path.exists():
+            if not (self.folder / SINGLE).exists():
+                raise PareError(self._nothing_to_read())
+            return {}
+        try:
+            weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError) as fault:
+            raise PareError(f"{path} is not a safetensors index ({fault!r}). Fetch the checkpoint again.") from fault
+        for file in sorted(set(weight_map.values())):
+            if not isinstance(file, str) or Path(file).name != file or "\\" in file or file in ("", ".", ".."):
+                raise PareError(
+                    f"{path} points to {file!r}. Shards must be plain file names inside the folder; "
+                    "this index could read other files of this machine, so it is refused."
+                )
+            if not (self.folder / file).exists():
+                raise PareError(f"{self.folder}: shard {file!r} of the index is missing. Fetch the checkpoint again.")
+        return weight_map
+
+    def _nothing_to_read(self) -> str:
+        pickles = sorted(p.name for p in self.folder.glob("*.bin")) + sorted(p.name for p in self.folder.glob("*.pt"))
+        if pickles:
+            return (
+                f"{self.folder} holds only pickled weights ({pickles[0]}). Loading pickle can run code "
+                "(CVE-2025-32434), so only safetensors are read. Convert it once with transformers: "
+                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
+            )
+        return f"{self.folder} holds neither {SINGLE} nor {INDEX}. Name a folder with a Hugging Face model in it."
+
+    def _header(self, file: str) -> dict[str, Entry]:
+        with self._open(file) as shard:
+            found = {}
+            for name in shard.keys():  # noqa: SIM118 - a safe_open handle is no dictionary
+                tensor = shard.get_slice(name)
+                if tensor.get_dtype() not in DTYPES:
+                    raise PareError(f"{self.folder}: tensor {name!r} has dtype {tensor.get_dtype()}, which we cannot read.")
+                found[name] = Entry(file, tuple(tensor.get_shape()), DTYPES[tensor.get_dtype()])
+            return found
+
+    def _open(self, file: str) -> safe_open:
+        try:
+            return safe_open(self.folder / file, framework="pt")
+        except (SafetensorError, OSError) as fault:
+            raise PareError(
+                f"{self.folder / file} cannot be read ({fault}). It is truncated or damaged: fetch it again."
+            ) from fault

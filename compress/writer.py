@@ -1,0 +1,144 @@
+"""Write a checkpoint so that it appears whole or not at all: everything goes to OUT.partial, one rename commits."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from paredown.compress.errors import PareError
+from paredown.compress.tensor_files import INDEX, SINGLE
+
+FORMAT_VERSION = 1
+RECORD = "paredown.json"
+FLUSH_BYTES = 64 << 20  # a shard is written once this much is pending: small models stay one file, memory stays small
+MAX_SHARD_BYTES = 5 << 30
+
+
+class CheckpointWriter:
+    """Collects tensors into shards below `OUT.partial`; `commit` renames it to OUT. Leaving without commit removes it.
+
+    Raises PareError if OUT exists and is not empty, or if another process is writing it.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = Path(out)
+        self.folder = self.out.with_name(self.out.name + ".partial")
+        self.tensors: dict[str, dict[str, Any]] = {}  # name -> its record
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[Path] = []
+        self._committed = False
+
+    def __enter__(self) -> "CheckpointWriter":
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise PareError(f"{self.out} exists and is not empty. Name another output with -o, or remove it first.")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
+        self._lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise PareError(f"another process is writing {self.folder}. Wait for it, or name another output.") from None
+        for left in self.folder.iterdir():  # of a run that was killed: the lock says that nobody works on it
+            if left.name != ".lock":
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.close()
+        if not self._committed:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if isinstance(fault, OSError) and fault.errno == 28:  # ENOSPC
+            raise PareError(f"the disk of {self.out.parent} is full. Free space or name another output.") from fault
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors so far."""
+        return sum(record["bytes"] for record in self.tensors.values())
+
+    def add(self, name: str, tensor: Tensor, **record: Any) -> None:
+        """Queue one tensor, with what paredown.json shall tell of it beside shape, dtype, bytes and sha256."""
+        tensor = tensor.detach().to("cpu").contiguous()
+        size = tensor.numel() * tensor.element_size()
+        data = tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b""
+        self.tensors[name] = {
+            **record,
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "bytes": size,
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+        if self._pending and self._pending_bytes + size > MAX_SHARD_BYTES:
+            self._flush()
+        self._pending[name] = tensor
+        self._pending_bytes += size
+
+    def end_block(self) -> None:
+        """Write out what is pending once it is worth a file."""
+        if self._pending_bytes >= FLUSH_BYTES:
+            self._flush()
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Write the last shard, the index, and paredown.json with `record` and every tensor's own record."""
+        if self._pending:
+            self._flush()
+        names = [SINGLE] if len(self._shards) == 1 else _numbered(len(self._shards))
+        final = {}
+        for shard, name in zip(self._shards, names, strict=True):
+            shard.rename(self.folder / name)
+            final[shard.name] = name
+        for entry in self.tensors.values():
+            entry["file"] = final[entry["file"]]
+        if len(names) > 1:
+            weight_map = {name: entry["file"] for name, entry in sorted(self.tensors.items())}
+            self.write_json(INDEX, {"metadata": {"total_size": self.bytes}, "weight_map": weight_map})
+        self.write_json(RECORD, {"format_version": FORMAT_VERSION, **record, "tensors": self.tensors})
+
+    def write_json(self, name: str, content: Any) -> None:
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+    def write_text(self, name: str, content: str) -> None:
+        (self.folder / name).write_text(content)
+
+    def copy(self, files: list[Path]) -> None:
+        for file in files:
+            shutil.copyfile(file, self.folder / file.name)
+
+    def commit(self) -> None:
+        """Make it durable and give it its name."""
+        (self.folder / ".lock").unlink()
+        for path in [*self.folder.iterdir(), self.folder]:
+            _sync(path)
+        if self.out.exists():
+            self.out.rmdir()  # checked to be empty
+        self.folder.rename(self.out)
+        _sync(self.out.parent)
+        self._committed = True
+
+    def _flush(self) -> None:
+        path = self.folder / f"shard-{len(self._shards) + 1:05d}.safetensors"
+        save_file(self._pending, path, metadata={"format": "pt"})
+        for name in self._pending:
+            self.tensors[name]["file"] = path.name
+        self._shards.append(path)
+        self._pending, self._pending_bytes = {}, 0
+
+
+def _numbered(count: int) -> list[str]:
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
