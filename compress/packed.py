@@ -167,6 +167,11 @@ class _Packed(nn.Module):
         """As in config.json."""
         return {"kind": self.kind, "layout": self.layout, "shape": list(self._shape), "kept": self.kept}
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of its packed tensors."""
+        return self._pack.tensors
+
     def fault(self) -> str | None:
         """What is wrong with the loaded tensors, the tensor's name first, or None. Not of offloaded data."""
         for name, size in self._pack.sizes(self._shape, self.kept).items():

@@ -1,0 +1,228 @@
+"""The command line. Only argument parsing stands here: everything heavy is imported by the command that needs it."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Post-training compression of language models: prune, score before and after, write a smaller checkpoint.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Format(StrEnum):
+    packed = "packed"
+    dense = "dense"
+
+
+Model = Annotated[str, typer.Argument(help="A local folder, or a hub id like org/name.", metavar="MODEL")]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A shipped recipe (see: paredown recipes), or a YAML file.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must not exist, or be empty.")]
+Set = Annotated[list[str], typer.Option("--set", help="Change a key of the recipe: key=value, repeatable.")]
+Calibration = Annotated[str | None, typer.Option("--calibration", help="Calibrate on this text instead of the recipe's.")]
+EvalText = Annotated[list[str], typer.Option("--eval-text", help="Score on this text; repeatable.")]
+Tasks = Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas.")]
+TaskFolder = Annotated[
+    Path | None, typer.Option("--task-folder", help="Further lm-eval task YAML. It may run Python: name only what you trust.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (as stored), bfloat16, float16 or float32.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Commit, branch or tag of a hub model.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the calibration windows.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else there.")]
+
+
+@app.command()
+def compress(
+    model: Model,
+    recipe: RecipeName,
+    out: Out,
+    overrides: Set = [],  # noqa: B006 - typer reads the default
+    calibration: Calibration = None,
+    eval_text: EvalText = [],  # noqa: B006
+    tasks: Tasks = None,
+    task_folder: TaskFolder = None,
+    format: Annotated[Format, typer.Option("--format", help="packed is smaller; dense loads everywhere.")] = Format.packed,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = None,
+    revision: Revision = None,
+    json_output: Json = False,
+) -> None:
+    """Compress MODEL by a recipe into OUT, with figures before and after."""
+    from paredown.commands.compress import compress as run
+    from paredown.commands.display import show_block, show_note
+
+    report = run(
+        model, recipe, out, overrides=overrides, calibration=calibration, eval_text=eval_text, tasks=_names(tasks),
+        task_folder=task_folder, format=format.value, device=device, dtype=dtype, seed=seed, revision=revision,
+        progress=show_block, note=show_note, command="paredown " + _shell(sys.argv[1:]),
+    )  # fmt: skip
+    _print_report(report, json_output)
+
+
+@app.command()
+def plan(
+    model: Model,
+    recipe: RecipeName,
+    overrides: Set = [],  # noqa: B006
+    format: Annotated[Format, typer.Option("--format")] = Format.packed,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    json_output: Json = False,
+) -> None:
+    """Say what would happen: layers, parameters, bytes, memory and disk. No weight is read."""
+    from paredown.commands.compress import plan_only
+    from paredown.commands.display import show_plan
+
+    made = plan_only(model, recipe, overrides, format.value, device, dtype, revision)
+    print(json.dumps(made.to_dict(), indent=2)) if json_output else show_plan(made)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    against: Annotated[str | None, typer.Option("--against", help="The dense model to compare with.")] = None,
+    eval_text: EvalText = [],  # noqa: B006
+    tasks: Tasks = None,
+    task_folder: TaskFolder = None,
+    length: Annotated[int, typer.Option("--length", help="Window in tokens; capped by what the model allows.")] = 2048,
+    windows: Annotated[int | None, typer.Option("--windows", help="Read no more windows than this.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    json_output: Json = False,
+) -> None:
+    """Score a model, dense or packed, block by block; beside its dense original with --against."""
+    from paredown.commands.display import out_console, show_note, step_bar
+    from paredown.commands.evaluate import evaluate as run
+    from paredown.evaluation.report import render_eval
+
+    with step_bar("scoring") as bar:
+        result = run(
+            model, against, eval_text or ["stdlib"], _names(tasks) or (), task_folder, length, windows, device, dtype,
+            revision, bar, show_note,
+        )  # fmt: skip
+    print(json.dumps(result, indent=2)) if json_output else out_console.print(render_eval(result))
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(help="A packed checkpoint, or a dense one with zeros in it.", metavar="DIR")],
+    out: Out,
+    format: Annotated[Format, typer.Option("--format")],
+    json_output: Json = False,
+) -> None:
+    """Convert a checkpoint between packed and dense, without the original model."""
+    from paredown.commands.display import out_console, step_bar
+    from paredown.compress.export import export as run
+    from paredown.compress.hub import resolve
+    from paredown.compress.source import ModelSource
+
+    path, revision = resolve(folder)
+    with step_bar("exporting") as bar:
+        result = run(ModelSource(path, folder, revision), out, format.value, bar)
+    sizes = result["bytes"]
+    told = f"{out}: {format.value}, {sizes['before'] / 1e6:.1f} MB -> {sizes['after'] / 1e6:.1f} MB of weights"
+    print(json.dumps(result, indent=2)) if json_output else out_console.print(told)
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="A checkpoint that paredown wrote.", metavar="DIR")]) -> None:
+    """Check keys, shapes, hashes, masks, sparsity and losses. Exits with 1 on any fault."""
+    from paredown.compress.verify import verify as run
+
+    faults = run(folder)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if faults:
+        raise typer.Exit(1)
+    print(f"{folder}: sound")
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Show this one, with its citation.")] = None) -> None:
+    """List the shipped recipes, or show one."""
+    from paredown.commands.display import show_recipe, show_recipes
+
+    show_recipes() if name is None else show_recipe(name)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o")] = Path("out/demo"),
+    json_output: Json = False,
+) -> None:
+    """Prune the bundled model to 2:4 by SparseGPT, score it on the bundled text and task, and write the checkpoint."""
+    from paredown.commands.compress import compress as run
+    from paredown.commands.display import show_block, show_note
+    from paredown.evaluation.reference import model_path
+
+    report = run(
+        str(model_path()), "sparsegpt-2of4", out, tasks=("stdlib_lines",), progress=show_block, note=show_note,
+        command="paredown " + _shell(sys.argv[1:]),
+    )  # fmt: skip
+    _print_report(report, json_output)
+
+
+def _print_report(report: dict[str, Any], json_output: bool) -> None:
+    from paredown.commands.display import out_console
+    from paredown.evaluation.report import render
+
+    print(json.dumps(report, indent=2)) if json_output else out_console.print(render(report))
+
+
+def _names(tasks: str | None) -> tuple[str, ...] | None:
+    return None if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
+
+
+def _shell(arguments: list[str]) -> str:
+    import shlex
+
+    return shlex.join(arguments)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C does, so that nothing half-made is left behind."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 failed with a message, 2 wrong usage, 130 interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        with _interruptible():
+            app()
+    except ValueError as fault:
+        # PareError's module belongs to a package that imports transformers: it is not imported to name the class
+        if type(fault).__name__ != "PareError":
+            raise
+        print(f"error: {fault}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Convert a checkpoint between packed and dense, block by block, without the original model."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paredown.compress import loading, packed
+from paredown.compress.blocks import Block, View, blocks
+from paredown.compress.edits import Masked
+from paredown.compress.pipeline import Format, Result, write_block, write_rest
+from paredown.compress.source import ModelSource
+from paredown.compress.sparsity import NofM, Sparsity, keep_mask, parse_sparsity
+from paredown.compress.writer import RECORD, CheckpointWriter
+
+PATTERN = NofM(2, 4)
+
+
+@torch.no_grad()
+def export(source: ModelSource, out: Path, format: Format, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Write `source` to `out` in `format`. Any checkpoint with zeros can be packed, whoever pruned it.
+
+    Returns bytes before and after. Raises PareError as the writer does.
+    """
+    result, all_blocks = Result(), blocks(source)
+    with CheckpointWriter(out) as writer:
+        for block in all_blocks:
+            source.materialise(block.prefix, block.names)
+            if source.modules:
+                _write_unpacked(writer, source, block)
+            else:
+                edits = {v.name: edit for v in block.views() if (edit := _found_mask(v)) is not None}
+                result.layers += [_layer(name, edit) for name, edit in edits.items()]
+                write_block(writer, source, block, edits, format, result)
+            source.release(block.prefix, block.names)
+            progress(block.index + 1, len(all_blocks))
+        write_rest(writer, source, all_blocks, format)
+        record = _old_record(source.folder)
+        layers = record.get("layers") or {e["name"]: {"kept": e["kept"], "sparsity": e["sparsity"]} for e in result.layers}
+        writer.finish({**record, "layers": layers})
+        write_config(writer, source, format, result.modules)
+        writer.copy(source.companions())
+        before = sum(entry.bytes for entry in source.files.entries.values())
+        writer.commit()
+    return {"model": source.id, "out": str(out), "format": format, "bytes": {"before": before, "after": writer.bytes}}
+
+
+def write_config(writer: CheckpointWriter, source: ModelSource, format: Format, modules: dict[str, Any]) -> None:
+    """config.json of what was written: the family's own for dense weights, ours for packed ones."""
+    if modules:
+        config = loading.packed_config(source.config, modules, source.verbatim)
+    else:
+        config = loading.dense_config(source.config) if source.modules else source.config
+    config.dtype = source.dtype
+    config.save_pretrained(writer.folder)
+
+
+def _write_unpacked(writer: CheckpointWriter, source: ModelSource, block: Block) -> None:
+    """All weights of a block of a packed checkpoint, dense, under the names of the family's own checkpoints."""
+    modules = dict(block.module.named_modules())
+    dense = {}
+    for path, module in modules.items():
+        if isinstance(module, packed.PackedExperts):
+            dense[block.prefix + path] = torch.stack([module[e] for e in range(len(module))])
+        elif isinstance(module, packed.PACKED):
+            dense[f"{block.prefix}{path}.weight"] = module.weight
+    inside = tuple(f"{path}.{part}" for path, m in modules.items() if isinstance(m, packed.PACKED) for part in m.parts)
+    for name, tensor in source.read(block.prefix + n for n in block.names if n not in inside).items():
+        dense[name] = tensor
+    for name, tensor in source.checkpoint_names(dense).items():
+        writer.add(name, tensor, kind="dense")
+    writer.end_block()
+
+
+def _found_mask(view: View) -> Masked | None:
+    """The mask that the zeros of a dense weight tell, or None if packing it would not pay."""
+    weight = view.weight
+    nonzero = weight != 0  # (out, in)
+    sparsity: Sparsity = 1 - float(nonzero.double().mean())
+    if weight.shape[1] % 4 == 0 and int(nonzero.unflatten(-1, (-1, 4)).sum(-1).max()) <= 2:
+        # groups with fewer than two nonzeros keep zeros, so that every group stores two
+        return Masked(weight, keep_mask(weight.abs().float(), PATTERN), PATTERN)
+    edit = Masked(weight, nonzero, parse_sparsity(min(sparsity, 1 - 1e-9)))
+    return edit if edit.kind != "dense" else None
+
+
+def _layer(name: str, edit: Masked) -> dict[str, Any]:
+    sparsity = str(edit.sparsity) if isinstance(edit.sparsity, NofM) else edit.sparsity
+    return {"name": name, "kept": edit.kept / edit.keep.numel(), "sparsity": sparsity}
+
+
+def _old_record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    record = json.loads(path.read_text()) if path.exists() else {}
+    return {key: value for key, value in record.items() if key not in ("tensors", "format_version")}

@@ -1,0 +1,157 @@
+"""What would happen: matched layers, bytes, memory and disk, from headers alone, before any weight is read."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+from paredown.compress.blocks import View, blocks, known, never, select
+from paredown.compress.edits import storage_kind
+from paredown.compress.errors import PareError
+from paredown.compress.machine import available_memory
+from paredown.compress.methods import Method
+from paredown.compress.recipe import Recipe
+from paredown.compress.sparsity import NofM, Sparsity, check_width
+from paredown.compress.source import ModelSource
+from paredown.compress.stream import BATCH_TOKENS, name_of
+from paredown.compress.writer import FLUSH_BYTES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes, counts in weights. `memory` is the peak above what the imported libraries take."""
+
+    family: str
+    known_family: bool
+    blocks: int
+    targeted: list[str]
+    left_out: list[str]  # linears that patterns or rules leave as they are
+    unsupported: list[str]  # matrices that no method sees
+    parameters: int
+    targeted_parameters: int
+    kept_parameters: int
+    bytes_before: int
+    bytes_after: int
+    memory: int
+    memory_parts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def shrinks(self) -> bool:
+        return self.bytes_after < self.bytes_before
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "disk": self.bytes_after, "shrinks": self.shrinks}
+
+
+def make_plan(
+    source: ModelSource, recipe: Recipe, method: Method, tokens: tuple[int, Sequence[int]], format: str = "packed"
+) -> Plan:
+    """`tokens`: those of the calibration, and of each evaluation text.
+
+    Raises PareError for a pattern that matches nothing, and for a width that the sparsity does not divide.
+    """
+    all_blocks = blocks(source)
+    views = [view for block in all_blocks for view in block.views()]
+    head = name_of(source.model, "get_output_embeddings")
+    chosen, left = select(views, [*recipe.targets.include], [*recipe.targets.skip], head)
+    for view in chosen:
+        try:
+            check_width(view.shape[1], method.sparsity)
+        except PareError as fault:
+            raise PareError(f"{view.name}: {fault}") from fault
+    element = source.dtype.itemsize if source.dtype else 2
+    saved = sum(prod(v.shape) * element - _stored(v.shape, method.sparsity, element, format) for v in chosen)
+    before = sum(entry.bytes for entry in source.files.entries.values())
+    parts = _memory(source, chosen, method, tokens, element)
+    kept = sum(_kept(v.shape, method.sparsity) for v in chosen)
+    steering = [
+        n for b in all_blocks for n in dict.fromkeys(k.rpartition(".")[0] for k in b.names) if never(b.prefix + n)
+    ]
+    return Plan(
+        family=source.family,
+        known_family=known(source),
+        blocks=len(all_blocks),
+        targeted=[v.name for v in chosen],
+        left_out=[v.name for v in left] + [all_blocks[0].prefix + n for n in dict.fromkeys(steering)],
+        unsupported=[name for block in all_blocks for name in block.others()],
+        parameters=sum(t.numel() for t in source.parameters.values()),
+        targeted_parameters=sum(prod(v.shape) for v in chosen),
+        kept_parameters=kept,
+        bytes_before=before,
+        bytes_after=before - saved,
+        memory=_peak(parts),
+        memory_parts=parts,
+    )
+
+
+def check_room(plan: Plan, out: Path, device: str) -> None:
+    """Raises PareError if the disk of `out`, or the host's memory, is too small for the plan."""
+    folder = next(p for p in [out, *out.absolute().parents] if p.exists())
+    free = shutil.disk_usage(folder).free
+    if free < plan.bytes_after:
+        raise PareError(
+            f"the disk of {folder} has {free / 1e9:.1f} GB free, and the checkpoint needs {plan.bytes_after / 1e9:.1f} GB: "
+            f"free {(plan.bytes_after - free) / 1e9:.1f} GB, or name another output with -o."
+        )
+    memory = available_memory()
+    if memory is not None and memory < plan.memory:
+        raise PareError(
+            f"{plan.memory / 1e9:.1f} GB of memory are needed and {memory / 1e9:.1f} GB are free: "
+            f"{(plan.memory - memory) / 1e9:.1f} GB are missing. Take fewer or shorter windows "
+            "(--set calibration.sequences=..., --set evaluate.windows=...)."
+        )
+
+
+def _kept(shape: tuple[int, int], sparsity: Sparsity) -> int:
+    size = prod(shape)
+    return size * sparsity.n // sparsity.m if isinstance(sparsity, NofM) else size - round(sparsity * size)
+
+
+def _stored(shape: tuple[int, int], sparsity: Sparsity, element: int, format: str) -> int:
+    """Bytes of one edited weight on disk: the kept values, and one bit per weight to say which."""
+    kept = _kept(shape, sparsity)
+    if format == "dense" or storage_kind(shape, kept, sparsity, element) == "dense":
+        return prod(shape) * element
+    return kept * element + shape[0] * ceil(shape[1] / 8)
+
+
+def _memory(
+    source: ModelSource, chosen: list[View], method: Method, tokens: tuple[int, Sequence[int]], element: int
+) -> dict[str, int]:
+    """The parts of the peak. What lives together is added up in `_peak`."""
+    block = blocks(source)[0]
+    inside = tuple(b.prefix for b in blocks(source))
+    width = max(_hidden(source), 1)
+    in_block = [v for v in chosen if v.name.startswith(block.prefix)] or chosen[:1]
+    block_weights = sum(source.parameters[block.prefix + n].numel() for n in block.names)
+    edited = sum(prod(v.shape) for v in in_block)
+    largest = max((prod(v.shape) for v in in_block), default=0)
+    inputs = {v.shape[1] for v in in_block}
+    grams = sum(8 * n * n for n in inputs) + 3 * 8 * max(inputs, default=0) ** 2 if "gram" in method.needs else 0
+    rest = [prod(t.shape) for n, t in source.parameters.items() if not n.startswith(inside)]
+    vocabulary = source.config.get_text_config().vocab_size
+    calibration, evaluations = tokens
+    batch = BATCH_TOKENS[source.device.type]
+    return {
+        # read, and the edited copies beside them until the block is dropped
+        "block": element * (block_weights + edited),
+        # values and indices wait for their shard; saving makes one more copy
+        "pending": 2 * min(FLUSH_BYTES + edited * 9 // 8 * element // 2, edited * 9 // 8 * element // 2 + FLUSH_BYTES),
+        # float32 scores, their columns and the mask of the largest layer
+        "solver": 10 * largest + grams,
+        "activations": element * width * (calibration + 2 * sum(evaluations)),
+        "batch": element * batch * (4 * width + 3 * max((v.shape[0] for v in in_block), default=0)),
+        # at the start and at the end: embedding or head, and the logits of a few positions
+        "outside": element * max(rest, default=0) + 12 * 512 * vocabulary,
+    }
+
+
+def _peak(parts: dict[str, int]) -> int:
+    walking = parts["block"] + max(parts["pending"], parts["solver"], parts["batch"])
+    return parts["activations"] + max(walking, parts["outside"])
+
+
+def _hidden(source: ModelSource) -> int:
+    return int(getattr(source.config.get_text_config(), "hidden_size", 0))
