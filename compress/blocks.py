@@ -16,8 +16,11 @@ Layout = Literal["linear", "conv1d", "experts"]
 
 # Families whose tiny models our tests compress, save, reload and compare. Others are tried by structure, and say so.
 KNOWN_FAMILIES = frozenset(
-    "llama mistral qwen2 qwen3 gemma2 gemma3_text phi3 opt gpt2 gpt_neox bloom falcon mixtral qwen3_moe mamba mamba2".split()
-)
+    {
+        "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "opt",
+        "gpt2", "gpt_neox", "bloom", "falcon", "mixtral", "qwen3_moe", "mamba", "mamba2",
+    }
+)  # fmt: skip
 # Linears that are never compressed: they steer, and weigh next to nothing.
 NEVER = {
     "router": "a router: choosing the wrong expert costs more than it saves",
@@ -162,10 +165,14 @@ def _views(module: nn.Module, name: str) -> Iterator[View]:
         yield View(name, module, "weight", "linear")
     elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' GPT-2 layer: weight is (in, out)
         yield View(name, module, "weight", "conv1d")
-    elif hasattr(module, "is_transposed") and not module.is_transposed:  # transformers' fused experts: (expert, out, in)
+    elif (
+        hasattr(module, "is_transposed") and not module.is_transposed
+    ):  # transformers' fused experts: (expert, out, in)
         for parameter, tensor in module._parameters.items():
             if tensor is not None and tensor.dim() == 3:
-                yield from (View(f"{name}.{parameter}.{e}", module, parameter, "experts", e) for e in range(len(tensor)))
+                yield from (
+                    View(f"{name}.{parameter}.{e}", module, parameter, "experts", e) for e in range(len(tensor))
+                )
 
 
 def _is_packed(module: Any) -> bool:

@@ -54,13 +54,12 @@ def calibration_windows(
     capped = length if width < length else None
     draw = random.Random(seed)
     order = draw.sample(range(len(corpus.documents)), len(corpus.documents))
-    rows, seen = [], 0
+    rows: list[list[int]] = []
     for position in order:
         # a token is at least one byte: shorter documents need no tokenising to be passed over
         if len(rows) == sequences or len(corpus.documents[position].encode("utf-8", "ignore")) <= width:
             continue
         ids = _encode(tokenizer, corpus.documents[position])
-        seen += len(ids)
         if len(ids) > width:
             offset = draw.randint(0, len(ids) - width - 1)
             rows.append(ids[offset : offset + width])
@@ -80,9 +79,9 @@ def calibration_windows(
             )
         offsets = [draw.randint(0, len(ids) - width - 1) for _ in range(sequences)]
         rows = [ids[offset : offset + width] for offset in offsets]
-    ids = torch.tensor(rows)  # (sequences, width)
+    drawn = torch.tensor(rows)  # (sequences, width)
     return Windows(
-        ids, corpus.name, corpus.split, corpus.sha256, corpus.revision, seed, sampling, _bos(tokenizer), capped
+        drawn, corpus.name, corpus.split, corpus.sha256, corpus.revision, seed, sampling, _bos(tokenizer), capped
     )
 
 

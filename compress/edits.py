@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from paredown.compress.sparsity import NofM, Sparsity
+from paredown.compress.sparsity import ROWS, NofM, Sparsity
 from paredown.compress.statistics import InputStats
 
 
@@ -27,7 +27,7 @@ class Masked:
     @cached_property
     def kept(self) -> int:
         """How many weights stay."""
-        return int(self.keep.sum())
+        return int(torch.count_nonzero(self.keep))
 
     @property
     def kind(self) -> str:
@@ -39,8 +39,13 @@ class Masked:
 
         With the Gram matrix where it was collected, else with its diagonal (inputs taken as uncorrelated). Not rooted.
         """
-        change = original.float() - self.weight.float()  # (out, in)
-        return _energy(change, stats) / max(_energy(original.float(), stats), 1e-300)
+        pairs = zip(original.split(ROWS), self.weight.split(ROWS), strict=True)
+        metric = stats.gram.float() if "gram" in stats.needs else stats.second_moment_diagonal.float()
+        lost = total = 0.0
+        for before, after in pairs:
+            lost += _energy(before.float() - after.float(), metric)
+            total += _energy(before.float(), metric)
+        return lost / max(total, 1e-300)
 
 
 def storage_kind(shape: tuple[int, ...], kept: int, sparsity: Sparsity, element_size: int) -> str:
@@ -51,7 +56,8 @@ def storage_kind(shape: tuple[int, ...], kept: int, sparsity: Sparsity, element_
     return "bitmap" if bitmap < math.prod(shape) * element_size else "dense"
 
 
-def _energy(weight: Tensor, stats: InputStats) -> float:
-    if "gram" in stats.needs:
-        return float(torch.sum((weight @ stats.gram.float()) * weight, dtype=torch.float64))
-    return float((weight.square().sum(0, dtype=torch.float64) * stats.second_moment_diagonal).sum())
+def _energy(rows: Tensor, metric: Tensor) -> float:
+    """`tr(R H R^T)` of some rows (rows, in) float32, H (in, in) or its diagonal (in,)."""
+    if metric.dim() == 1:
+        return float((rows.square() @ metric).sum(dtype=torch.float64))
+    return float(((rows @ metric) * rows).sum(dtype=torch.float64))

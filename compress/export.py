@@ -10,9 +10,10 @@ import torch
 from paredown.compress import loading, packed
 from paredown.compress.blocks import Block, View, blocks
 from paredown.compress.edits import Masked
+from paredown.compress.errors import PareError
 from paredown.compress.pipeline import Format, Result, write_block, write_rest
 from paredown.compress.source import ModelSource
-from paredown.compress.sparsity import NofM, Sparsity, keep_mask, parse_sparsity
+from paredown.compress.sparsity import NofM, keep_mask
 from paredown.compress.writer import RECORD, CheckpointWriter
 
 PATTERN = NofM(2, 4)
@@ -24,6 +25,8 @@ def export(source: ModelSource, out: Path, format: Format, progress: Callable[[i
 
     Returns bytes before and after. Raises PareError as the writer does.
     """
+    if source.modules and format == "packed":
+        raise PareError(f"{source.id} is packed already. Name another --format, or copy the folder.")
     result, all_blocks = Result(), blocks(source)
     with CheckpointWriter(out) as writer:
         for block in all_blocks:
@@ -38,7 +41,9 @@ def export(source: ModelSource, out: Path, format: Format, progress: Callable[[i
             progress(block.index + 1, len(all_blocks))
         write_rest(writer, source, all_blocks, format)
         record = _old_record(source.folder)
-        layers = record.get("layers") or {e["name"]: {"kept": e["kept"], "sparsity": e["sparsity"]} for e in result.layers}
+        layers = record.get("layers") or {
+            e["name"]: {"kept": e["kept"], "sparsity": e["sparsity"]} for e in result.layers
+        }
         writer.finish({**record, "layers": layers})
         write_config(writer, source, format, result.modules)
         writer.copy(source.companions())
@@ -64,7 +69,7 @@ def _write_unpacked(writer: CheckpointWriter, source: ModelSource, block: Block)
     for path, module in modules.items():
         if isinstance(module, packed.PackedExperts):
             dense[block.prefix + path] = torch.stack([module[e] for e in range(len(module))])
-        elif isinstance(module, packed.PACKED):
+        elif isinstance(module, packed.PackedLinear | packed.PackedConv1D):
             dense[f"{block.prefix}{path}.weight"] = module.weight
     inside = tuple(f"{path}.{part}" for path, m in modules.items() if isinstance(m, packed.PACKED) for part in m.parts)
     for name, tensor in source.read(block.prefix + n for n in block.names if n not in inside).items():
@@ -78,11 +83,11 @@ def _found_mask(view: View) -> Masked | None:
     """The mask that the zeros of a dense weight tell, or None if packing it would not pay."""
     weight = view.weight
     nonzero = weight != 0  # (out, in)
-    sparsity: Sparsity = 1 - float(nonzero.double().mean())
+    zeros = 1 - int(torch.count_nonzero(nonzero)) / nonzero.numel()
     if weight.shape[1] % 4 == 0 and int(nonzero.unflatten(-1, (-1, 4)).sum(-1).max()) <= 2:
         # groups with fewer than two nonzeros keep zeros, so that every group stores two
         return Masked(weight, keep_mask(weight.abs().float(), PATTERN), PATTERN)
-    edit = Masked(weight, nonzero, parse_sparsity(min(sparsity, 1 - 1e-9)))
+    edit = Masked(weight, nonzero, min(zeros, 1 - 1e-9))
     return edit if edit.kind != "dense" else None
 
 

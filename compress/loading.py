@@ -11,10 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from paredown.compress import packed
 from paredown.compress.errors import PareError
+from paredown.compress.tensor_files import all_finite
 
 PREFIX = "paredown_"
 METHOD = "paredown"
@@ -156,7 +155,7 @@ def _check(model: Any, told: Mapping[str, Any], folder: str) -> None:
         if names:
             raise PareError(f"{folder}: {what.replace('_keys', '')} tensor {names[0]!r} ({len(names)} in all). {again}")
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+        if tensor.is_floating_point() and not tensor.is_meta and not all_finite(tensor):
             raise PareError(f"{folder}: tensor {name!r} holds NaN or infinite values. {again}")
     for name, module in model.named_modules():
         if isinstance(module, packed.PACKED) and (fault := module.fault()):
@@ -166,7 +165,7 @@ def _check(model: Any, told: Mapping[str, Any], folder: str) -> None:
 def _stub(dense_type: str) -> type[Any]:
     """What AutoConfig finds under our model type: it builds the real class only when a checkpoint is loaded."""
 
-    def from_dict(cls: type[Any], config_dict: dict[str, Any], **options: Any) -> Any:
+    def from_dict(cls: type[Any], /, config_dict: dict[str, Any], **options: Any) -> Any:
         made = packed_classes(dense_type)[0].from_dict(config_dict, **options)
         config = made[0] if isinstance(made, tuple) else made
         config._experts_implementation = "eager"  # packed experts are unpacked one at a time

@@ -1,7 +1,9 @@
 """What this machine has, and what of it we used."""
 
+import ctypes
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,6 +28,12 @@ def resident_memory() -> int:
         return peak_memory()["host"]
 
 
+def return_freed_memory() -> None:
+    """Give freed memory back to the system: glibc keeps it otherwise, and a walk over blocks would grow by fragments."""
+    with suppress(OSError, AttributeError):  # other C libraries have no malloc_trim, and need none
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def available_memory() -> int | None:
     """Bytes that new allocations can take on the host, or None where the system does not tell."""
     try:
@@ -46,7 +54,9 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise PareError(f"--device {name!r} is none of auto, cpu, cuda, cuda:0, ...")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PareError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices. Use --device cpu.")
+        raise PareError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices. Use --device cpu."
+        )
     return device
 
 

@@ -15,7 +15,6 @@ from paredown.compress.blocks import View
 from paredown.compress.errors import PareError
 from paredown.compress.statistics import InputStats
 
-
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 

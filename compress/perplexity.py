@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from paredown.compress.errors import PareError
 
 RESAMPLES = 1000
-CHUNK_BYTES = 64 << 20  # of float32 logits at a time
+CHUNK_BYTES = 16 << 20  # of float32 logits at a time
 
 
 def token_nll(logits: Tensor, ids: Tensor) -> Tensor:  # (batch, length - 1)
@@ -17,16 +17,21 @@ def token_nll(logits: Tensor, ids: Tensor) -> Tensor:  # (batch, length - 1)
 
     logits (batch, length, vocabulary) any float dtype; ids (batch, length). Raises PareError if a loss is not finite.
     """
-    flat, targets = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()  # (tokens, vocabulary), (tokens,)
+    return target_nll(logits[:, :-1], ids[:, 1:])
+
+
+def target_nll(logits: Tensor, targets: Tensor) -> Tensor:  # (batch, positions)
+    """As `token_nll`, of logits (batch, positions, vocabulary) that already stand before their targets."""
+    flat, wanted = logits.flatten(0, 1), targets.flatten()  # (tokens, vocabulary), (tokens,)
     step = max(1, CHUNK_BYTES // (4 * flat.shape[-1]))
     parts = [
-        nn.functional.cross_entropy(rows.float(), wanted, reduction="none")
-        for rows, wanted in zip(flat.split(step), targets.split(step), strict=True)
+        nn.functional.cross_entropy(rows.float(), some, reduction="none")
+        for rows, some in zip(flat.split(step), wanted.split(step), strict=True)
     ]
     losses = torch.cat(parts)
     if not torch.isfinite(losses).all():
         raise PareError("the model's loss is not finite: its logits overflow. Try --dtype bfloat16 or float32.")
-    return losses.view(ids.shape[0], -1)
+    return losses.view(targets.shape)
 
 
 def perplexity(nll: Tensor, seed: int = 0) -> dict[str, float]:
@@ -57,9 +62,7 @@ def paired_delta(before: Tensor, after: Tensor, seed: int = 0) -> dict[str, Any]
 def _bootstrap(values: Tensor, seed: int) -> Tensor:  # (resamples,)
     """Means of `values` (n,) resampled with replacement."""
     generator = torch.Generator().manual_seed(seed)
-    means = [
-        values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(RESAMPLES)
-    ]
+    means = [values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(RESAMPLES)]
     return torch.stack(means)
 
 

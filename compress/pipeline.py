@@ -14,7 +14,7 @@ from paredown.compress.blocks import Block, View, blocks, known, select
 from paredown.compress.calibration import Windows
 from paredown.compress.edits import Masked, storage_kind
 from paredown.compress.errors import PareError
-from paredown.compress.machine import peak_memory
+from paredown.compress.machine import peak_memory, return_freed_memory
 from paredown.compress.methods import Method
 from paredown.compress.observe import Observer
 from paredown.compress.perplexity import paired_delta, perplexity
@@ -108,6 +108,8 @@ class Run:
             with result.timed("write"):
                 write_block(self.writer, source, block, edits, self.format, result)
             source.release(block.prefix, block.names)
+            del views, edits, stats
+            return_freed_memory()
             self.progress(_done(block, len(all_blocks), result, perf_counter() - began))
         with result.timed("evaluation"):
             result.evaluation = [
@@ -131,7 +133,9 @@ class Run:
                 result.fallbacks.append(f"{view.name}: never called as a layer, so it was left as it is")
                 continue
             if seen is None and self.recipe.idle == "dense":
-                result.fallbacks.append(f"{view.name}: no calibration token reached this expert; left dense (idle: dense)")
+                result.fallbacks.append(
+                    f"{view.name}: no calibration token reached this expert; left dense (idle: dense)"
+                )
                 continue
             if seen is None:
                 result.fallbacks.append(f"{view.name}: no calibration token reached this expert; scored without data")
@@ -222,13 +226,14 @@ def write_block(
     dense = dict(source.read(untouched))
     for owner, views in edited.items():
         keep, sparsity = _joint_mask(views, edits)
+        kept = int(torch.count_nonzero(keep))
         weight = views[0].weight if views[0].expert is None else getattr(views[0].module, views[0].parameter)
-        kind = storage_kind(tuple(weight.shape), int(keep.sum()), sparsity, weight.element_size())
+        kind = storage_kind(tuple(weight.shape), kept, sparsity, weight.element_size())
         if format == "dense" or kind == "dense":
             dense[names[owner]] = views[0].raw if views[0].expert is None else weight
             continue
         result.modules[owner] = {
-            "kind": kind, "layout": views[0].layout, "shape": list(weight.shape), "kept": int(keep.sum())
+            "kind": kind, "layout": views[0].layout, "shape": list(weight.shape), "kept": kept
         }  # fmt: skip
         for part, tensor in packed.pack(kind, weight, keep).items():
             writer.add(f"{owner}.{part}", tensor, kind=kind)

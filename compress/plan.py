@@ -13,8 +13,8 @@ from paredown.compress.errors import PareError
 from paredown.compress.machine import available_memory
 from paredown.compress.methods import Method
 from paredown.compress.recipe import Recipe
-from paredown.compress.sparsity import NofM, Sparsity, check_width
 from paredown.compress.source import ModelSource
+from paredown.compress.sparsity import NofM, Sparsity, check_width
 from paredown.compress.stream import BATCH_TOKENS, name_of
 from paredown.compress.writer import FLUSH_BYTES
 

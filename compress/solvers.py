@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from paredown.compress.sparsity import NofM, Sparsity, check_width, keep_mask
+from paredown.compress.sparsity import NofM, Sparsity, check_width, keep_mask, row_wise
 from paredown.compress.statistics import InputStats, InverseCholesky
 
 BLOCK = 128  # columns that are updated at once: errors reach the rest of the matrix as one product per block
@@ -23,7 +23,9 @@ def wanda_score(weight: Tensor, stats: InputStats) -> Tensor:  # (out, in)
 
 def masked(weight: Tensor, keep: Tensor) -> Tensor:  # (out, in)
     """The kept weights bit for bit, and +0.0 elsewhere."""
-    return torch.where(keep, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+    # as integers, so that a dropped negative weight becomes +0.0 and not -0.0
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return row_wise(lambda part, stays: part.view(bits) * stays, weight.contiguous(), keep).view(weight.dtype)
 
 
 def sparsegpt_sweep(

@@ -1,6 +1,7 @@
 """How much is removed, and which weights stay: a fraction with an exact count, or `n:m`, which keeps n of every m."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,12 @@ class NofM:
 
 
 Sparsity = float | NofM
+ROWS = 64  # rows that are worked on at a time, so that float32 temporaries stay in a core's cache
+
+
+def row_wise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`function(*tensors)` for something that treats every row alone, a few rows at a time: several times faster."""
+    return torch.cat([function(*parts) for parts in zip(*(t.split(ROWS) for t in tensors), strict=True)])
 
 
 def parse_sparsity(value: object) -> Sparsity:
@@ -44,7 +51,7 @@ def parse_sparsity(value: object) -> Sparsity:
             raise PareError(f"sparsity {value!r} is neither a fraction like 0.5 nor a pattern like '2:4'.") from None
     if isinstance(value, int) and not isinstance(value, bool) and value >= 60:
         n, m = divmod(value, 60)
-        raise PareError(f"sparsity {value}: YAML reads an unquoted {n}:{m} as {value}. Quote it: sparsity: \"{n}:{m}\".")
+        raise PareError(f'sparsity {value}: YAML reads an unquoted {n}:{m} as {value}. Quote it: sparsity: "{n}:{m}".')
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1:
         return float(value)
     raise PareError(f"sparsity {value!r} must be a fraction removed in [0, 1), or a pattern like '2:4'.")

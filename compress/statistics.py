@@ -76,6 +76,7 @@ class InputStats:
 
     @property
     def rms(self) -> Tensor:  # (in,)
+        """Root of E[x^2], float64."""
         return self.second_moment_diagonal.sqrt()
 
     @property
@@ -136,10 +137,11 @@ def _triangular_inverse(upper: Tensor, leaf: int = 512) -> Tensor:
     size = len(upper)
     if size <= leaf:
         eye = torch.eye(size, dtype=upper.dtype, device=upper.device)
-        return torch.linalg.solve_triangular(upper, eye, upper=True)
+        solved: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
+        return solved
     half = size // 2
     first, last = _triangular_inverse(upper[:half, :half], leaf), _triangular_inverse(upper[half:, half:], leaf)
     inverse = torch.zeros_like(upper)
     inverse[:half, :half], inverse[half:, half:] = first, last
-    inverse[:half, half:] = -(first @ upper[:half, half:]) @ last
+    inverse[:half, half:] = -(first @ upper[:half, half:]) @ last  # (half, rest)
     return inverse

@@ -33,8 +33,8 @@ TRAIN_ONLY = frozenset(
 SKIPPED = frozenset({"__phello__", "encodings", "sitecustomize", "usercustomize", "html.entities"})
 GENERATED = ("_sysconfigdata", "_sysconfig_vars")
 
-# Of 100 drawn numbers, those below 12 are evaluation and the next 12 calibration. The salt was searched for, by sizes alone, to give
-# both nearly a megabyte, with no package above a quarter of it.
+# Of 100 drawn numbers, those below 12 are evaluation and the next 12 calibration. The salt was searched for, by sizes
+# alone, to give both nearly a megabyte, with no package above a quarter of it.
 EVALUATION_BELOW, CALIBRATION_BELOW = 12, 24
 SALT = "stdlib-9216"
 

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from paredown.compress.blocks import Block, blocks, decoder_list
 from paredown.compress.errors import PareError
-from paredown.compress.perplexity import token_nll
+from paredown.compress.perplexity import target_nll
 from paredown.compress.source import ModelSource
+from paredown.compress.tensor_files import all_finite
 
 # tokens that pass through a block at once: bounds the memory of a block's inner activations
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+HEAD_TOKENS = 512  # positions whose logits are in memory at once
 
 
 class _Stop(Exception):
@@ -79,7 +81,7 @@ class Stream:
     def advance(self, block: Block) -> None:
         """Replace each batch by the block's output. Raises PareError if it is not finite."""
         for i, made in enumerate(self.outputs(block)):
-            if not torch.isfinite(made.sum(dtype=torch.float32)):
+            if not all_finite(made):
                 raise PareError(
                     f"non-finite activations leave {block.prefix.rstrip('.')}. In float16 large models overflow: "
                     "try --dtype bfloat16 or float32; otherwise the checkpoint itself is damaged."
@@ -93,7 +95,9 @@ class Stream:
         with materialised_rest(source, embedding=False), recorders(source) as layers:
             for hidden, ids in zip(self.hidden, self.ids, strict=True):
                 layers[-1].returns = hidden.to(self.device, copy=True)
-                found.append(token_nll_of(source.model, ids.to(self.device)).cpu())
+                began = perf_counter()
+                found.append(next_token_nll(source.model, ids.to(self.device)).cpu())
+                self.seconds += perf_counter() - began
         return torch.cat(found)
 
 
@@ -122,15 +126,13 @@ def start(source: ModelSource, ids: Tensor) -> Stream:
     return stream
 
 
-def token_nll_of(model: Any, ids: Tensor, chunk: int = 512) -> Tensor:  # (batch, length - 1)
-    """Loss per token with the head run on `chunk` positions at a time, so that logits stay small."""
+def next_token_nll(model: Any, ids: Tensor) -> Tensor:  # (batch, length - 1)
+    """Loss per token, with the head run on HEAD_TOKENS at a time, so that logits stay small."""
+    step = max(1, HEAD_TOKENS // len(ids))
     parts = []
-    for begin in range(0, ids.shape[1] - 1, chunk):
-        keep = torch.arange(begin, min(begin + chunk, ids.shape[1] - 1), device=ids.device)
-        logits = model(ids, use_cache=False, logits_to_keep=keep).logits  # (batch, chunk, vocabulary)
-        # token_nll scores position i with the logits before it: give it the chunk and the token after it
-        window = ids[:, begin : begin + len(keep) + 1]
-        parts.append(token_nll(torch.cat([logits, logits[:, -1:]], 1), window))
+    for keep in torch.arange(ids.shape[1] - 1, device=ids.device).split(step):
+        logits = model(ids, use_cache=False, logits_to_keep=keep).logits  # (batch, positions, vocabulary)
+        parts.append(target_nll(logits, ids[:, keep + 1]))
     return torch.cat(parts, 1)
 
 

@@ -1,5 +1,6 @@
 """The safetensors files of one folder, seen as one lazy dictionary. Never pickle, never a path outside the folder."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable
@@ -67,8 +68,7 @@ class TensorFiles:
             with self._open(file) as shard:
                 tensors.update((name, shard.get_tensor(name)) for name in group)
         for name, tensor in tensors.items():
-            # the sum is finite if every value is (float64 cannot overflow here), and is far cheaper than a mask of all
-            if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+            if tensor.is_floating_point() and not all_finite(tensor):
                 raise PareError(
                     f"{self.folder}: tensor {name!r} holds NaN or infinite values. Fetch the checkpoint again."
                 )
@@ -114,7 +114,9 @@ class TensorFiles:
             for name in shard.keys():  # noqa: SIM118 - a safe_open handle is no dictionary
                 tensor = shard.get_slice(name)
                 if tensor.get_dtype() not in DTYPES:
-                    raise PareError(f"{self.folder}: tensor {name!r} has dtype {tensor.get_dtype()}, which we cannot read.")
+                    raise PareError(
+                        f"{self.folder}: tensor {name!r} has dtype {tensor.get_dtype()}, which we cannot read."
+                    )
                 found[name] = Entry(file, tuple(tensor.get_shape()), DTYPES[tensor.get_dtype()])
             return found
 
@@ -125,3 +127,17 @@ class TensorFiles:
             raise PareError(
                 f"{self.folder / file} cannot be read ({fault}). It is truncated or damaged: fetch it again."
             ) from fault
+
+
+def sha256(tensor: Tensor) -> str:
+    """Of the bytes of a tensor on CPU."""
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
+    return hashlib.sha256(data).hexdigest()
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in one pass and without temporaries: NaN wins every comparison of aminmax."""
+    if not tensor.numel() or tensor.dtype.itemsize == 1:
+        return True
+    low, high = tensor.aminmax()
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))

@@ -1,8 +1,8 @@
 """Check a written checkpoint: names, shapes, hashes, masks, sparsity, and its losses against those of the run."""
 
-import hashlib
 import json
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from paredown.compress.errors import PareError
 from paredown.compress.pipeline import score
 from paredown.compress.source import ModelSource
 from paredown.compress.sparsity import NofM, parse_sparsity
-from paredown.compress.tensor_files import TensorFiles
+from paredown.compress.tensor_files import TensorFiles, sha256
 from paredown.compress.writer import FORMAT_VERSION, RECORD
 
 # Another machine or thread count sums in another order. Measured in nats per token on the probe's window.
@@ -59,8 +59,7 @@ def _file_faults(files: TensorFiles, wanted: dict[str, Any]) -> Iterator[str]:
         except PareError as fault:
             yield str(fault)
             continue
-        data = tensor.contiguous().flatten().view(torch.uint8).numpy() if tensor.numel() else b""
-        if hashlib.sha256(data).hexdigest() != told["sha256"]:
+        if sha256(tensor) != told["sha256"]:
             yield f"tensor {name!r} has changed since it was written (sha256 differs)"
 
 
@@ -76,7 +75,7 @@ def _mask_faults(source: ModelSource, layers: dict[str, Any]) -> Iterator[str]:
                     yield f"{name}.{fault}"
                 for layer in [n for n in layers if n == name or n.startswith(name + ".")]:
                     seen.add(layer)
-                if name in layers and abs(layers[name]["kept"] - module.kept / module.weight.numel()) > 1e-9:
+                if name in layers and round(layers[name]["kept"] * prod(module.spec["shape"])) != module.kept:
                     yield f"{name} keeps {module.kept} values, the record says {layers[name]['kept']:.4f} of them"
         for view in block.views():
             if view.name in layers:

@@ -1,7 +1,6 @@
 """Write a checkpoint so that it appears whole or not at all: everything goes to OUT.partial, one rename commits."""
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -9,12 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from paredown.compress.errors import PareError
-from paredown.compress.tensor_files import INDEX, SINGLE
+from paredown.compress.tensor_files import INDEX, SINGLE, sha256
 
 FORMAT_VERSION = 1
 RECORD = "paredown.json"
@@ -52,7 +50,9 @@ class CheckpointWriter:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._lock.close()
         if not self._committed:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -68,13 +68,12 @@ class CheckpointWriter:
         """Queue one tensor, with what paredown.json shall tell of it beside shape, dtype, bytes and sha256."""
         tensor = tensor.detach().to("cpu").contiguous()
         size = tensor.numel() * tensor.element_size()
-        data = tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b""
         self.tensors[name] = {
             **record,
             "shape": list(tensor.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "bytes": size,
-            "sha256": hashlib.sha256(data).hexdigest(),
+            "sha256": sha256(tensor),
         }
         if self._pending and self._pending_bytes + size > MAX_SHARD_BYTES:
             self._flush()

@@ -45,7 +45,11 @@ def pack24(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
                 f"row {part.start + row}, columns {4 * group} to {4 * group + 3}: keep marks "
                 f"{int(columns[row, group].sum())} of 4 weights, and 2:4 needs exactly 2"
             )
-        values[part] = rows[part][kept[part]].reshape(-1, inner // 2)
+        w0, w1, w2, w3 = (w.contiguous() for w in rows[part].reshape(-1, groups, 4).unbind(-1))  # each (row, group)
+        k0, k1, k2, k3 = (k.contiguous() for k in kept[part].reshape(-1, groups, 4).unbind(-1))
+        pairs = values[part].view(-1, groups, 2)
+        pairs[..., 0] = torch.where(k0, w0, torch.where(k1, w1, w2))
+        pairs[..., 1] = torch.where(k3, w3, torch.where(k2, w2, w1))
     indices = nibbles[:, 0::2] | nibbles[:, 1::2] << 4  # (row, byte)
     return values.reshape(*lead, inner // 2), indices.reshape(*lead, indices.shape[-1])
 

@@ -26,20 +26,27 @@ class Format(StrEnum):
 
 
 Model = Annotated[str, typer.Argument(help="A local folder, or a hub id like org/name.", metavar="MODEL")]
-RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A shipped recipe (see: paredown recipes), or a YAML file.")]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", "-r", help="A shipped recipe (see: paredown recipes), or a YAML file.")
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must not exist, or be empty.")]
 Set = Annotated[list[str], typer.Option("--set", help="Change a key of the recipe: key=value, repeatable.")]
-Calibration = Annotated[str | None, typer.Option("--calibration", help="Calibrate on this text instead of the recipe's.")]
+Calibration = Annotated[
+    str | None, typer.Option("--calibration", help="Calibrate on this text instead of the recipe's.")
+]
 EvalText = Annotated[list[str], typer.Option("--eval-text", help="Score on this text; repeatable.")]
 Tasks = Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas.")]
 TaskFolder = Annotated[
-    Path | None, typer.Option("--task-folder", help="Further lm-eval task YAML. It may run Python: name only what you trust.")
+    Path | None,
+    typer.Option("--task-folder", help="Further lm-eval task YAML. It may run Python: name only what you trust."),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (as stored), bfloat16, float16 or float32.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Commit, branch or tag of a hub model.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the calibration windows.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else there.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else there.")
+]
 
 
 @app.command()
@@ -52,7 +59,9 @@ def compress(
     eval_text: EvalText = [],  # noqa: B006
     tasks: Tasks = None,
     task_folder: TaskFolder = None,
-    format: Annotated[Format, typer.Option("--format", help="packed is smaller; dense loads everywhere.")] = Format.packed,
+    format: Annotated[
+        Format, typer.Option("--format", help="packed is smaller; dense loads everywhere.")
+    ] = Format.packed,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = None,

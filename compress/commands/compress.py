@@ -16,7 +16,7 @@ from paredown.compress.corpora import load_corpus, overlap
 from paredown.compress.errors import PareError
 from paredown.compress.export import write_config
 from paredown.compress.hub import load_tokenizer, resolve
-from paredown.compress.machine import peak_memory, pick_device, pick_dtype, resident_memory
+from paredown.compress.machine import peak_memory, pick_device, pick_dtype, resident_memory, return_freed_memory
 from paredown.compress.pipeline import BlockDone, Format, Result, Run
 from paredown.compress.plan import Plan, check_room, make_plan
 from paredown.compress.recipe import Recipe
@@ -24,7 +24,7 @@ from paredown.compress.source import ModelSource
 from paredown.compress.writer import CheckpointWriter
 from paredown.evaluation.lm_tasks import TaskScores, check_tasks, compare_tasks, run_tasks
 from paredown.evaluation.report import model_card
-from paredown.evaluation.schema import SCHEMA
+from paredown.evaluation.schema import SCHEMA, check_report
 
 Note = Callable[[str], None]
 UNLIMITED = 1 << 30
@@ -56,30 +56,36 @@ def compress(
     recipe's. Returns the report, which is also written to `out/report.json`.
     Raises PareError, before any weight is read where that is possible; `out` is then not there.
     """
-    began, base = perf_counter(), resident_memory()
+    began = perf_counter()
     out = Path(out)
     recipe = _settle(recipe, overrides, calibration, eval_text, tasks, seed)
     method = recipe.build()
     check_tasks(recipe.evaluate.tasks, task_folder, data=True)
     source = open_source(str(model), revision, device, dtype)
     tokenizer = load_tokenizer(source.folder)
+    base = resident_memory()  # libraries, and a model without weights: what the plan's memory comes on top of
     with CheckpointWriter(out) as writer:
         note(f"reading text: {', '.join([recipe.calibration.source, *recipe.evaluate.perplexity])}")
         windows, evaluations, warnings = _texts(recipe, source, tokenizer)
         plan = make_plan(source, recipe, method, (windows.tokens, [w.tokens for w in evaluations]), format)
         if not plan.targeted:
-            raise PareError("the targets of the recipe leave no layer to compress. Change targets.include or targets.skip.")
+            raise PareError(
+                "the targets of the recipe leave no layer to compress. Change targets.include or targets.skip."
+            )
         check_room(plan, out, source.device.type)
+        return_freed_memory()  # of tokenising
         result = Run(source, recipe, method, windows, evaluations, writer, format, progress).run()
         _write_checkpoint(writer, source, recipe, result, format, windows)
         scored = perf_counter()
-        compared = _tasks(recipe, source, writer.folder, tokenizer, task_folder, note)
+        compared, remarks = _tasks(recipe, source, writer.folder, tokenizer, task_folder, note)
         result.seconds["tasks"] = perf_counter() - scored
-        if recipe.method != "dense" and writer.bytes >= plan.bytes_before and format == "packed":
+        warnings += remarks
+        if writer.bytes >= plan.bytes_before and format == "packed":
             warnings.append("the packed checkpoint is not smaller than the dense one: nothing was gained on disk")
         result.seconds["total"] = perf_counter() - began
         report = make_report(source, recipe, plan, result, windows, compared, writer.bytes)
         report.update(format=format, command=command, warnings=warnings, memory_base_bytes=base)
+        check_report(report)
         writer.write_json("report.json", report)
         writer.write_text("README.md", model_card(report))
         note("verifying what was written, in a new process")
@@ -214,13 +220,14 @@ def _write_checkpoint(
 
 def _tasks(
     recipe: Recipe, source: ModelSource, written: Path, tokenizer: Any, folder: Path | None, note: Note
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[str]]:
+    """Tasks before and after, and lm-eval's remarks."""
     if not recipe.evaluate.tasks:
-        return {}
+        return {}, []
     note(f"scoring tasks before and after: {', '.join(recipe.evaluate.tasks)}")
     before = score_tasks(source.folder, source, tokenizer, recipe.evaluate.tasks, folder)
     after = score_tasks(written, source, tokenizer, recipe.evaluate.tasks, folder)
-    return compare_tasks(before, after)
+    return compare_tasks(before, after), list(dict.fromkeys([*before.notes, *after.notes]))
 
 
 def score_tasks(

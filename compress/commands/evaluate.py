@@ -36,7 +36,8 @@ def evaluate(
     source = open_source(model, revision, device, dtype)
     tokenizer = load_tokenizer(source.folder)
     found = [
-        evaluation_windows(load_corpus(text, "evaluation"), tokenizer, length, max_length(source), windows) for text in texts
+        evaluation_windows(load_corpus(text, "evaluation"), tokenizer, length, max_length(source), windows)
+        for text in texts
     ]
     losses = score(source, found, progress)
     result: dict[str, Any] = {"model": source.id, "evaluation": [], "tasks": {}}
@@ -44,7 +45,7 @@ def evaluate(
         result["evaluation"].append({**cut.provenance(), "after": perplexity(nll)})
     scored = score_tasks(source.folder, source, tokenizer, tasks, task_folder) if tasks else None
     if scored is not None:
-        result["tasks"] = scored.summary()
+        result.update(tasks=scored.summary(), notes=list(scored.notes))
     if against is None:
         return result
     dense = open_source(against, None, device, dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 from paredown.compress.edits import Masked
 from paredown.compress.methods import register
 from paredown.compress.solvers import masked, wanda_score
-from paredown.compress.sparsity import Sparsity, keep_mask
+from paredown.compress.sparsity import Sparsity, keep_mask, row_wise
 from paredown.compress.statistics import InputStats
 
 
@@ -20,5 +20,5 @@ class Wanda:
     needs: ClassVar[frozenset[str]] = frozenset({"second_moment_diagonal"})
 
     def compress(self, weight: Tensor, stats: InputStats) -> Masked:
-        keep = keep_mask(wanda_score(weight, stats), self.sparsity, within="row")
+        keep = row_wise(lambda rows: keep_mask(wanda_score(rows, stats), self.sparsity), weight)
         return Masked(masked(weight, keep), keep, self.sparsity)

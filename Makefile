@@ -1,0 +1,49 @@
+# Two commands do everything: `make demo` and `make test`. Both make their own virtual environment in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find compress kernels recipes evaluation -name '*.py' -o -name '*.yaml' -o -path '*/reference/model/*')
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+PACKAGES := -p paredown.compress -p paredown.commands -p paredown.kernels -p paredown.recipes -p paredown.evaluation
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo    prune the bundled model to 2:4, print before and after, leave out/demo"
+	@echo "make test    lint, types and tests"
+	@echo "make lint    ruff and mypy only"
+	@echo "make format  rewrite the sources with ruff"
+	@echo "make clean   remove .venv and out"
+
+demo: $(VENV)/installed
+	@rm -rf out/demo
+	$(BIN)/paredown demo -o out/demo
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(PACKAGES)
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Installed as users install it, not in place: mypy and the tests then see exactly what is shipped.
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt $(SOURCES)
+	@rm -rf build
+	$(BIN)/python -m pip install -q -c constraints.txt --force-reinstall --no-deps .
+	$(BIN)/python -m pip install -q -c constraints.txt .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install -q -c constraints.txt '.[test]'
+	@touch $@

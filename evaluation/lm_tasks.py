@@ -1,0 +1,328 @@
+"""Run lm-eval tasks on a model in memory, and compare two models on the same documents.
+
+A task is YAML that may name Python to execute, so tasks come from three places only: the installed lm-eval, our own
+folder `evaluation/tasks`, and a folder that the user named. A name is never taken for a path.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from paredown.compress.errors import PareError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
+
+OURS = Path(__file__).parent / "tasks"
+
+# lm-eval's own seeds (Python's random, numpy, torch, few-shot draw): with them the few-shot examples are everyone's.
+LM_EVAL_SEEDS = (0, 1234, 1234, 1234)
+
+# Resamplings for metrics whose standard error has no formula; accuracies have one and do not use it.
+BOOTSTRAP = 1000
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task; `samples` holds each document's value where their mean is the metric, else `None`."""
+
+    value: float
+    stderr: float | None
+    samples: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What one model scored: `scores[task][metric]`, the digests of the documents of each task in order, and remarks.
+
+    A metric carries lm-eval's name, and its filter behind a comma where there is one (`exact_match,strict-match`).
+    """
+
+    scores: Mapping[str, Mapping[str, Score]]
+    documents: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...] = ()
+
+    def summary(self) -> dict[str, dict[str, dict[str, float | int | None]]]:
+        """`{task: {metric: {value, stderr, documents}}}`, ready for JSON."""
+        return {
+            task: {
+                metric: {"value": score.value, "stderr": score.stderr, "documents": len(self.documents[task])}
+                for metric, score in metrics.items()
+            }
+            for task, metrics in self.scores.items()
+        }
+
+
+def check_tasks(names: Sequence[str], include: Path | None = None, *, data: bool = False) -> None:
+    """Refuse names that are no lm-eval task, group or tag, before any weight is read.
+
+    `include` is a folder of further task YAML; naming it is the user's consent to run the Python it refers to. Nothing
+    is executed here unless `data` is set: then the data of every task is loaded too, so that a missing network or an
+    unknown dataset is a `PareError` now instead of after the compression.
+    """
+    if not names:
+        return
+    manager = _manager_for(names, include)
+    if data:
+        with _collected_warnings():
+            _load(manager, names)
+
+
+def run_tasks(
+    model: "nn.Module",
+    tokenizer: Any,
+    names: Sequence[str],
+    *,
+    batch_size: int = 8,
+    limit: int | None = None,
+    include: Path | None = None,
+    seed: int = 0,
+) -> TaskScores:
+    """Score a transformers model on lm-eval tasks, keeping every document's value.
+
+    `limit` takes the first so many documents of each task. `seed` is added to lm-eval's own four seeds, so 0 draws the
+    few-shot examples of published numbers. Raises `PareError` for unknown tasks, for data that cannot be had, and for
+    a model that answers with NaN: its accuracy would pass for chance.
+    """
+    if not names:
+        return TaskScores({}, {})
+    if limit is not None and limit < 1:
+        raise PareError(f"the limit of documents per task is {limit}; wanted at least 1, or none at all")
+    manager = _manager_for(names, include)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    random_seed, numpy_seed, torch_seed, fewshot_seed = (start + seed for start in LM_EVAL_SEEDS)
+    with _collected_warnings() as warnings:
+        loaded = _load(manager, names)
+        results = simple_evaluate(
+            # A copy of the tokenizer, because HFLM gives it a padding token
+            model=HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch_size),
+            tasks=_roots(loaded),
+            task_manager=manager,
+            limit=limit,
+            log_samples=True,
+            bootstrap_iters=BOOTSTRAP,
+            random_seed=random_seed,
+            numpy_random_seed=numpy_seed,
+            torch_random_seed=torch_seed,
+            fewshot_random_seed=fewshot_seed,
+        )
+    return _scores(results, warnings)
+
+
+def compare_tasks(before: TaskScores, after: TaskScores) -> dict[str, dict[str, dict[str, float | int | None]]]:
+    """Before beside after: `{task: {metric: {before, after, stderr_before, stderr_after, paired_stderr, ...}}}`.
+
+    `paired_stderr` is the standard error of after - before over the same documents, far tighter than the two errors
+    combined. `correct_to_wrong` and `wrong_to_correct` count the documents whose answer changed sides (Dutta et al.
+    2024, "Accuracy is not all you need", arXiv 2407.09141). All three are `None` where lm-eval keeps no value per
+    document, the flips also where a document scores other than 0 or 1.
+    """
+    differing = [task for task in before.scores if before.documents[task] != after.documents.get(task)]
+    if differing or before.scores.keys() != after.scores.keys():
+        raise PareError(
+            f"the two models were not asked the same questions: {', '.join(differing) or 'other tasks'} differ. "
+            "Run both with the same tasks, limit and seed"
+        )
+    return {
+        task: {metric: _compare(score, after.scores[task][metric]) for metric, score in metrics.items()}
+        for task, metrics in before.scores.items()
+    }
+
+
+def _compare(before: Score, after: Score) -> dict[str, float | int | None]:
+    paired: float | None = None
+    lost: int | None = None
+    won: int | None = None
+    if before.samples is not None and after.samples is not None:
+        pairs = list(zip(before.samples, after.samples, strict=True))
+        if len(pairs) > 1:
+            paired = stdev(b - a for a, b in pairs) / math.sqrt(len(pairs))
+        if all(value in (0.0, 1.0) for pair in pairs for value in pair):
+            lost, won = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+    return {
+        "before": before.value,
+        "after": after.value,
+        "stderr_before": before.stderr,
+        "stderr_after": after.stderr,
+        "paired_stderr": paired,
+        "correct_to_wrong": lost,
+        "wrong_to_correct": won,
+    }
+
+
+def _manager_for(names: Sequence[str], include: Path | None) -> Any:
+    """The task manager that knows all of `names`, without lm-eval's thousands where ours and the user's suffice."""
+    _require_lm_eval()
+    if include is not None and not include.is_dir():
+        raise PareError(f"the folder of tasks {include} does not exist; wanted a folder of lm-eval task YAML")
+    near = _manager(include, False)
+    if all(name in near.all_subtasks for name in names):
+        return near
+    manager = _manager(include, True)
+    unknown = [name for name in names if name not in manager.task_index]
+    if unknown:
+        raise PareError("\n".join(_unknown(name, manager.all_tasks) for name in unknown))
+    return manager
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    hint = "Give its folder as the folder of tasks and its name as the task" if "/" in name else ""
+    near = did_you_mean(name, known)
+    return f"lm-eval knows no task {name!r}.{near} {hint or '`lm-eval ls tasks` lists them all'}"
+
+
+@lru_cache(maxsize=4)
+def _manager(include: Path | None, defaults: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    folders = [OURS] if include is None else [OURS, include]
+    return TaskManager(include_path=folders, include_defaults=defaults)
+
+
+def _require_lm_eval() -> None:
+    try:
+        import lm_eval.tasks  # noqa: F401
+    except ImportError as error:
+        raise PareError(
+            f"tasks are run by lm-eval, which cannot be imported here ({error}). "
+            "Install it with: pip install 'lm-eval>=0.4.13'"
+        ) from error
+
+
+def _load(manager: Any, names: Sequence[str]) -> Any:
+    """The tasks and groups with their data. lm-eval reads the data when it builds a task."""
+    try:
+        return manager.load(list(dict.fromkeys(names)))
+    except Exception as error:
+        # Hub, dataset script, parser and task code each raise their own kind: for the user it is one fault.
+        raise PareError(
+            f"the data of the tasks {', '.join(names)} cannot be loaded: {type(error).__name__}: {error}. "
+            "A task from the Hub needs the network once (unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE); "
+            "the task stdlib_lines needs none"
+        ) from error
+
+
+def _roots(loaded: Any) -> list[Any]:
+    """The groups that stand in no other group, and the tasks that stand in none: each task once."""
+    groups = loaded["groups"].values()
+    inner = {group.name for outer in groups for group in outer.get_all_groups()}
+    inside = {task.task_name for group in groups for task in group.get_all_tasks()}
+    tasks = [task for name, task in loaded["tasks"].items() if name not in inside]
+    return [*(group for group in groups if group.name not in inner), *tasks]
+
+
+def _scores(results: Any, warnings: "_Warnings") -> TaskScores:
+    """lm-eval's results by task and metric; tasks of a group are left out where the group has its own score."""
+    subtasks, remarks = results["group_subtasks"], _remarks(warnings)
+    scored = {name: found for name, metrics in results["results"].items() if (found := _values(metrics))}
+    hidden = {child for name in scored for child in _below(name, subtasks)}
+    scores: dict[str, dict[str, Score]] = {}
+    documents: dict[str, tuple[str, ...]] = {}
+    for name, values in scored.items():
+        samples = {leaf: results["samples"][leaf] for leaf in _leaves(name, subtasks)}
+        _refuse_nan(name, samples)
+        if name in hidden:
+            continue
+        finite = {key: value for key, value in values.items() if math.isfinite(value)}
+        remarks.extend(f"{name}: {key} is not a finite number and left out" for key in values.keys() - finite.keys())
+        scores[name] = {
+            key.removesuffix(",none"): _score(key, value, results["results"][name], samples)
+            for key, value in finite.items()
+        }
+        named = (f"{leaf}:{one['doc_id']}:{one['doc_hash']}" for leaf, ones in samples.items() for one in ones)
+        documents[name] = tuple(dict.fromkeys(named))
+    return TaskScores(scores, documents, tuple(remarks))
+
+
+def _values(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """lm-eval's `metric,filter` entries without their standard errors."""
+    return {
+        key: float(value)
+        for key, value in metrics.items()
+        if "," in key and "_stderr," not in key and isinstance(value, (int, float))
+    }
+
+
+def _score(key: str, value: float, metrics: Mapping[str, Any], samples: Mapping[str, list[Any]]) -> Score:
+    metric, _, chosen = key.rpartition(",")
+    stderr = metrics.get(f"{metric}_stderr,{chosen}")
+    each = [one.get(metric) for ones in samples.values() for one in ones if one["filter"] == chosen]
+    numbers = tuple(float(number) for number in each if isinstance(number, (int, float)))
+    # Where the mean of the documents is not the metric (perplexity, F1), differences of documents say nothing of it.
+    paired = bool(numbers) and len(numbers) == len(each) and math.isclose(fmean(numbers), value, abs_tol=1e-9)
+    error = float(stderr) if isinstance(stderr, (int, float)) and math.isfinite(stderr) else None
+    return Score(value, error, numbers if paired else None)
+
+
+def _below(name: str, subtasks: Mapping[str, list[str]]) -> Iterator[str]:
+    """All groups and tasks under a group."""
+    for child in subtasks.get(name, []):
+        yield child
+        yield from _below(child, subtasks)
+
+
+def _leaves(name: str, subtasks: Mapping[str, list[str]]) -> list[str]:
+    """The tasks under a group, or the task itself."""
+    return [one for one in (name, *_below(name, subtasks)) if one not in subtasks]
+
+
+def _refuse_nan(task: str, samples: Mapping[str, list[Any]]) -> None:
+    """argmax over NaN picks the first choice without a word; a likelihood that is NaN is a broken model."""
+    for ones in samples.values():
+        for one in ones:
+            answers = (part for answer in one["filtered_resps"] for part in _parts(answer))
+            if any(isinstance(part, float) and math.isnan(part) for part in answers):
+                raise PareError(
+                    f"the model answers document {one['doc_id']} of the task {task} with a likelihood of NaN: "
+                    "its weights or activations are not finite, and a score would pass for chance"
+                )
+
+
+def _parts(answer: Any) -> tuple[Any, ...]:
+    return tuple(answer) if isinstance(answer, (tuple, list)) else (answer,)
+
+
+class _Warnings(logging.Handler):
+    """Counts lm-eval's warnings by the line that gives them, with the first message of each."""
+
+    # Said about every model in memory and every task whose documents are made by a function.
+    EXPECTED = frozenset({"__init__", "download"})
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.seen: dict[tuple[str, int], tuple[str, int]] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.funcName not in self.EXPECTED:
+            line = (record.pathname, record.lineno)
+            first, times = self.seen.get(line, (record.getMessage(), 0))
+            self.seen[line] = (first, times + 1)
+
+
+@contextmanager
+def _collected_warnings() -> Iterator[_Warnings]:
+    """lm-eval's warnings become remarks beside the scores, once each, instead of pages on the screen."""
+    logger, handler = logging.getLogger("lm_eval"), _Warnings()
+    before = logger.propagate, logger.level
+    logger.propagate = False
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield handler
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate, level = before
+        logger.setLevel(level)
+
+
+def _remarks(warnings: _Warnings) -> list[str]:
+    return [f"lm-eval: {first}" + (f" ({times} alike)" if times > 1 else "") for first, times in warnings.seen.values()]

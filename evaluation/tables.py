@@ -1,0 +1,192 @@
+"""The figures of a report as plain tables of words, which the screen and the model card both print."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+Labels = tuple[str, str]
+BEFORE_AFTER: Labels = ("before", "after")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One table: a title, the headers, the cells, and notes to stand below it."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def perplexity_rows(evaluation: Sequence[Mapping[str, Any]], labels: Labels = BEFORE_AFTER) -> Rows:
+    """Token perplexity on each text, with the protocol below. Entries without `before` make a table of one model."""
+    compared = any(entry.get("before") for entry in evaluation)
+    rows = [_perplexity_row(entry, compared) for entry in evaluation]
+    headers = ("text", *labels, "ratio", "log ratio, paired", "95 % interval") if compared else ("text", "perplexity")
+    return Rows("Token perplexity (lower is better)", headers, tuple(rows), tuple(map(protocol, evaluation)))
+
+
+def _perplexity_row(entry: Mapping[str, Any], compared: bool) -> tuple[str, ...]:
+    after = plus_minus(entry["after"]["token_perplexity"], entry["after"].get("stderr"))
+    if not compared:
+        return (text_name(entry), after)
+    if not entry.get("before"):
+        return (text_name(entry), "", after, "", "", "")
+    before = plus_minus(entry["before"]["token_perplexity"], entry["before"].get("stderr"))
+    ratio = entry["after"]["token_perplexity"] / entry["before"]["token_perplexity"]
+    delta = entry.get("paired_delta") or {}
+    change = plus_minus(delta["log_ratio"], delta.get("stderr"), signed=True) if "log_ratio" in delta else ""
+    interval = f"{delta['low']:+.4f} to {delta['high']:+.4f}" if {"low", "high"} <= delta.keys() else ""
+    return (text_name(entry), before, after, f"{ratio:.4f}", change, interval)
+
+
+def protocol(entry: Mapping[str, Any]) -> str:
+    """What one perplexity was measured on, so that the same number can be had again."""
+    bos = f", BOS token: {entry['bos']}" if entry.get("bos") else ""
+    note = f". {entry['note']}" if entry.get("note") else ""
+    return (
+        f"{text_name(entry)}: {entry['tokens']:,} tokens in windows of {entry['length']:,} that do not overlap{bos}, "
+        f"sha256 of the text {short(entry['sha256'])}{note}"
+    )
+
+
+def task_rows(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]], labels: Labels = BEFORE_AFTER) -> Rows:
+    """lm-eval scores by task and metric; entries with `value` instead of `before` and `after` are of one model."""
+    flat = [(task, metric, score) for task, metrics in tasks.items() for metric, score in metrics.items()]
+    if all("value" in score for _, _, score in flat):
+        rows = [(task, metric, plus_minus(score["value"], score["stderr"])) for task, metric, score in flat]
+        return Rows("Tasks (lm-eval)", ("task", "metric", "score"), tuple(rows))
+    headers = ("task", "metric", *labels, "change, paired", "answers lost", "answers won")
+    return Rows("Tasks (lm-eval)", headers, tuple((task, metric, *_task_cells(score)) for task, metric, score in flat))
+
+
+def _task_cells(score: Mapping[str, Any]) -> tuple[str, ...]:
+    change = plus_minus(score["after"] - score["before"], score["paired_stderr"], signed=True)
+    flips = (score.get("correct_to_wrong"), score.get("wrong_to_correct"))
+    return (
+        plus_minus(score["before"], score["stderr_before"]),
+        plus_minus(score["after"], score["stderr_after"]),
+        change,
+        *("" if count is None else f"{count:,}" for count in flips),
+    )
+
+
+def size_rows(report: Mapping[str, Any]) -> Rows:
+    """Bytes of the weights as they lie on disk, and the parameters that were there to be removed."""
+    before, after = report["bytes"]["before"], report["bytes"]["after"]
+    counts = report["parameters"]
+    rows = (
+        ("checkpoint", bytes_text(before), bytes_text(after), share(after, before)),
+        (
+            "targeted parameters",
+            f"{counts['targeted']:,}",
+            f"{counts['kept']:,}",
+            share(counts["kept"], counts["targeted"]),
+        ),
+    )
+    targeted = share(counts["targeted"], counts["total"])
+    note = f"{counts['targeted']:,} of {counts['total']:,} parameters were targeted ({targeted})"
+    return Rows("Size", ("", "before", "after", "kept"), rows, (note,))
+
+
+def layer_rows(layers: Sequence[Mapping[str, Any]]) -> Rows:
+    """One row for each kind of layer: models have hundreds of layers and a dozen kinds."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for layer in layers:
+        kinds.setdefault(layer_kind(layer["name"]), []).append(layer)
+    headers = ("layers", "count", "method", "kept", "relative error", "worst", "seconds")
+    note = (
+        "kept and relative error: means over a kind. Relative error: wrong share of the output's energy on calibration"
+    )
+    return Rows("Layers", headers, tuple(_kind_row(kind, members) for kind, members in kinds.items()), (note,))
+
+
+def _kind_row(kind: str, layers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    known = [layer for layer in layers if layer["relative_error"] is not None]
+    worst = max(known, key=lambda layer: float(layer["relative_error"]), default=None)
+    return (
+        kind,
+        str(len(layers)),
+        ", ".join(dict.fromkeys(layer["method"] for layer in layers)),
+        f"{fmean(layer['kept'] for layer in layers):.1%}",
+        number(fmean(layer["relative_error"] for layer in known)) if known else "",
+        f"{number(worst['relative_error'])} {worst['name']}" if worst else "",
+        f"{math.fsum(layer['seconds'] for layer in layers):.1f}",
+    )
+
+
+def layer_kind(name: str) -> str:
+    """`model.layers.3.self_attn.q_proj` is `self_attn.q_proj`, and every numbered expert is one kind."""
+    return ".".join([part for part in name.split(".") if not part.isdigit()][-2:])
+
+
+def kinds_text(names: Sequence[str]) -> str:
+    """`mlp.gate 32, lm_head 1`."""
+    return ", ".join(f"{kind} {count}" for kind, count in Counter(map(layer_kind, names)).items())
+
+
+def text_name(entry: Mapping[str, Any]) -> str:
+    """`wikitext2 (test)`, of a file its name."""
+    name = base_name(entry["corpus"])
+    return f"{name} ({entry['split']})" if entry.get("split") else name
+
+
+def plus_minus(value: float, stderr: float | None, *, signed: bool = False) -> str:
+    """`value ± stderr`, the value to the place where its error has two digits."""
+    sign = "+" if signed else ""
+    if stderr is None or stderr <= 0:
+        return f"{value:{sign}.4f}" + ("" if stderr is None else " ± 0")
+    places = min(8, max(0, 1 - math.floor(math.log10(stderr))))
+    return f"{value:{sign},.{places}f} ± {stderr:,.{places}f}"
+
+
+def number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def share(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else ""
+
+
+def bytes_text(count: float) -> str:
+    """Decimal units, as disks are sold: `13.48 GB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def seconds_text(seconds: float) -> str:
+    """`8.2 s`, `5 min 12 s`, `3 h 5 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return (
+        f"{int(seconds // 60)} min {int(seconds % 60)} s" if seconds < 3600 else f"{minutes // 60} h {minutes % 60} min"
+    )
+
+
+def short(digest: str | None) -> str:
+    return digest[:12] if digest else "unknown"
+
+
+def base_name(model: Mapping[str, Any] | str) -> str:
+    """A name of the Hub as it is; of a path here the last part, because the rest speaks of somebody's machine."""
+    name = str(model["id"] if isinstance(model, Mapping) else model)
+    return last_part(name) if is_local(name) else name
+
+
+def is_local(name: str) -> bool:
+    return name.startswith(("/", "~", ".")) or "\\" in name or Path(name).exists()
+
+
+def last_part(path: str) -> str:
+    """The file or folder name at the end of a path of any system; of `.` the name of the folder it means."""
+    parts = [part for part in re.split(r"[/\\]", path) if part and part != "."]
+    return parts[-1] if parts and parts[-1] not in ("..", "~") else Path(path).expanduser().resolve().name

@@ -1,0 +1,318 @@
+"""The report: what it must hold, what the screen and the model card say."""
+
+import copy
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from paredown.compress.errors import PareError
+from paredown.evaluation.report import SCHEMA, check_report, loading_code, model_card, render, render_eval
+from paredown.evaluation.tables import base_name, bytes_text, layer_kind, plus_minus, seconds_text
+
+
+@pytest.fixture
+def report():
+    layers = [
+        {
+            "name": f"model.layers.{block}.{kind}",
+            "method": "wanda",
+            "kept": 0.5,
+            "relative_error": 0.01 * (block + 1),
+            "damping": None,
+            "seconds": 0.5,
+        }
+        for block in range(40)
+        for kind in ("self_attn.q_proj", "mlp.down_proj", "mlp.experts.3.down_proj")
+    ]
+    return {
+        "schema": SCHEMA,
+        "model": {
+            "id": "meta-llama/Llama-3.2-1B",
+            "revision": "abc123",
+            "family": "llama",
+            "parameters": 1_200_000_000,
+        },
+        "recipe": {
+            "name": "wanda-2-4",
+            "method": "wanda",
+            "options": {"sparsity": "2:4"},
+            "citation": "Sun et al. 2023",
+        },
+        "calibration": {
+            "source": "stdlib",
+            "split": "calibration",
+            "sequences": 128,
+            "length": 2048,
+            "seed": 7,
+            "sha256": "cafe" * 16,
+        },
+        "evaluation": [
+            {
+                "corpus": "wikitext2",
+                "split": "test",
+                "sha256": "beef" * 16,
+                "length": 2048,
+                "tokens": 341_469,
+                "before": {"token_perplexity": 9.761, "stderr": 0.052},
+                "after": {"token_perplexity": 14.52, "stderr": 0.081},
+                "paired_delta": {"log_ratio": 0.3971, "stderr": 0.0021, "low": 0.3931, "high": 0.4012},
+                "note": "first windows only",
+            }
+        ],
+        "tasks": {
+            "boolq": {
+                "acc": {
+                    "before": 0.64,
+                    "after": 0.61,
+                    "stderr_before": 0.0084,
+                    "stderr_after": 0.0085,
+                    "paired_stderr": 0.0031,
+                    "correct_to_wrong": 210,
+                    "wrong_to_correct": 111,
+                }
+            },
+            "wikitext": {
+                "word_perplexity": {
+                    "before": 11.5,
+                    "after": 17.25,
+                    "stderr_before": None,
+                    "stderr_after": None,
+                    "paired_stderr": None,
+                }
+            },
+        },
+        "parameters": {"total": 1_200_000_000, "targeted": 900_000_000, "kept": 450_000_000},
+        "bytes": {"before": 2_400_000_000, "after": 1_612_500_000},
+        "layers": layers,
+        "seconds": {"calibration": 2.5, "compress": 61.0, "evaluation": 3700.0, "write": 5.0, "total": 3768.5},
+        "peak_memory_bytes": {"host": 3_100_000_000, "device": None},
+        "fallbacks": [f"model.layers.{i}.mlp.experts.3.down_proj: no token" for i in range(15)],
+        "versions": {"torch": "2.11.0"},
+        "command": "paredown compress meta-llama/Llama-3.2-1B --recipe=/home/me/wanda-2-4.yaml -o /data/out/small",
+        "format": "packed",
+        "warnings": ["the [bold]window[/bold] was capped at 512"],
+    }
+
+
+def screen(renderable, width=200):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def forget(tree, path):
+    for key in path[:-1]:
+        tree = tree[key]
+    del tree[path[-1]]
+
+
+# What a report must hold
+
+
+def test_a_whole_report_passes_also_after_a_turn_through_json(report):
+    check_report(report)
+    check_report(json.loads(json.dumps(report)))
+    check_report({**report, "calibration": None, "evaluation": [], "tasks": {}, "layers": []})
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("schema",),
+        ("model", "revision"),
+        ("recipe",),
+        ("calibration", "sha256"),
+        ("evaluation", 0, "tokens"),
+        ("evaluation", 0, "before", "token_perplexity"),
+        ("evaluation", 0, "paired_delta"),
+        ("tasks", "boolq", "acc", "paired_stderr"),
+        ("parameters", "targeted"),
+        ("bytes", "after"),
+        ("layers", 1, "relative_error"),
+        ("seconds", "write"),
+        ("peak_memory_bytes", "device"),
+        ("fallbacks",),
+        ("versions",),
+    ],
+)
+def test_each_missing_key_is_named(report, path):
+    forget(report, path)
+    place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+    with pytest.raises(PareError) as fault:
+        check_report(report)
+    assert f"report{place} is missing" in str(fault.value)
+
+
+def test_all_faults_are_told_at_once_with_what_was_found(report):
+    report["bytes"]["after"] = "1 GB"
+    report["seconds"]["total"] = True
+    report["layers"] = {}
+    report["evaluation"][0]["after"]["token_perplexity"] = float("nan")
+    with pytest.raises(PareError) as fault:
+        check_report(report)
+    told = str(fault.value)
+    assert "report.bytes.after is '1 GB'; wanted int" in told
+    assert "report.seconds.total is True; wanted int or float" in told
+    assert "report.layers is {}; wanted a list" in told
+    assert "token_perplexity is nan; wanted a finite number" in told
+
+
+def test_a_report_of_another_schema_is_refused(report):
+    with pytest.raises(PareError, match="schema is 99"):
+        check_report({**report, "schema": 99})
+
+
+# The screen
+
+
+def test_the_screen_shows_both_figures_with_errors_protocol_and_seed(report):
+    shown = screen(render(report))
+    for words in ("9.761 ± 0.052", "14.520 ± 0.081", "+0.3971 ± 0.0021", "+0.3931 to +0.4012", "1.4876"):
+        assert words in shown
+    for words in ("wikitext2 (test)", "341,469 tokens", "windows of 2,048", "beefbeefbeef", "first windows only"):
+        assert words in shown
+    for words in ("0.6400 ± 0.0084", "0.6100 ± 0.0085", "-0.0300 ± 0.0031", "210", "111", "17.2500"):
+        assert words in shown
+    for words in ("2.40 GB", "1.61 GB", "67.2%", "450,000,000", "50.0%", "1 h 3 min", "3.10 GB", "seed 7"):
+        assert words in shown
+
+
+def test_hundreds_of_layers_become_a_row_for_each_kind(report):
+    shown = screen(render(report))
+    assert shown.count("wanda ") < 10
+    assert "experts.down_proj" in shown and "mlp.down_proj" in shown
+    row = next(line for line in shown.splitlines() if line.strip().startswith("self_attn.q_proj"))
+    assert "40" in row and "50.0%" in row and "0.205" in row and "0.4 model.layers.39.self_attn.q_proj" in row
+
+
+def test_long_lists_say_how_much_is_left_out(report):
+    shown = screen(render(report))
+    assert "Fallbacks: 15" in shown and "and 3 more in report.json" in shown
+    report["fallbacks"] = []
+    assert "Fallbacks" not in screen(render(report))
+
+
+def test_matrices_that_stayed_dense_are_counted_by_kind(report):
+    report["left_dense"] = ["lm_head", *(f"model.layers.{i}.mlp.gate" for i in range(40))]
+    report["unsupported"] = ["model.layers.0.mixer.A_log"]
+    for told in (screen(render(report)), model_card(report)):
+        assert "Left dense: 41 (lm_head 1, mlp.gate 40)" in told and "Seen by no method: 1 (mixer.A_log 1)" in told
+
+
+def test_brackets_in_names_are_text_and_not_markup(report):
+    assert "[bold]window[/bold]" in screen(render(report))
+
+
+def test_a_report_without_evaluation_calibration_or_layers_still_renders(report):
+    bare = {**report, "evaluation": [], "tasks": {}, "layers": [], "calibration": None, "fallbacks": [], "warnings": []}
+    shown = screen(render(bare))
+    assert "needs no data" in shown and "2.40 GB" in shown and "perplexity" not in shown
+
+
+def test_a_narrow_screen_loses_no_figure(report):
+    assert "14.520" in screen(render(report), width=60).replace("\n", "")
+
+
+def test_eval_of_one_model_shows_one_column(report):
+    entry = {key: value for key, value in report["evaluation"][0].items() if key not in ("before", "paired_delta")}
+    task = {"boolq": {"acc": {"value": 0.61, "stderr": 0.0085, "documents": 3270}}}
+    shown = screen(render_eval({"model": "out/small", "evaluation": [entry], "tasks": task, "notes": ["one note"]}))
+    assert "14.520 ± 0.081" in shown and "0.6100 ± 0.0085" in shown and "one note" in shown
+    assert "before" not in shown and "ratio" not in shown
+
+
+def test_eval_against_a_dense_model_names_both(report):
+    result = {key: report[key] for key in ("evaluation", "tasks")}
+    shown = screen(render_eval({"model": {"id": "/data/out/small"}, "against": "meta-llama/Llama-3.2-1B", **result}))
+    assert "meta-llama/Llama-3.2-1B (dense)" in shown and "+0.3971 ± 0.0021" in shown and "/data" not in shown
+
+
+# The card
+
+
+def test_the_front_matter_is_yaml_with_base_model_library_and_tags(report):
+    front = yaml.safe_load(model_card(report).split("---\n")[1])
+    assert front["base_model"] == "meta-llama/Llama-3.2-1B"
+    assert front["library_name"] == "transformers"
+    assert {"paredown", "wanda", "wanda-2-4"} <= set(front["tags"])
+
+
+def test_the_card_holds_the_command_the_table_the_protocol_and_the_limits(report):
+    card = model_card(report)
+    assert "paredown compress meta-llama/Llama-3.2-1B --recipe=wanda-2-4.yaml -o small" in card
+    assert "| wikitext2 (test) | 9.761 ± 0.052 | 14.520 ± 0.081 |" in card
+    for words in ("341,469 tokens", "Zeros are not bytes, and bytes are not speed until measured", "Sun et al. 2023"):
+        assert words in card
+    assert "sparsity 2:4" in card and "abc123" in card
+    assert "- Fallbacks: 15\n" in card and "  - the [bold]window[/bold] was capped at 512\n" in card
+
+
+def test_the_card_tells_nothing_of_the_machine_it_was_made_on(report, tmp_path):
+    report["model"]["id"] = str(tmp_path / "my-model")
+    report["calibration"]["source"] = report["evaluation"][0]["corpus"] = str(tmp_path / "notes.txt")
+    report["command"] = f"paredown compress {tmp_path}/my-model --source={tmp_path}/notes.txt"
+    card = model_card(report)
+    assert str(tmp_path) not in card
+    assert "my-model" in card and "notes.txt" in card
+    assert "base_model" not in yaml.safe_load(card.split("---\n")[1])
+
+
+def test_a_dense_card_needs_no_import_and_owns_up_to_its_size(report):
+    assert "import paredown.compress" in model_card(report)
+    dense = copy.deepcopy(report) | {"format": "dense"}
+    dense["bytes"]["after"] = dense["bytes"]["before"]
+    assert "paredown.compress" not in model_card(dense)
+    assert "as large as the original" in model_card(dense)
+    assert "as large as the original" not in model_card(report)
+
+
+def test_every_row_of_a_card_table_has_as_many_cells_as_its_header(report):
+    report["tasks"]["a|b"] = report["tasks"]["boolq"]
+    tables = [block for block in model_card(report).split("\n\n") if block.startswith("|")]
+    assert len(tables) == 3
+    for table in tables:
+        widths = {line.replace("\\|", "").count("|") for line in table.splitlines()}
+        assert len(widths) == 1
+
+
+def test_the_loading_code_of_a_dense_card_loads_the_model_without_paredown(report, tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
+    model.save_pretrained(tmp_path)
+    code = loading_code({**report, "format": "dense"}, str(tmp_path))
+    assert code in model_card({**report, "format": "dense"}).replace("path/to/this/folder", str(tmp_path))
+    code += "\nimport sys; print(sum(p.double().sum().item() for p in model.parameters()), 'paredown' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert float(told[0]) == pytest.approx(sum(p.double().sum().item() for p in model.parameters()), rel=1e-9)
+    assert told[1] == "False"
+
+
+# Words for numbers
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "words"),
+    [(9.7613, 0.0521, "9.761 ± 0.052"), (1234.5, 12.3, "1,234 ± 12"), (0.5, None, "0.5000"), (0.5, 0.0, "0.5000 ± 0")],
+)
+def test_a_value_is_rounded_to_two_digits_of_its_error(value, stderr, words):
+    assert plus_minus(value, stderr) == words
+
+
+def test_bytes_seconds_kinds_and_names_in_words(tmp_path, monkeypatch):
+    assert [bytes_text(n) for n in (999, 1500, 13_480_000_000)] == ["999 bytes", "1.50 kB", "13.48 GB"]
+    assert [seconds_text(s) for s in (8.24, 312, 11100)] == ["8.2 s", "5 min 12 s", "3 h 5 min"]
+    assert layer_kind("model.layers.3.mlp.experts.7.down_proj") == "experts.down_proj"
+    assert layer_kind("transformer.h.0.attn.c_attn") == "attn.c_attn"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "local").mkdir(parents=True)
+    names = ("gpt2", "org/hub", "org/local", "/a/b/c/", "./x", r"C:\models\tiny")
+    assert [base_name(name) for name in names] == ["gpt2", "org/hub", "local", "c", "x", "tiny"]
+    assert base_name(".") == tmp_path.name

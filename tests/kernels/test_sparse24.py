@@ -1,0 +1,101 @@
+"""The 2:4 reference: exact to the bit, strict about its mask."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from paredown.kernels import sparse24
+from paredown.kernels.sparse24 import count_invalid24, pack24, sparse24_matmul, unpack24
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def random_mask(*shape):
+    groups = torch.rand(*shape[:-1], shape[-1] // 4, 4).argsort(-1) < 2
+    return groups.reshape(shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 4), (3, 12), (5, 64), (2, 3, 20), (130, 4096)])
+def test_what_is_packed_comes_back_bit_for_bit(shape, dtype):
+    torch.manual_seed(0)
+    weight, keep = torch.randn(shape).to(dtype), random_mask(*shape)
+    values, indices = pack24(weight, keep)
+    assert values.shape == (*shape[:-1], shape[-1] // 2) and values.dtype == dtype
+    assert indices.shape == (*shape[:-1], -(-shape[-1] // 8)) and indices.dtype == torch.uint8
+    dense = unpack24(values, indices)
+    assert torch.equal(dense[keep], weight[keep]) and not dense[~keep].any()
+    assert not torch.signbit(dense[~keep]).any()
+
+
+def test_every_pair_of_columns_has_its_documented_nibble():
+    for low, high in itertools.combinations(range(4), 2):
+        keep = torch.zeros(1, 4, dtype=torch.bool)
+        keep[0, [low, high]] = True
+        values, indices = pack24(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), keep)
+        assert indices.item() == low | high << 2
+        assert values.tolist() == [[low + 1.0, high + 1.0]]
+
+
+def test_the_second_group_of_a_byte_is_its_high_nibble():
+    keep = torch.tensor([[1, 1, 0, 0, 0, 0, 1, 1]], dtype=torch.bool)
+    assert pack24(torch.ones(1, 8), keep)[1].item() == (0 | 1 << 2) | (2 | 3 << 2) << 4
+
+
+def test_negative_zero_and_zero_are_values_like_any_other():
+    weight = torch.tensor([[-0.0, 0.0, 5.0, 6.0]])
+    dense = unpack24(*pack24(weight, torch.tensor([[True, True, False, False]])))
+    assert torch.signbit(dense).tolist() == [[True, False, False, False]]
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    weight, keep = torch.randn(37, 16), random_mask(37, 16)
+    whole = pack24(weight, keep)
+    monkeypatch.setattr(sparse24, "BLOCK", 40)
+    parts = pack24(weight, keep)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert torch.equal(unpack24(*whole), unpack24(*parts))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [(), (1,), (5,), (2, 3)])
+def test_matmul_is_bit_equal_to_linear(dtype, tokens):
+    torch.manual_seed(1)
+    weight, bias, x = torch.randn(24, 40).to(dtype), torch.randn(24).to(dtype), torch.randn(*tokens, 40).to(dtype)
+    keep = random_mask(24, 40)
+    assert torch.equal(sparse24_matmul(x, *pack24(weight, keep), bias), F.linear(x, weight * keep, bias))
+
+
+def test_nine_bits_a_weight():
+    values, indices = pack24(torch.randn(64, 128).bfloat16(), random_mask(64, 128))
+    assert (values.numel() * 2 + indices.numel()) * 8 / (64 * 128) == 9
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_a_group_that_does_not_keep_two_is_named(kept):
+    keep = random_mask(3, 8)
+    keep[2, 4:] = torch.arange(4) < kept
+    with pytest.raises(ValueError, match="row 2, columns 4 to 7"):
+        pack24(torch.randn(3, 8), keep)
+
+
+def test_widths_and_masks_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="divisible by 4"):
+        pack24(torch.randn(2, 6), torch.ones(2, 6, dtype=torch.bool))
+    with pytest.raises(ValueError, match="keep must be bool"):
+        pack24(torch.randn(2, 8), torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="uint8 indices"):
+        unpack24(torch.randn(2, 4), torch.zeros(2, 2, dtype=torch.uint8))
+
+
+def test_damaged_indices_are_counted():
+    indices = pack24(torch.randn(4, 24), random_mask(4, 24))[1]
+    assert count_invalid24(indices, 24) == 0
+    indices[1, 0] = 0
+    assert count_invalid24(indices, 24) == 2
+    odd = pack24(torch.randn(4, 12), random_mask(4, 12))[1]
+    assert count_invalid24(odd, 12) == 0
+    odd[0, -1] |= 0xF0
+    assert count_invalid24(odd, 12) == 1
