@@ -1,7 +1,71 @@
-"""Shared by all tests: no network, one thread per worker."""
+"""Shared by all tests: no network, and tiny random models with a tokenizer and text beside them."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+transformers.logging.set_verbosity_error()
+
+WORDS = "the a cat dog sat ran on under big red house tree and then it was very old".split()
+SIZES = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 256, "eos_token_id": 256,
+    "pad_token_id": 256,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Bytes and one special token: anything can be encoded, and nothing has to be trained."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bpe = Tokenizer(models.BPE(vocab={**alphabet, "<eos>": 256}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<eos>", eos_token="<eos>", pad_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def save_model(tokenizer):
+    """`save_model(folder, config, dtype)`: a random model of a config, made the same way every time."""
+
+    def save(folder: Path, config, dtype=torch.bfloat16):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager").eval()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return model
+
+    return save
+
+
+@pytest.fixture
+def tiny_config():
+    return transformers.LlamaConfig(**SIZES)
+
+
+@pytest.fixture
+def tiny_model(tmp_path, save_model, tiny_config):
+    """The folder of a tiny Llama."""
+    save_model(tmp_path / "model", tiny_config)
+    return tmp_path / "model"
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """Enough words for some windows of 64 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    words = [WORDS[i] for i in torch.randint(len(WORDS), (2000,), generator=generator).tolist()]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(words))
+    return path

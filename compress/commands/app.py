@@ -202,18 +202,23 @@ def _shell(arguments: list[str]) -> str:
     return shlex.join(arguments)
 
 
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM: unwinds everything, and unlike KeyboardInterrupt is not taken by typer on the way."""
+
+
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C does, so that nothing half-made is left behind."""
+    """Both signals unwind the run, so that nothing half-made is left behind."""
 
     def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        raise _Stopped
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main() -> None:
@@ -228,7 +233,7 @@ def main() -> None:
             raise
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except _Stopped:
         print("interrupted: nothing was written", file=sys.stderr)
         sys.exit(130)
 

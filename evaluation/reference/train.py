@@ -1,10 +1,14 @@
 """Train the bundled reference model: a small Llama and its byte-level BPE, on the training split of the standard library.
 
-    python -m paredown.evaluation.reference.train -o FOLDER [--minutes 55] [--seed 0]
+    python -m paredown.evaluation.reference.train -o FIRST --minutes 46
+    python -m paredown.evaluation.reference.train -o FOLDER --minutes 24 --start FIRST
 
 Muon (Jordan et al., 2024) turns the matrices, AdamW the embedding and the norms. The budget is wall time: the learning
 rate is a function of the share of it that is spent, so a faster machine sees more tokens and ends on the same schedule.
 The weights written are an average over the last steps, in bfloat16.
+
+`--start` goes on from an earlier run with AdamW for everything. Muon's orthogonal updates leave all input channels
+equally loud, as in no published model; AdamW gives them the uneven scales that pruning methods have to cope with.
 """
 
 import argparse
@@ -14,7 +18,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +49,7 @@ class Plan:
     average: float = 0.995
     tests: float = 0.3
     save_every_s: float = 240.0
+    start: Path | None = None  # go on from this checkpoint, with AdamW alone
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -117,6 +122,11 @@ def batches(plan: Plan, library: Tensor, tests: Tensor, opening: int) -> Iterato
 
 def optimizers(plan: Plan, model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for the tied embedding and the norms; peak rates in `peak`."""
+    if plan.start is not None:
+        matrices = [p for p in model.parameters() if p.ndim == 2]
+        vectors = [p for p in model.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+        return [_peaked(torch.optim.AdamW(groups, lr=plan.adam_rate, betas=(0.9, 0.95)))]
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     inside = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in inside]
@@ -124,10 +134,13 @@ def optimizers(plan: Plan, model: LlamaForCausalLM) -> list[torch.optim.Optimize
         matrices, lr=plan.muon_rate, momentum=0.95, weight_decay=plan.weight_decay, adjust_lr_fn="original"
     )
     adam = torch.optim.AdamW(rest, lr=plan.adam_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    for optimizer in (muon, adam):
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return [muon, adam]
+    return [_peaked(muon), _peaked(adam)]
+
+
+def _peaked(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    for group in optimizer.param_groups:
+        group["peak"] = group["lr"]
+    return optimizer
 
 
 def rate_at(spent: float, warmup: float) -> float:
@@ -173,6 +186,8 @@ def train(plan: Plan) -> dict[str, Any]:
     torch.manual_seed(plan.seed)
     tokenizer, streams = prepare()
     model = build_model(tokenizer.bos_token_id)
+    if plan.start is not None:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(plan.start, dtype=torch.float32).state_dict())
     average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     steppers = optimizers(plan, model)
     partial = plan.folder.with_name(plan.folder.name + ".partial")
@@ -258,8 +273,12 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--minutes", type=float, default=Plan.minutes, help="wall time of the training")
     parser.add_argument("--seed", type=int, default=Plan.seed)
+    parser.add_argument("--start", type=Path, help="go on from this checkpoint, with AdamW alone")
     options = parser.parse_args()
-    facts = train(Plan(options.output, options.minutes, options.seed))
+    plan = Plan(options.output, options.minutes, options.seed)
+    if options.start is not None:  # many small steps at a high rate: the channels have to find new scales
+        plan = replace(plan, start=options.start, batch=8, adam_rate=3e-3, average=0.99)
+    facts = train(plan)
     print(json.dumps(facts, indent=2))
 
 

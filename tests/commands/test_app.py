@@ -1,0 +1,175 @@
+"""The commands as a person types them."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from paredown.commands.app import main
+from paredown.compress import compress, loading
+from paredown.compress.verify import verify
+from paredown.evaluation.schema import check_report
+
+SMALL = ["calibration.sequences=4", "calibration.length=32", "evaluate.length=32", "evaluate.windows=8"]
+
+
+@pytest.fixture
+def paredown(capsys, monkeypatch):
+    """Run one command in this process; returns exit code, standard output and standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["paredown", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def arguments(text_file):
+    settings = [part for setting in SMALL for part in ("--set", setting)]
+    return [*settings, "--calibration", text_file, "--eval-text", text_file]
+
+
+def test_compress_eval_export_and_verify_one_model(paredown, arguments, tiny_model, text_file, tmp_path):
+    out = tmp_path / "out"
+    code, told, progress = paredown("compress", tiny_model, "-r", "sparsegpt-2of4", "-o", out, *arguments, "--json")
+    report = json.loads(told)
+    check_report(report)
+    assert code == 0 and report == json.loads((out / "report.json").read_text())
+    assert "model.layers.1" in progress and "peak" in progress
+    assert report["parameters"]["kept"] * 2 == report["parameters"]["targeted"]
+    assert report["bytes"]["after"] < report["bytes"]["before"]
+    assert "import paredown.compress" in (out / "README.md").read_text()
+    assert not out.with_name("out.partial").exists()
+
+    code, told, _ = paredown(
+        "eval", out, "--against", tiny_model, "--eval-text", text_file, "--length", 32, "--windows", 8, "--json"
+    )
+    entry, before = json.loads(told)["evaluation"][0], report["evaluation"][0]
+    for side in ("before", "after"):
+        assert entry[side]["token_perplexity"] == pytest.approx(before[side]["token_perplexity"], rel=2e-3)
+
+    dense, again = tmp_path / "dense", tmp_path / "again"
+    assert paredown("export", out, "-o", dense, "--format", "dense")[0] == 0
+    assert paredown("export", dense, "-o", again, "--format", "packed")[0] == 0
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        first, *others = (loading.load(folder).eval()(ids).logits for folder in (out, dense, again))
+    assert all(torch.equal(first, other) for other in others)
+    for folder in (out, dense, again):
+        assert paredown("verify", folder)[:2] == (0, f"{folder}: sound\n")
+    assert paredown("compress", out, "-r", "wanda-2of4", "-o", tmp_path / "twice", *arguments)[0] == 1
+
+
+def test_python_does_the_same(arguments, tiny_model, text_file, tmp_path):
+    report = compress(
+        tiny_model, "wanda-50", tmp_path / "out", overrides=SMALL, calibration=str(text_file),
+        eval_text=[str(text_file)], format="dense", seed=3,
+    )  # fmt: skip
+    assert report["calibration"]["seed"] == 3 and report["format"] == "dense"
+    zeros = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"] == 0
+    assert int(zeros.sum()) == zeros.numel() // 2
+
+
+def test_plan_says_what_compress_then_does(paredown, arguments, tiny_model, text_file, tmp_path):
+    for recipe in ("sparsegpt-2of4", "wanda-50", "wanda-4of8"):
+        plan = json.loads(paredown("plan", tiny_model, "-r", recipe, "--json")[1])
+        out = tmp_path / recipe
+        report = json.loads(paredown("compress", tiny_model, "-r", recipe, "-o", out, *arguments, "--json")[1])
+        assert plan["kept_parameters"] == report["parameters"]["kept"]
+        assert plan["targeted_parameters"] == report["parameters"]["targeted"]
+        assert (plan["bytes_before"], plan["bytes_after"]) == (report["bytes"]["before"], report["bytes"]["after"])
+    code, told, _ = paredown("plan", tiny_model, "-r", "wanda-2of4")
+    assert code == 0 and "memory needed" in told
+
+
+def test_recipes_are_listed_and_shown_with_their_citation(paredown):
+    assert "sparsegpt-2of4" in paredown("recipes")[1]
+    assert "arXiv 2306.11695" in paredown("recipes", "wanda-2of4")[1]
+    code, _, said = paredown("recipes", "wanda")
+    assert code == 1 and said.startswith("error: no recipe is called 'wanda'")
+
+
+def test_wrong_usage_exits_with_2(paredown):
+    assert paredown("compress")[0] == 2
+    assert paredown("compres")[0] == 2
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['paredown', '--help']\n"
+        "from paredown.commands.app import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'lm_eval', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_leaves_nothing(number, arguments, tiny_model, tmp_path):
+    out = tmp_path / "out"
+    # many windows, so that the run is still under way when the signal comes
+    slow = ["--set", "evaluate.windows=5000", "--set", "evaluate.length=2", "--set", "calibration.sequences=600"]
+    command = [sys.executable, "-m", "paredown.commands.app", "compress", str(tiny_model), "-r", "sparsegpt-2of4"]
+    command += ["-o", str(out), *map(str, arguments), *slow]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out.partial").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert (tmp_path / "out.partial").exists()
+    run.send_signal(number)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 130 and "nothing was written" in said
+    assert not out.exists() and not (tmp_path / "out.partial").exists()
+
+
+@pytest.fixture
+def written(tiny_model, text_file, tmp_path):
+    compress(
+        tiny_model, "sparsegpt-2of4", tmp_path / "out", overrides=SMALL, calibration=str(text_file),
+        eval_text=[str(text_file)],
+    )  # fmt: skip
+    return tmp_path / "out"
+
+
+def test_verify_finds_a_flipped_byte(written):
+    assert verify(written) == []
+    path = written / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    assert any("has changed since it was written" in fault for fault in verify(written))
+
+
+def test_verify_finds_missing_and_reshaped_tensors(written):
+    path = written / "model.safetensors"
+    tensors = load_file(path)
+    tensors.pop("model.norm.weight")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].contiguous()
+    save_file(tensors, path)
+    faults = "\n".join(verify(written))
+    assert "'model.norm.weight' is missing" in faults and "'lm_head.weight' is bfloat16 [319, 64]" in faults
+
+
+def test_verify_finds_what_the_hashes_do_not_tell(written, tmp_path):
+    record = json.loads((written / "paredown.json").read_text())
+    record["probe"]["nll"] = [value + 1 for value in record["probe"]["nll"]]
+    record["layers"]["model.layers.0.mlp.up_proj"]["kept"] = 0.25
+    (written / "paredown.json").write_text(json.dumps(record))
+    faults = "\n".join(verify(written))
+    assert "on the probe window the loss differs by 1.0000" in faults
+    assert "model.layers.0.mlp.up_proj keeps 3072 values" in faults
