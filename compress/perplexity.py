@@ -1,4 +1,8 @@
-"""Token perplexity and its uncertainty. One number means little: every figure travels with its protocol (see Windows)."""
+"""Token perplexity and its uncertainty. One number means little: every figure travels with its protocol (see Windows).
+
+`exp(mean loss)` over the `length - 1` targets of each window, as in GPTQ, SparseGPT and Wanda. Whole windows are resampled:
+tokens of one text are not independent. Two models are resampled together, so that the text's difficulty cancels.
+"""
 
 import math
 from typing import Any
@@ -10,6 +14,7 @@ from paredown.compress.errors import PareError
 
 RESAMPLES = 1000
 CHUNK_BYTES = 16 << 20  # of float32 logits at a time
+DRAWS_AT_ONCE = 4_000_000
 
 
 def token_nll(logits: Tensor, ids: Tensor) -> Tensor:  # (batch, length - 1)
@@ -22,49 +27,72 @@ def token_nll(logits: Tensor, ids: Tensor) -> Tensor:  # (batch, length - 1)
 
 def target_nll(logits: Tensor, targets: Tensor) -> Tensor:  # (batch, positions)
     """As `token_nll`, of logits (batch, positions, vocabulary) that already stand before their targets."""
-    flat, wanted = logits.flatten(0, 1), targets.flatten()  # (tokens, vocabulary), (tokens,)
-    step = max(1, CHUNK_BYTES // (4 * flat.shape[-1]))
+    if logits.shape[:2] != targets.shape or not targets.numel():
+        raise ValueError(
+            f"wanted logits (b, n, vocabulary) and targets (b, n): {tuple(logits.shape)}, {tuple(targets.shape)}"
+        )
+    step = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
+    targets = targets.to(logits.device)
+    # row by row: to flatten logits that lost their last position would copy them all
     parts = [
-        nn.functional.cross_entropy(rows.float(), some, reduction="none")
-        for rows, some in zip(flat.split(step), wanted.split(step), strict=True)
+        nn.functional.cross_entropy(some.float(), wanted, reduction="none")
+        for row, row_targets in zip(logits, targets, strict=True)
+        for some, wanted in zip(row.split(step), row_targets.split(step), strict=True)
     ]
-    losses = torch.cat(parts)
-    if not torch.isfinite(losses).all():
-        raise PareError("the model's loss is not finite: its logits overflow. Try --dtype bfloat16 or float32.")
-    return losses.view(targets.shape)
+    losses = torch.cat(parts).view(targets.shape)
+    finite = torch.isfinite(losses)
+    if not finite.all():
+        row, column = (~finite).nonzero()[0].tolist()
+        raise PareError(
+            f"the model's loss is not finite for {int((~finite).sum())} of {losses.numel()} tokens, the first of them "
+            f"{float(losses[row, column])} at position {column} of window {row} of the batch: its logits overflow. "
+            "Try --dtype bfloat16 or float32."
+        )
+    return losses
 
 
-def perplexity(nll: Tensor, seed: int = 0) -> dict[str, float]:
-    """`exp` of the mean loss, with its standard error by bootstrap over windows.
+def perplexity(nll: Tensor, seed: int = 0) -> dict[str, Any]:
+    """`token_perplexity`, `exp` of the mean loss, with its `stderr` by bootstrap over windows: None for a single one.
 
-    nll (windows, length - 1). Windows are resampled whole: tokens of one text are not independent.
+    nll (windows, length - 1).
     """
     per_window = nll.double().mean(1)  # (windows,)
     resampled = _bootstrap(per_window, seed).exp()  # (resamples,)
-    return {"token_perplexity": float(per_window.mean().exp()), "stderr": _deviation(resampled)}
+    return {"token_perplexity": float(per_window.mean().exp()), "stderr": _deviation(resampled, len(per_window))}
 
 
 def paired_delta(before: Tensor, after: Tensor, seed: int = 0) -> dict[str, Any]:
     """How much the loss rose on the very same windows: the increase of log perplexity, and perplexity's ratio.
 
-    before, after (windows, length - 1). `log_ratio` with its standard error and 95% interval by paired bootstrap.
+    before, after (windows, length - 1). `log_ratio` in nats per token with its standard error and 95% interval, `low` to
+    `high`, by paired bootstrap; a single window has no `stderr` (None) and no interval.
     """
+    if before.shape != after.shape:
+        raise ValueError(f"the losses are not of the same windows: {tuple(before.shape)} and {tuple(after.shape)}")
     rise = (after.double() - before.double()).mean(1)  # (windows,)
     resampled = _bootstrap(rise, seed)
-    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     mean = float(rise.mean())
+    interval = {}
+    if len(rise) > 1:
+        low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        interval = {"low": low, "high": high}
     return {
-        "log_ratio": mean, "stderr": _deviation(resampled), "low": low, "high": high, "ratio": math.exp(mean),
-        "windows": len(rise), "resamples": RESAMPLES,
+        "log_ratio": mean, "stderr": _deviation(resampled, len(rise)), **interval, "ratio": math.exp(mean),
+        "windows": len(rise), "resamples": RESAMPLES, "seed": seed,
     }  # fmt: skip
 
 
 def _bootstrap(values: Tensor, seed: int) -> Tensor:  # (resamples,)
     """Means of `values` (n,) resampled with replacement."""
+    values = values.cpu()
     generator = torch.Generator().manual_seed(seed)
-    means = [values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(RESAMPLES)]
-    return torch.stack(means)
+    means = []
+    for some in torch.arange(RESAMPLES).split(max(1, DRAWS_AT_ONCE // len(values))):
+        picks = torch.randint(len(values), (len(some), len(values)), generator=generator)  # (some, n)
+        means.append(values[picks].mean(1))  # (some,)
+    return torch.cat(means)
 
 
-def _deviation(resampled: Tensor) -> float:
-    return float(resampled.std())
+def _deviation(resampled: Tensor, windows: int) -> float | None:
+    spread = float(resampled.std())
+    return spread if windows > 1 and math.isfinite(spread) else None

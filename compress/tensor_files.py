@@ -85,10 +85,10 @@ class TensorFiles:
                 raise PareError(self._nothing_to_read())
             return {}
         try:
-            weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError) as fault:
+            weight_map: dict[str, str] = dict(json.loads(path.read_text())["weight_map"].items())
+        except (ValueError, KeyError, TypeError, AttributeError) as fault:
             raise PareError(f"{path} is not a safetensors index ({fault!r}). Fetch the checkpoint again.") from fault
-        for file in sorted(set(weight_map.values())):
+        for file in weight_map.values():
             if not isinstance(file, str) or Path(file).name != file or "\\" in file or file in ("", ".", ".."):
                 raise PareError(
                     f"{path} points to {file!r}. Shards must be plain file names inside the folder; "

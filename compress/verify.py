@@ -35,9 +35,9 @@ def verify(folder: Path) -> list[str]:
     if faults:  # what follows would only repeat them
         return faults
     source = ModelSource(folder, str(folder))
-    faults += _mask_faults(source, record.get("layers", {}))
-    faults += _probe_faults(source, record.get("probe"))
-    return faults
+    faults = list(_mask_faults(source, record.get("layers", {})))
+    # a model whose masks are damaged cannot be run
+    return faults or list(_probe_faults(source, record.get("probe")))
 
 
 def _file_faults(files: TensorFiles, wanted: dict[str, Any]) -> Iterator[str]:

@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 transformers.logging.set_verbosity_error()
 
-WORDS = "the a cat dog sat ran on under big red house tree and then it was very old".split()
+WORDS = [
+    "the", "a", "cat", "dog", "sat", "ran", "on", "under", "big", "red", "house", "tree", "and", "then", "it", "was",
+    "very", "old",
+]  # fmt: skip
 SIZES = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 256, "eos_token_id": 256,
@@ -69,3 +72,45 @@ def text_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text(" ".join(words))
     return path
+
+
+@pytest.fixture(scope="session")
+def windows():
+    """Random tokens of a tiny vocabulary, as the pipeline takes them."""
+    from paredown.compress.calibration import Windows
+
+    return Windows(torch.randint(3, 128, (6, 24), generator=torch.Generator().manual_seed(0)), "random", "all", "0")
+
+
+@pytest.fixture(scope="session")
+def prune(windows):
+    """`prune(folder, out, ...)`: the pipeline and the whole record, without report, card and the process that verifies."""
+    from paredown.commands.compress import _write_checkpoint
+    from paredown.compress.pipeline import Run
+    from paredown.compress.recipe import Recipe
+    from paredown.compress.source import ModelSource
+    from paredown.compress.writer import CheckpointWriter
+
+    def run(folder, out, sparsity="2:4", format="packed", method="wanda", progress=lambda done: None, **changes):
+        recipe = Recipe.parse({"method": method, "options": {"sparsity": sparsity}, **changes})
+        source = ModelSource(folder, folder.name)
+        with CheckpointWriter(out) as writer:
+            result = Run(source, recipe, recipe.build(), windows, [windows], writer, format, progress).run()
+            _write_checkpoint(writer, source, recipe, result, format, windows)
+            writer.commit()
+        return result, writer
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def logits_of(windows):
+    """`logits_of(folder)`: those of transformers' own forward over `windows`."""
+    from paredown.compress import loading
+
+    def run(folder):
+        model = loading.load(folder, experts_implementation="eager").eval()
+        with torch.no_grad():
+            return model(windows.ids, use_cache=False).logits
+
+    return run

@@ -81,23 +81,21 @@ def main() -> None:
     what = [str(model), "-r", chosen.recipe, *changes, "--json", "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(chosen.threads)}
     planned = subprocess.run([*command, "plan", *what], check=True, capture_output=True, text=True, env=environment)
-    done = subprocess.run([*command, "compress", *what, "-o", str(out)], check=True, stdout=subprocess.PIPE, text=True, env=environment)  # fmt: skip
+    done = subprocess.run(
+        [*command, "compress", *what, "-o", str(out)], check=True, stdout=subprocess.PIPE, text=True, env=environment
+    )
     plan, report = json.loads(planned.stdout), json.loads(done.stdout)
     peak = report["peak_memory_bytes"]["host"] - report["memory_base_bytes"]
     seconds = report["seconds"]
-    print(f"parameters                       {report['parameters']['total']:,}")
-    print(
-        f"weights on disk                  {plan['bytes_before'] / 1e6:.0f} MB -> {report['bytes']['after'] / 1e6:.0f} MB"
-    )
-    print(f"libraries, resident              {report['memory_base_bytes'] / 1e6:.0f} MB")
-    print(
-        f"peak above them                  {peak / 1e6:.0f} MB (planned {plan['memory'] / 1e6:.0f} MB, ratio {plan['memory'] / peak:.2f})"
-    )
-    print(
-        f"total                            {seconds['total']:.1f} s, of which forward passes {seconds['forward']:.1f} s"
-    )
-    print(f"total / forward                  {seconds['total'] / seconds['forward']:.2f}")
-    print("seconds                          " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
+    sizes = f"{plan['bytes_before'] / 1e6:.0f} MB -> {report['bytes']['after'] / 1e6:.0f} MB"
+    planned_peak = f"planned {plan['memory'] / 1e6:.0f} MB, planned / measured {plan['memory'] / peak:.2f}"
+    print(f"parameters           {report['parameters']['total']:,}")
+    print(f"weights on disk      {sizes}")
+    print(f"libraries, resident  {report['memory_base_bytes'] / 1e6:.0f} MB")
+    print(f"peak above them      {peak / 1e6:.0f} MB ({planned_peak})")
+    print(f"total                {seconds['total']:.1f} s, of which forward passes {seconds['forward']:.1f} s")
+    print(f"total / forward      {seconds['total'] / seconds['forward']:.2f}")
+    print("seconds              " + ", ".join(f"{key} {value:.1f}" for key, value in seconds.items()))
 
 
 if __name__ == "__main__":

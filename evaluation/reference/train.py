@@ -1,4 +1,4 @@
-"""Train the bundled reference model: a small Llama and its byte-level BPE, on the training split of the standard library.
+"""Train the bundled reference model: a small Llama and its byte-level BPE, on the training side of the corpus stdlib.
 
     python -m paredown.evaluation.reference.train -o FIRST --minutes 46
     python -m paredown.evaluation.reference.train -o FOLDER --minutes 24 --start FIRST
@@ -98,7 +98,7 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor
     """All documents in one row of ids, each opened by the end-of-text token, (tokens,) int64."""
     opening = tokenizer.bos_token_id
     encoded = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-    return torch.tensor([token for one in encoded for token in (opening, *one.ids)])  # (tokens,)
+    return torch.tensor([token for one in encoded for token in (opening, *one.ids)], dtype=torch.int64)
 
 
 def batches(plan: Plan, library: Tensor, tests: Tensor, opening: int) -> Iterator[Tensor]:
@@ -160,7 +160,7 @@ def loss_of(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def split_loss(model: LlamaForCausalLM, stream: Tensor, windows: int) -> float:
-    """Mean next-token loss over the first `windows` windows of a stream that evenly cover it, nats per token."""
+    """Mean next-token loss over `windows` windows spread evenly over a stream, nats per token."""
     starts = torch.linspace(0, len(stream) - CONTEXT, windows).long().tolist()
     rows = torch.stack([stream[start : start + CONTEXT] for start in starts])  # (windows, context)
     return math.fsum(float(loss_of(model, part)) * len(part) for part in rows.split(16)) / windows
@@ -172,13 +172,20 @@ def save(model: LlamaForCausalLM, average: dict[str, Tensor], tokenizer: PreTrai
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             parameter.copy_(average[name])
-    twin.config.use_cache = True
+    twin.config.use_cache = twin.generation_config.use_cache = True
     draft = folder.with_name(folder.name + ".draft")
     shutil.rmtree(draft, ignore_errors=True)
     twin.to(torch.bfloat16).save_pretrained(draft)
     tokenizer.save_pretrained(draft)
+    _name_tokenizer_class(draft / "tokenizer_config.json")
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
+
+
+def _name_tokenizer_class(path: Path) -> None:
+    # Transformers 5 writes a name that tools built on version 4 do not know; both know this one.
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def train(plan: Plan) -> dict[str, Any]:
@@ -253,7 +260,8 @@ def blend(average: dict[str, Tensor], model: LlamaForCausalLM, keep: float) -> N
 def describe(plan: Plan, step: int, recent: float, streams: dict[str, Tensor]) -> dict[str, Any]:
     """Reload what was written and measure it on every split."""
     model = LlamaForCausalLM.from_pretrained(plan.folder, dtype=torch.float32).eval()
-    losses = {name: split_loss(model, stream, 200) for name, stream in streams.items()}
+    measured = {name: stream for name, stream in streams.items() if len(stream) >= CONTEXT}
+    losses = {name: split_loss(model, stream, 200) for name, stream in measured.items()}
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

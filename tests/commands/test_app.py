@@ -165,11 +165,13 @@ def test_verify_finds_missing_and_reshaped_tensors(written):
     assert "'model.norm.weight' is missing" in faults and "'lm_head.weight' is bfloat16 [319, 64]" in faults
 
 
-def test_verify_finds_what_the_hashes_do_not_tell(written, tmp_path):
+@pytest.mark.parametrize("changed", ["nll", "kept"])
+def test_verify_finds_what_the_hashes_do_not_tell(changed, written):
     record = json.loads((written / "paredown.json").read_text())
-    record["probe"]["nll"] = [value + 1 for value in record["probe"]["nll"]]
-    record["layers"]["model.layers.0.mlp.up_proj"]["kept"] = 0.25
+    if changed == "nll":
+        record["probe"]["nll"] = [value + 1 for value in record["probe"]["nll"]]
+    else:
+        record["layers"]["model.layers.0.mlp.up_proj"]["kept"] = 0.25
     (written / "paredown.json").write_text(json.dumps(record))
-    faults = "\n".join(verify(written))
-    assert "on the probe window the loss differs by 1.0000" in faults
-    assert "model.layers.0.mlp.up_proj keeps 3072 values" in faults
+    said = {"nll": "loss differs by 1.0000", "kept": "model.layers.0.mlp.up_proj keeps 3072 values"}[changed]
+    assert said in "".join(verify(written))

@@ -1,0 +1,86 @@
+"""Moments do not depend on how the tokens were cut into batches, and the factor inverts what it says."""
+
+import pytest
+import torch
+
+from paredown.compress.errors import PareError
+from paredown.compress.statistics import NEEDS, InputStats, _triangular_inverse
+
+
+def gathered(x, *cuts, needs=NEEDS):
+    stats = InputStats(x.shape[-1], frozenset(needs))
+    for part in x.tensor_split(list(cuts)):
+        stats.update(part)
+    return stats
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_moments_are_those_of_float64_however_batches_are_cut(dtype):
+    x = torch.randn(301, 17, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = x.double()
+    for stats in (gathered(x), gathered(x, 1, 5, 200), gathered(x.view(7, 43, 17))):
+        assert stats.count == 301
+        torch.testing.assert_close(stats.gram, exact.T @ exact / 301, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stats.second_moment_diagonal, exact.square().mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stats.mean, exact.mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stats.absolute_mean, exact.abs().mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stats.rms, exact.square().mean(0).sqrt(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_was_not_asked_for_is_not_there():
+    stats = gathered(torch.randn(4, 3), needs={"mean"})
+    with pytest.raises(RuntimeError, match="needs"):
+        _ = stats.gram
+    with pytest.raises(ValueError, match="unknown statistics"):
+        InputStats(3, frozenset({"median"}))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(bad):
+    x = torch.randn(4, 3)
+    x[2, 1] = bad
+    with pytest.raises(PareError, match="NaN or infinite"):
+        gathered(x)
+
+
+def test_uniform_statistics_have_the_identity_as_gram():
+    stats = InputStats.uniform(5, NEEDS)
+    assert torch.equal(stats.gram, torch.eye(5, dtype=torch.float64)) and torch.equal(stats.rms, torch.ones(5).double())
+
+
+def test_the_factor_is_that_of_the_damped_inverse():
+    stats = gathered(torch.randn(200, 40) @ torch.randn(40, 40))
+    inverse = stats.inverse_cholesky(0.01)
+    damped = stats.gram + 0.01 * stats.gram.diagonal().mean() * torch.eye(40, dtype=torch.float64)
+    factor = inverse.factor.double()
+    assert torch.equal(factor, factor.triu()) and not inverse.escalated and inverse.damping == 0.01
+    torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(40).double(), rtol=0, atol=1e-4)
+    assert stats.inverse_cholesky(0.01) is inverse
+
+
+def test_dead_columns_get_a_one_on_the_diagonal():
+    x = torch.randn(50, 6)
+    x[:, [1, 4]] = 0
+    inverse = gathered(x).inverse_cholesky(0.01)
+    assert inverse.dead.tolist() == [False, True, False, False, True, False]
+    assert inverse.factor[1, 1] == 1 and inverse.factor[4, 4] == 1
+
+
+def test_damping_grows_until_the_matrix_can_be_factored_and_says_so():
+    stats = InputStats.uniform(4, frozenset({"gram"}))
+    stats._sums["gram"] = torch.tensor(
+        [[1.0, 2.5, 0, 0], [2.5, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.float64
+    )
+    inverse = stats.inverse_cholesky(0.01)
+    assert inverse.escalated and inverse.damping == pytest.approx(10)
+    stats = InputStats.uniform(2, frozenset({"gram"}))
+    stats._sums["gram"] = torch.tensor([[1.0, 1e9], [1e9, 1.0]], dtype=torch.float64)
+    with pytest.raises(PareError, match="cannot be factored"):
+        stats.inverse_cholesky(0.01)
+
+
+@pytest.mark.parametrize("size", [1, 7, 33, 70])
+def test_the_inverse_by_halves_inverts(size):
+    upper = torch.randn(size, size, dtype=torch.float64).triu() + 5 * torch.eye(size, dtype=torch.float64)
+    product = _triangular_inverse(upper, leaf=8) @ upper
+    torch.testing.assert_close(product, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-9)
