@@ -127,7 +127,7 @@ def evaluation_windows(
             break
     ids = torch.cat(parts)  # (tokens,)
     if len(ids) < width:
-        shorter = f", or shorten the window: --set evaluate.length={len(ids)}" if len(ids) > 1 else "."
+        shorter = f", or shorten the window: --set evaluate.length={max(2, len(ids) // 2)}" if len(ids) > 1 else "."
         raise PareError(
             f"the evaluation text {corpus.name} has {len(ids)} tokens, fewer than one window of {width}. "
             f"Name a longer text{shorter}"
@@ -268,10 +268,14 @@ def _check_enough(corpus: Corpus, tokens: int, sequences: int, width: int) -> No
     if tokens >= needed:
         return
     fewer = f"take fewer windows: --set calibration.sequences={tokens // width}" if tokens > width else None
-    longest = min(tokens - 1, REPEATS * tokens // sequences)
+    longest = min(max(2, tokens // 2), tokens - 1, REPEATS * tokens // sequences)
     shorter = f"shorten the windows: --set calibration.length={longest}" if longest >= 2 else None
     ways = "".join(f", or {way}" for way in (fewer, shorter) if way)
+    lacking = (
+        f"and a window needs {width + 1}"
+        if tokens <= width
+        else f"and {sequences} windows of {width} need {needed} if no token is to be drawn more than about {REPEATS} times"
+    )
     raise PareError(
-        f"the calibration text {corpus.name} has {tokens} tokens: too few for {sequences} windows of {width}, which need "
-        f"{needed} if no token is to be drawn more than about {REPEATS} times. Name a longer text{ways or '.'}"
+        f"the calibration text {corpus.name} has {tokens} tokens, {lacking}. Name a longer text{ways or '.'}"
     )

@@ -189,12 +189,11 @@ def _load_named(name: str, known: _Named, role: Role) -> Corpus:
 
     split = known.split[role]
     given = {
-        "name": known.config,
         "data_files": {split: known.files[role]} if known.files else None,
         "revision": known.revision,
     }
     options = {key: value for key, value in given.items() if value is not None}
-    data = _reached(lambda: datasets.load_dataset(known.path, split=split, **options), name, role)
+    data = _reached(lambda: datasets.load_dataset(known.path, known.config, split=split, **options), name, role)
     first = known.first[role] if known.first else None
     if first is not None:
         data = data.select(range(min(first, len(data))))

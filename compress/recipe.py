@@ -112,7 +112,10 @@ def _read(name_or_path: str) -> dict[str, Any]:
     elif not path.is_file():
         raise PareError(f"the recipe file {name_or_path} does not exist. List shipped recipes with: paredown recipes")
     else:
-        text = path.read_text()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as fault:
+            raise PareError(f"{name_or_path} is no UTF-8 text: {fault}. Save it as UTF-8.") from fault
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as fault:
@@ -137,7 +140,10 @@ def _override(raw: dict[str, Any], override: str) -> None:
             raise PareError(f"--set {override!r}: {part!r} holds a value, not keys.")
     # on the command line nobody quotes 2:4, which YAML would read as a number to the base of 60
     pattern = text.replace(":", "").strip().isdigit() and ":" in text
-    node[path[-1]] = text.strip() if pattern else yaml.safe_load(text)
+    try:
+        node[path[-1]] = text.strip() if pattern else yaml.safe_load(text)
+    except yaml.YAMLError as fault:
+        raise PareError(f"--set {override!r}: {text!r} is no valid YAML. Close its brackets and quotes.") from fault
 
 
 def _told(error: Any) -> str:

@@ -76,10 +76,14 @@ def adaptive_mask(sparsity: Sparsity, rows: int, size: int) -> Callable[[Tensor,
         group = updated[:, : sparsity.m] / scales[: sparsity.m]  # (out, m)
         return keep_mask(group.square(), sparsity)
 
+    decided = 0  # columns that have their mask: the sweep's blocks may have any width
+
     def per_block(updated: Tensor, scales: Tensor, first: int) -> Tensor | None:
+        nonlocal decided
         assert not isinstance(sparsity, NofM)
-        if first % BLOCK:
+        if 0 < first < decided:
             return None
+        decided = first + updated.shape[1]
         score = (updated / scales).square()  # (out, columns)
         before, after = (round(sparsity * rows * columns) for columns in (first, first + score.shape[1]))
         return keep_mask(score, (after - before) / score.numel(), within="layer")

@@ -8,15 +8,17 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import cache
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from paredown.compress.edits import Masked
 from paredown.compress.errors import PareError, did_you_mean
 from paredown.compress.sparsity import NofM, Sparsity, parse_sparsity
 from paredown.compress.statistics import InputStats
+
+Damping = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # of the mean diagonal of H, added to the diagonal
 
 
 class Method(Protocol):
@@ -60,7 +62,7 @@ def build(name: str, options: dict[str, Any]) -> Method:
     if name not in known:
         raise PareError(f"unknown method {name!r}.{did_you_mean(name, known)} Methods: {', '.join(known)}.")
     wanted = {f.name: f for f in fields(known[name]) if f.init}
-    faults = [f"{name} has no option {key!r}.{did_you_mean(key, wanted)}" for key in options if key not in wanted]
+    faults = [f"{name} has no option {key!r}.{did_you_mean(str(key), wanted)}" for key in options if key not in wanted]
     values: dict[str, Any] = {}
     for key in wanted.keys() & options.keys():
         try:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from paredown.compress.edits import Masked
-from paredown.compress.methods import register
+from paredown.compress.methods import Damping, register
 from paredown.compress.solvers import (
     adaptive_mask,
     fixed_mask,
@@ -28,7 +28,7 @@ class MaskAndUpdate:
     sparsity: Sparsity = 0.5  # fraction removed, or "2:4" to keep 2 of every 4
     mask: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
     update: Literal["none", "sparsegpt"] = "sparsegpt"
-    damping: float = 0.01  # of the mean diagonal of H, added to the diagonal
+    damping: Damping = 0.01  # of the mean diagonal of H, added to the diagonal
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from paredown.compress.edits import Masked
-from paredown.compress.methods import register
+from paredown.compress.methods import Damping, register
 from paredown.compress.solvers import adaptive_mask, masked, sparsegpt_sweep
 from paredown.compress.sparsity import Sparsity
 from paredown.compress.statistics import InputStats
@@ -19,7 +19,7 @@ from paredown.compress.statistics import InputStats
 @dataclass(frozen=True)
 class SparseGPT:
     sparsity: Sparsity = 0.5  # fraction removed, or "2:4" to keep 2 of every 4
-    damping: float = 0.01  # of the mean diagonal of H, added to the diagonal
+    damping: Damping = 0.01  # of the mean diagonal of H, added to the diagonal
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 

@@ -1,13 +1,16 @@
 """Each method against slow loops of its paper's formula, and SparseGPT against exact and brute-force optima."""
 
+import sys
 from itertools import combinations, product
 
 import pytest
 import torch
 
+from paredown.compress import methods as package
 from paredown.compress.edits import Masked, storage_kind
 from paredown.compress.errors import PareError
 from paredown.compress.methods import build, methods
+from paredown.compress.recipe import Recipe
 from paredown.compress.solvers import adaptive_mask, fixed_mask, sparsegpt_sweep
 from paredown.compress.sparsity import NofM, keep_mask
 from paredown.compress.statistics import InputStats
@@ -221,3 +224,107 @@ def test_registry_names_every_fault_at_once():
         build("sparsegpt", {"dampin": 1, "sparsity": 124})
     with pytest.raises(PareError, match="mask"):
         build("masked", {"mask": "random"})
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt", "masked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sparsity_zero_returns_the_weight_bit_for_bit(name, dtype):
+    weight, stats = problem()
+    weight = weight.to(dtype)
+    weight[0, 0], weight[1, 1] = -0.0, torch.finfo(dtype).tiny / 2  # signs of zero and subnormals too
+    edit = build(name, {"sparsity": 0}).compress(weight, stats)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(edit.weight.view(bits), weight.view(bits)) and edit.keep.all() and edit.kept == weight.numel()
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt", "masked"])
+@pytest.mark.parametrize("sparsity", ["2:4", 0.5])
+def test_an_edit_does_not_depend_on_how_the_tokens_were_batched(name, sparsity):
+    weight, _ = problem(6, 12)
+    x = torch.randint(-8, 9, (120, 12), generator=torch.Generator().manual_seed(1)).float()  # sums of these are exact
+    edits = []
+    for size in (120, 7, 1):
+        stats = InputStats(12, GRAM)
+        for batch in x.split(size):
+            stats.update(batch)
+        edits.append(build(name, {"sparsity": sparsity}).compress(weight, stats))
+    assert all(torch.equal(e.weight, edits[0].weight) and torch.equal(e.keep, edits[0].keep) for e in edits)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt", "masked"])
+def test_compress_is_a_pure_function(name):
+    weight, stats = problem()
+    copy, method = weight.clone(), build(name, {"sparsity": "2:4"})
+    first, second = method.compress(weight, stats), method.compress(weight, stats)
+    assert torch.equal(weight, copy) and torch.equal(first.weight, second.weight)
+    if name in ("magnitude", "wanda"):  # these move no weight: what stays is bit-equal
+        assert torch.equal(first.weight[first.keep], weight[first.keep])
+
+
+def test_wanda_compares_within_rows_and_magnitude_within_the_layer():
+    weight, stats = problem()
+    weight[0] *= 100
+    wanda = build("wanda", {"sparsity": 0.5}).compress(weight, stats)
+    magnitude = build("magnitude", {"sparsity": 0.5}).compress(weight, stats)
+    assert wanda.keep.sum(1).eq(8).all() and magnitude.keep[0].all()
+    norm = stats.gram.diagonal().sqrt()
+    for row in range(8):
+        score = (weight[row].double().abs() * norm).tolist()
+        assert set(wanda.keep[row].nonzero().flatten().tolist()) == set(sorted(range(16), key=score.__getitem__)[8:])
+
+
+def test_sparsegpt_loses_less_than_wanda_and_wanda_less_than_magnitude_on_most_problems():
+    losses = {"sparsegpt": [], "masked": [], "wanda": [], "magnitude": []}
+    for seed in range(12):
+        weight, stats = problem(16, 32, seed=seed)
+        for name, found in losses.items():
+            found.append(
+                loss(weight, build(name, {"sparsity": "2:4"}).compress(weight, stats).weight.float(), stats.gram)
+            )
+    means = {name: sum(found) / len(found) for name, found in losses.items()}
+    assert means["sparsegpt"] < means["masked"] < means["wanda"] < means["magnitude"]
+
+
+def test_a_method_in_a_new_file_is_found_without_touching_another(tmp_path, monkeypatch):
+    (tmp_path / "firstcolumns.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from typing import ClassVar\n"
+        "import torch\n"
+        "from paredown.compress.edits import Masked\n"
+        "from paredown.compress.methods import register\n"
+        "from paredown.compress.sparsity import Sparsity\n"
+        "@register('first_columns')\n"
+        "@dataclass(frozen=True)\n"
+        "class FirstColumns:\n"
+        "    sparsity: Sparsity = 0.5\n"
+        "    needs: ClassVar[frozenset[str]] = frozenset()\n"
+        "    def compress(self, weight, stats):\n"
+        "        keep = torch.zeros_like(weight, dtype=torch.bool)\n"
+        "        keep[:, : round((1 - self.sparsity) * weight.shape[1])] = True\n"
+        "        return Masked(weight * keep, keep, self.sparsity)\n"
+    )
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    monkeypatch.setattr(package, "_REGISTRY", dict(package._REGISTRY))
+    methods.cache_clear()
+    try:
+        assert "first_columns" in methods()
+        edit = Recipe.parse({"method": "first_columns", "options": {"sparsity": 0.75}}).build()
+        assert edit.compress(torch.ones(2, 8), InputStats.uniform(8, frozenset())).keep.sum().item() == 4
+        with pytest.raises(PareError, match="Did you mean 'first_columns'"):
+            build("first_column", {})
+    finally:
+        methods.cache_clear()
+        sys.modules.pop(f"{package.__name__}.firstcolumns", None)
+    assert set(package._REGISTRY) - {"first_columns"} >= {"magnitude", "wanda", "sparsegpt", "masked"}
+
+
+@pytest.mark.parametrize("damping", [-0.5, float("nan"), float("inf"), "much"])
+@pytest.mark.parametrize("name", ["sparsegpt", "masked"])
+def test_a_damping_that_makes_no_sense_is_refused_before_any_model_is_read(name, damping):
+    with pytest.raises(PareError, match=f"{name}.damping"):
+        build(name, {"damping": damping})
+
+
+def test_options_that_are_no_words_are_faults_too():
+    with pytest.raises(PareError, match="wanda has no option 3"):
+        build("wanda", {3: 1})

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paredown.compress.errors import PareError
-from paredown.compress.sparsity import NofM, keep_mask, parse_sparsity
+from paredown.compress.sparsity import NofM, keep_mask, parse_sparsity, row_wise
 
 
 def slow_n_of_m(score, n, m):
@@ -67,3 +68,40 @@ def test_what_a_sparsity_may_be():
 def test_what_it_may_not_be(value, said):
     with pytest.raises(PareError, match=said):
         parse_sparsity(value)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 999), st.sampled_from([0.0, 0.3, NofM(2, 4), NofM(3, 12)]))
+def test_a_mask_does_not_depend_on_how_the_rows_are_split(rows, seed, sparsity):
+    score = torch.randint(0, 3, (rows * 40, 24), generator=torch.Generator().manual_seed(seed)).float()
+    assert torch.equal(row_wise(lambda part: keep_mask(part, sparsity), score), keep_mask(score, sparsity))
+
+
+def test_sparsity_zero_keeps_everything_and_m_of_m_too():
+    score = torch.zeros(3, 8)
+    for sparsity in (0.0, NofM(4, 4), NofM(1, 1)):
+        assert keep_mask(score, sparsity).all() and keep_mask(score, sparsity, "layer").all()
+
+
+def test_layer_and_row_differ_where_one_row_is_larger():
+    score = torch.tensor([[1.0, 2, 3, 4], [10, 20, 30, 40]])
+    assert keep_mask(score, 0.5, "layer").sum(1).tolist() == [0, 4]
+    assert keep_mask(score, 0.5, "row").sum(1).tolist() == [2, 2]
+
+
+def test_unquoted_patterns_are_told_how_to_be_quoted_as_yaml_itself_reads_them():
+    for pattern in ("2:4", "1:4", "4:8", "16:32"):
+        with pytest.raises(PareError, match=f'Quote it: sparsity: "{pattern}"'):
+            parse_sparsity(yaml.safe_load(pattern))
+
+
+@pytest.mark.parametrize("value", ["0:4", "2:", ":4", "2:4:8", "-2:4", "nan", float("nan"), float("inf"), None, "", {}])
+def test_other_nonsense_is_refused_too(value):
+    with pytest.raises(PareError, match="sparsity"):
+        parse_sparsity(value)
+
+
+@pytest.mark.parametrize(("n", "m"), [(7, 16), (16, 32), (3, 64), (60, 100)])
+def test_wide_groups_with_many_ties_are_the_slow_loop_too(n, m):
+    score = torch.randint(0, 3, (3, 2 * m), generator=torch.Generator().manual_seed(m)).float()
+    assert torch.equal(keep_mask(score, NofM(n, m)), slow_n_of_m(score, n, m))

@@ -84,3 +84,55 @@ def test_the_inverse_by_halves_inverts(size):
     upper = torch.randn(size, size, dtype=torch.float64).triu() + 5 * torch.eye(size, dtype=torch.float64)
     product = _triangular_inverse(upper, leaf=8) @ upper
     torch.testing.assert_close(product, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_a_refused_batch_leaves_no_trace():
+    stats = gathered(torch.ones(4, 3))
+    with pytest.raises(PareError):
+        stats.update(torch.tensor([[1.0, float("inf"), float("-inf")]]))
+    assert stats.count == 4 and torch.equal(stats.gram, torch.ones(3, 3).double())
+
+
+def test_an_empty_batch_counts_for_nothing():
+    stats = gathered(torch.ones(4, 3))
+    stats.update(torch.empty(0, 3))
+    assert stats.count == 4
+
+
+def test_new_inputs_make_a_new_factor():
+    stats = gathered(torch.randn(30, 4))
+    before = stats.inverse_cholesky()
+    stats.update(10 * torch.randn(30, 4))
+    after = stats.inverse_cholesky()
+    assert after is not before and not torch.allclose(after.factor, before.factor)
+
+
+def test_a_singular_matrix_without_damping_is_damped_a_little_and_says_so():
+    stats = InputStats.uniform(4, frozenset({"gram"}))
+    stats._sums["gram"] = torch.ones(4, 4, dtype=torch.float64)
+    inverse = stats.inverse_cholesky(0.0)
+    assert inverse.escalated and inverse.damping == pytest.approx(1e-7)
+    ordinary = stats.inverse_cholesky(0.01)
+    assert not ordinary.escalated and ordinary.damping == 0.01
+
+
+def test_the_factor_of_live_columns_does_not_know_of_dead_ones():
+    x = torch.randn(60, 5)
+    wide = torch.zeros(60, 7)
+    live = [0, 2, 3, 5, 6]
+    wide[:, live] = x
+    # the mean of the diagonal, and so the damping, is over all columns
+    factor = gathered(wide).inverse_cholesky(0.07).factor[live][:, live]
+    torch.testing.assert_close(factor, gathered(x).inverse_cholesky(0.05).factor, rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_that_never_came_make_every_column_dead_and_the_factor_the_identity():
+    inverse = gathered(torch.zeros(9, 3)).inverse_cholesky()
+    assert inverse.dead.all() and torch.equal(inverse.factor, torch.eye(3)) and not inverse.escalated
+
+
+def test_a_large_factor_goes_through_the_halves_and_still_inverts():
+    stats = gathered(torch.randn(700, 600), needs={"gram"})
+    factor = stats.inverse_cholesky(0.01).factor.double()
+    damped = stats.gram + 0.01 * stats.gram.diagonal().mean() * torch.eye(600, dtype=torch.float64)
+    torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(600).double(), rtol=0, atol=1e-4)

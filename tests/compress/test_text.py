@@ -39,11 +39,10 @@ def test_an_unknown_split_is_named():
     [
         ("wikitext2", "evaluation", ("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test"}, "a\n\nb"),
         ("wikitext2", "calibration", ("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "train"}, "a b"),
-        ("ptb", "evaluation", ("ptb-text-only/ptb_text_only", "penn_treebank"), {"split": "test"}, "a b"),
+        ("ptb", "evaluation", ("ptb-text-only/ptb_text_only", None), {"split": "test", "data_files": {"test": "penn_treebank/test/*.parquet"}, "revision": "refs/convert/parquet"}, "a b"),
         ("c4", "calibration", ("allenai/c4", None), {"split": "train", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}}, "a b"),
         ("c4", "evaluation", ("allenai/c4", None), {"split": "validation", "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}}, "a b"),
         ("org/name:conf:dev:body", "evaluation", ("org/name", "conf"), {"split": "dev"}, "a\n\nb"),
-        ("org/name", "evaluation", ("org/name", None), {"split": "train"}, "a\n\nb"),
     ],
 )  # fmt: skip
 def test_named_corpora_follow_the_protocol(name, role, args, options, joined, monkeypatch):

@@ -1,10 +1,12 @@
 """The bundled reference model: what its README says of it, and that pruning hurts it as it hurts models that matter."""
 
+import itertools
 import json
 import math
 import re
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,7 +73,7 @@ def test_the_tokenizer_gives_every_string_back_and_adds_nothing(bundled, sample)
     assert bundled[0].bos_token_id not in ids
 
 
-def test_the_tokenizer_gives_a_whole_module_back_and_halves_its_bytes_twice_nearly(bundled):
+def test_the_tokenizer_gives_a_whole_module_back_at_over_three_bytes_a_token(bundled):
     source = next(d.text for d in stdlib_text.documents("evaluation") if d.module == "argparse")
     ids = bundled[0](source, verbose=False).input_ids
     assert bundled[0].decode(ids) == source
@@ -117,8 +119,10 @@ def test_training_learns_and_writes_what_loads_again(tmp_path, monkeypatch, goes
         tokenizer, _ = training.prepare()
         model = training.build_model(tokenizer.bos_token_id)
         training.save(model, dict(model.named_parameters()), tokenizer, start)
+    ticks = itertools.count(step=0.02)  # the budget is wall time: here each look at the clock takes so many seconds
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     facts = training.train(training.Plan(tmp_path / "out", minutes=0.03, batch=2, start=start, average=0.5))
-    assert facts["steps"] >= 2 and facts["tokens_seen"] == facts["steps"] * 2 * 32
+    assert facts["steps"] >= 10 and facts["tokens_seen"] == facts["steps"] * 2 * 32
     assert facts["loss"]["library"] < math.log(280) - 0.5
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("out")) == ["out"]
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
