@@ -7,8 +7,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from paredown.compress.sparsity import ROWS, NofM, Sparsity
+from paredown.compress.sparsity import NofM, Sparsity
 from paredown.compress.statistics import InputStats
+
+ROWS = 1024  # rows whose error is measured at a time
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,10 @@ class Masked:
 
         With the Gram matrix where it was collected, else with its diagonal (inputs taken as uncorrelated). Not rooted.
         """
-        pairs = zip(original.split(ROWS), self.weight.split(ROWS), strict=True)
-        metric = stats.gram.float() if "gram" in stats.needs else stats.second_moment_diagonal.float()
         lost = total = 0.0
-        for before, after in pairs:
-            lost += _energy(before.float() - after.float(), metric)
-            total += _energy(before.float(), metric)
+        for before, after in zip(original.split(ROWS), self.weight.split(ROWS), strict=True):
+            lost += stats.energy(before.float() - after.float())
+            total += stats.energy(before)
         return lost / max(total, 1e-300)
 
 
@@ -54,10 +54,3 @@ def storage_kind(shape: tuple[int, ...], kept: int, sparsity: Sparsity, element_
         return "sparse24"
     bitmap = kept * element_size + math.prod(shape[:-1]) * math.ceil(shape[-1] / 8)
     return "bitmap" if bitmap < math.prod(shape) * element_size else "dense"
-
-
-def _energy(rows: Tensor, metric: Tensor) -> float:
-    """`tr(R H R^T)` of some rows (rows, in) float32, H (in, in) or its diagonal (in,)."""
-    if metric.dim() == 1:
-        return float((rows.square() @ metric).sum(dtype=torch.float64))
-    return float(((rows @ metric) * rows).sum(dtype=torch.float64))

@@ -100,7 +100,7 @@ def shipped_recipes() -> dict[str, Recipe]:
 
 def _read(name_or_path: str) -> dict[str, Any]:
     path = Path(name_or_path)
-    if not path.suffix and not path.exists():
+    if not path.suffix and not path.is_file():  # a folder may well be called as a recipe is
         known = sorted(f.name.removesuffix(".yaml") for f in files("paredown.recipes").iterdir())
         known = [k for k in known if not k.startswith("_")]
         if name_or_path not in known:

@@ -5,10 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from paredown.compress.errors import PareError
 from paredown.compress.sparsity import NofM, Sparsity, check_width, keep_mask, row_wise
 from paredown.compress.statistics import InputStats, InverseCholesky
 
 BLOCK = 128  # columns that are updated at once: errors reach the rest of the matrix as one product per block
+
+# `choose(updated, scales, first)` -> the keep mask (out, columns) of one or more columns from column `first` on, given
+# the updated weights (out, columns) from there to the end of the block and their `diag U` (columns,)
+Choose = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def magnitude_score(weight: Tensor, stats: InputStats) -> Tensor:  # (out, in)
@@ -28,14 +33,21 @@ def masked(weight: Tensor, keep: Tensor) -> Tensor:  # (out, in)
     return row_wise(lambda part, stays: part.view(bits) * stays, weight.contiguous(), keep).view(weight.dtype)
 
 
+def narrowed(updated: Tensor, dtype: torch.dtype) -> Tensor:
+    """Updated weights in the checkpoint's dtype. Raises PareError where one left its range."""
+    narrow = updated.to(dtype)
+    if not bool(torch.isfinite(narrow.sum(dtype=torch.float32))):
+        raise PareError(f"the update gave values that {dtype} cannot hold: raise damping, or try --dtype float32.")
+    return narrow
+
+
 def sparsegpt_sweep(
-    weight: Tensor, inverse: InverseCholesky, choose: Callable[[Tensor, Tensor, int], Tensor | None], width: int = BLOCK
+    weight: Tensor, inverse: InverseCholesky, choose: Choose, width: int = BLOCK
 ) -> tuple[Tensor, Tensor]:
     """Prune column by column, each error made up for by the columns to its right. Frantar & Alistarh 2023, alg. 1.
 
-    weight (out, in) any float dtype; computed in float32. `choose(updated, scales, first)` is asked before column
-    `first`, with the block's updated weights (out, columns) from there and their `diag U`, and returns the keep mask of
-    as many columns as it decides now, or None.
+    weight (out, in) any float dtype; computed in float32, `width` columns at a time. `choose` is asked whenever the
+    next column has no mask yet.
     Returns the updated weight (out, in) float32 with zeros where dropped, and the mask.
     """
     factor, size = inverse.factor, weight.shape[1]
@@ -44,53 +56,46 @@ def sparsegpt_sweep(
     keep = torch.empty(work.shape, dtype=torch.bool, device=work.device)
     for begin in range(0, size, width):
         end = min(begin + width, size)
-        local = factor[begin:end, begin:end]  # (columns, columns)
+        local = factor[begin:end, begin:end].contiguous()  # (columns, columns)
+        scales = local.diagonal().tolist()
         # columns are rows here: each step then touches contiguous memory
         block = work[:, begin:end].T.contiguous()  # (columns, out)
-        errors = torch.zeros_like(block)  # (columns, out)
-        scales = local.diagonal().tolist()
+        errors = torch.empty_like(block)  # (columns, out)
+        stays = torch.empty_like(block, dtype=torch.bool)  # (columns, out)
+        chosen = 0
         for i in range(end - begin):
-            decided = choose(block[i:].T, local.diagonal()[i:], begin + i)
-            if decided is not None:
-                keep[:, begin + i : begin + i + decided.shape[1]] = decided
-            dropped = ~keep[:, begin + i]  # (out,)
-            torch.div(block[i] * dropped, scales[i], out=errors[i])
-            block[i].masked_fill_(dropped, 0.0)
-            if i + 1 < end - begin:
-                block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1.0)
-        work[:, begin:end] = block.T
-        if end < size:
-            work[:, end:].addmm_(errors.T, factor[begin:end, end:], alpha=-1.0)
+            if i == chosen:
+                mask = choose(block[i:].T, local.diagonal()[i:], begin + i)  # (out, columns)
+                chosen += mask.shape[1]
+                stays[i:chosen] = mask.T
+            torch.mul(block[i], ~stays[i], out=errors[i]).div_(scales[i])
+            block[i].mul_(stays[i])
+            block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1.0)
+        work[:, begin:end], keep[:, begin:end] = block.T, stays.T
+        work[:, end:].addmm_(errors.T, factor[begin:end, end:], alpha=-1.0)
     return work, keep
 
 
-def adaptive_mask(sparsity: Sparsity, rows: int, size: int) -> Callable[[Tensor, Tensor, int], Tensor | None]:
+def block_columns(sparsity: Sparsity) -> int:
+    """How many columns the sweep takes at a time: about BLOCK, and whole groups of m."""
+    return max(BLOCK // sparsity.m, 1) * sparsity.m if isinstance(sparsity, NofM) else BLOCK
+
+
+def adaptive_mask(sparsity: Sparsity, rows: int, size: int) -> Choose:
     """SparseGPT's own mask: `w^2 / diag(U)^2` of the updated weights, per block of columns over all rows jointly,
     or per group of m. Counts are exact for the whole matrix: what one block rounds off the next one makes good."""
     check_width(size, sparsity)
 
-    def per_group(updated: Tensor, scales: Tensor, first: int) -> Tensor | None:
-        assert isinstance(sparsity, NofM)
-        if first % sparsity.m:
-            return None
-        group = updated[:, : sparsity.m] / scales[: sparsity.m]  # (out, m)
-        return keep_mask(group.square(), sparsity)
-
-    decided = 0  # columns that have their mask: the sweep's blocks may have any width
-
-    def per_block(updated: Tensor, scales: Tensor, first: int) -> Tensor | None:
-        nonlocal decided
-        assert not isinstance(sparsity, NofM)
-        if 0 < first < decided:
-            return None
-        decided = first + updated.shape[1]
-        score = (updated / scales).square()  # (out, columns)
+    def choose(updated: Tensor, scales: Tensor, first: int) -> Tensor:
+        if isinstance(sparsity, NofM):
+            return keep_mask((updated[:, : sparsity.m] / scales[: sparsity.m]).abs(), sparsity)
+        score = (updated / scales).abs()  # (out, columns)
         before, after = (round(sparsity * rows * columns) for columns in (first, first + score.shape[1]))
         return keep_mask(score, (after - before) / score.numel(), within="layer")
 
-    return per_group if isinstance(sparsity, NofM) else per_block
+    return choose
 
 
-def fixed_mask(keep: Tensor) -> Callable[[Tensor, Tensor, int], Tensor | None]:
+def fixed_mask(keep: Tensor) -> Choose:
     """A mask that was chosen before the sweep."""
-    return lambda updated, scales, first: keep if first == 0 else None
+    return lambda updated, scales, first: keep[:, first : first + updated.shape[1]]

@@ -8,6 +8,7 @@ from torch import Tensor
 from paredown.compress.errors import PareError
 
 NEEDS = frozenset({"second_moment_diagonal", "gram", "mean", "absolute_mean"})
+STRIP = 512  # columns of the Gram matrix that are summed at a time: what lies above the diagonal is never computed
 ESCALATIONS = 6  # times that the damping may grow tenfold before a layer is given up
 
 
@@ -24,7 +25,8 @@ class InverseCholesky:
 class InputStats:
     """Moments of the inputs `x` (tokens, in): float32 within a batch, float64 across batches.
 
-    `needs` names what is collected, out of NEEDS; asking for anything else raises RuntimeError.
+    `needs` names what is collected, out of NEEDS; asking for anything else raises RuntimeError. Of the Gram matrix the
+    lower triangle is summed.
     """
 
     def __init__(self, in_features: int, needs: frozenset[str], device: torch.device | str = "cpu") -> None:
@@ -53,19 +55,23 @@ class InputStats:
         x = x.reshape(-1, self.in_features)  # (tokens, in)
         if not len(x):
             return
-        wide = x.float()
-        added = {name: _BATCH_SUMS[name](wide) for name in self.needs}
-        if not all(bool(torch.isfinite(total.sum())) for total in added.values()):
+        wide = x.float()  # (tokens, in)
+        if not bool(torch.isfinite(wide.square().sum())):
             raise PareError("its inputs hold NaN or infinite values: try --dtype float32, or check the checkpoint.")
-        for name, total in added.items():
-            self._sums[name] += total
+        for name, total in self._sums.items():
+            if name == "gram":
+                for i in range(0, self.in_features, STRIP):
+                    total[i:, i : i + STRIP] += wide[:, i:].T @ wide[:, i : i + STRIP]
+            else:
+                total += _BATCH_SUMS[name](wide)
         self.count += len(x)
         self._factors.clear()
 
     @property
     def gram(self) -> Tensor:  # (in, in)
         """H = X^T X / tokens, float64."""
-        return self._mean("gram")
+        lower = self._mean("gram").tril_()
+        return lower.add_(lower.tril(-1).T)
 
     @property
     def second_moment_diagonal(self) -> Tensor:  # (in,)
@@ -87,14 +93,32 @@ class InputStats:
     def absolute_mean(self) -> Tensor:  # (in,)
         return self._mean("absolute_mean")
 
+    def energy(self, rows: Tensor) -> float:
+        """`tr(R H R^T)` of some rows (rows, in): the mean square of what they make of this input, summed over rows.
+
+        Products in float32, their sum in float64. Without a Gram matrix H is its diagonal: uncorrelated inputs.
+        """
+        rows = rows.float()
+        if "gram" not in self.needs:
+            return float((rows.square() @ self.second_moment_diagonal.float()).sum(dtype=torch.float64))
+        found = 0.0
+        for i in range(0, self.in_features, STRIP):
+            below = self._sums["gram"][i:, i : i + STRIP].tril() / max(self.count, 1)  # (in - i, strip)
+            below.diagonal().mul_(0.5)  # what lies off the diagonal counts twice
+            product = rows[:, i:] @ below.float()  # (rows, strip)
+            found += 2 * float((product * rows[:, i : i + STRIP]).sum(dtype=torch.float64))
+        return found
+
     def inverse_cholesky(self, damping: float = 0.01) -> InverseCholesky:
         """U upper with U^T U = (H + lambda I)^-1, lambda = damping * mean(diag H). Computed once per damping.
 
         Dead columns (no input ever) get H_ii = 1. Where a factorisation fails the damping grows tenfold, which the
-        result tells. Factored in float64, returned in float32. Raises PareError after ESCALATIONS failures.
+        result tells. Factored in float64, inverted in float32. Raises PareError after ESCALATIONS failures.
         """
+        if "gram" not in self.needs:
+            raise RuntimeError("'gram' was not collected: add it to the method's `needs`")
         if damping not in self._factors:
-            self._factors[damping] = _inverse_cholesky(self.gram, damping)
+            self._factors[damping] = _inverse_cholesky(self._sums["gram"], max(self.count, 1), damping)
         return self._factors[damping]
 
     def _mean(self, name: str) -> Tensor:
@@ -105,26 +129,30 @@ class InputStats:
 
 _BATCH_SUMS = {
     "second_moment_diagonal": lambda x: x.square().sum(0),
-    "gram": lambda x: x.T @ x,
     "mean": lambda x: x.sum(0),
     "absolute_mean": lambda x: x.abs().sum(0),
 }
 
 
-def _inverse_cholesky(hessian: Tensor, damping: float) -> InverseCholesky:
-    dead = hessian.diagonal() == 0  # (in,)
-    mean = hessian.diagonal().mean()
+def _inverse_cholesky(lower_sums: Tensor, count: int, damping: float) -> InverseCholesky:
     used = damping
     for attempt in range(ESCALATIONS + 1):
-        damped = hessian.clone()
-        damped.diagonal().add_(used * mean)
-        damped.diagonal()[dead] = 1.0
-        # H = V V^T with V upper: the ordinary lower factor of H with rows and columns reversed. Then U = V^-1.
-        reversed_lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        # reversed, so that its ordinary lower factor gives the upper one of H; transposed, because LAPACK works on
+        # columns and then factors in place. Of both only the lower triangle is read.
+        hessian = lower_sums.T.flip(0, 1).div_(count)  # (in, in)
+        diagonal = hessian.diagonal()  # (in,)
+        dead, mean = diagonal == 0, diagonal.mean()
+        diagonal.add_(used * mean)
+        diagonal[dead] = 1.0
+        failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+        torch.linalg.cholesky_ex(hessian, out=(hessian, failed))
         if not failed:
-            upper = _triangular_inverse(reversed_lower.flip(0, 1))  # (in, in)
-            if bool(torch.isfinite(upper.sum())):
-                return InverseCholesky(upper.float(), dead, used, attempt > 0)
+            # H = V V^T with V = L reversed, upper, and U = V^-1 = L^-1 reversed
+            lower = hessian.float()
+            del hessian, diagonal
+            _invert_lower_(lower)
+            if bool(torch.isfinite(lower.sum())):
+                return InverseCholesky(lower.flip(0, 1), dead.flip(0), used, attempt > 0)
         used = max(used, 1e-8) * 10
     raise PareError(
         f"the Hessian cannot be factored even with damping {used / 10:g} of its mean diagonal. "
@@ -132,16 +160,19 @@ def _inverse_cholesky(hessian: Tensor, damping: float) -> InverseCholesky:
     )
 
 
-def _triangular_inverse(upper: Tensor, leaf: int = 512) -> Tensor:
-    """Inverse of an upper triangular matrix by halves: three times fewer operations than solving for the identity."""
-    size = len(upper)
+def _invert_lower_(lower: Tensor, leaf: int = 256) -> None:
+    """Invert a lower triangular matrix in place, by halves: a third of the operations of solving for the identity.
+
+    [[A, 0], [C, D]]^-1 = [[A^-1, 0], [-D^-1 C A^-1, D^-1]].
+    """
+    size = len(lower)
     if size <= leaf:
-        eye = torch.eye(size, dtype=upper.dtype, device=upper.device)
-        solved: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
-        return solved
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+        return
     half = size // 2
-    first, last = _triangular_inverse(upper[:half, :half], leaf), _triangular_inverse(upper[half:, half:], leaf)
-    inverse = torch.zeros_like(upper)
-    inverse[:half, :half], inverse[half:, half:] = first, last
-    inverse[:half, half:] = -(first @ upper[:half, half:]) @ last  # (half, rest)
-    return inverse
+    first, last, corner = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    solved = torch.linalg.solve_triangular(last, corner, upper=False)  # (rest, half)
+    corner.copy_(torch.linalg.solve_triangular(first, solved, upper=False, left=False).neg_())
+    _invert_lower_(first, leaf)
+    _invert_lower_(last, leaf)

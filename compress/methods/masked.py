@@ -12,9 +12,11 @@ from paredown.compress.edits import Masked
 from paredown.compress.methods import Damping, register
 from paredown.compress.solvers import (
     adaptive_mask,
+    block_columns,
     fixed_mask,
     magnitude_score,
     masked,
+    narrowed,
     sparsegpt_sweep,
     wanda_score,
 )
@@ -35,14 +37,20 @@ class MaskAndUpdate:
     def compress(self, weight: Tensor, stats: InputStats) -> Masked:
         if self.sparsity == 0:
             return Masked(weight, weight == weight, 0.0)
-        inverse = stats.inverse_cholesky(self.damping)
         if self.mask == "sparsegpt":
             choose = adaptive_mask(self.sparsity, *weight.shape)
-        elif self.mask == "wanda":
-            choose = fixed_mask(keep_mask(wanda_score(weight, stats), self.sparsity, within="row"))
         else:
-            choose = fixed_mask(keep_mask(magnitude_score(weight, stats), self.sparsity, within="layer"))
-        updated, keep = sparsegpt_sweep(weight, inverse, choose)
-        new = updated.to(weight.dtype) if self.update == "sparsegpt" else weight
+            keep = self._scored(weight, stats)
+            if self.update == "none":
+                return Masked(masked(weight, keep), keep, self.sparsity)
+            choose = fixed_mask(keep)
+        inverse = stats.inverse_cholesky(self.damping)
+        updated, keep = sparsegpt_sweep(weight, inverse, choose, block_columns(self.sparsity))
+        new = narrowed(updated, weight.dtype) if self.update == "sparsegpt" else weight
         fallback = f"damping raised from {self.damping:g} to {inverse.damping:g}" if inverse.escalated else None
         return Masked(masked(new, keep), keep, self.sparsity, inverse.damping, fallback)
+
+    def _scored(self, weight: Tensor, stats: InputStats) -> Tensor:  # (out, in) bool
+        if self.mask == "wanda":
+            return keep_mask(wanda_score(weight, stats), self.sparsity, within="row")
+        return keep_mask(magnitude_score(weight, stats), self.sparsity, within="layer")

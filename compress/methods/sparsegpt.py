@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paredown.compress.edits import Masked
 from paredown.compress.methods import Damping, register
-from paredown.compress.solvers import adaptive_mask, masked, sparsegpt_sweep
+from paredown.compress.solvers import adaptive_mask, block_columns, masked, narrowed, sparsegpt_sweep
 from paredown.compress.sparsity import Sparsity
 from paredown.compress.statistics import InputStats
 
@@ -27,6 +27,7 @@ class SparseGPT:
         if self.sparsity == 0:
             return Masked(weight, weight == weight, 0.0)
         inverse = stats.inverse_cholesky(self.damping)
-        updated, keep = sparsegpt_sweep(weight, inverse, adaptive_mask(self.sparsity, *weight.shape))
+        choose = adaptive_mask(self.sparsity, *weight.shape)
+        updated, keep = sparsegpt_sweep(weight, inverse, choose, block_columns(self.sparsity))
         fallback = f"damping raised from {self.damping:g} to {inverse.damping:g}" if inverse.escalated else None
-        return Masked(masked(updated.to(weight.dtype), keep), keep, self.sparsity, inverse.damping, fallback)
+        return Masked(masked(narrowed(updated, weight.dtype), keep), keep, self.sparsity, inverse.damping, fallback)

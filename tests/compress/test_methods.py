@@ -328,3 +328,38 @@ def test_a_damping_that_makes_no_sense_is_refused_before_any_model_is_read(name,
 def test_options_that_are_no_words_are_faults_too():
     with pytest.raises(PareError, match="wanda has no option 3"):
         build("wanda", {3: 1})
+
+
+@pytest.mark.parametrize("pattern", ["2:3", "1:6", "5:12", "64:192"])
+def test_sparsegpt_takes_groups_that_do_not_divide_its_blocks(pattern):
+    weight, stats = problem(3, 192)
+    n, m = map(int, pattern.split(":"))
+    for options in (
+        {"method": "sparsegpt"},
+        {"method": "masked", "mask": "wanda"},
+        {"method": "masked", "mask": "sparsegpt"},
+    ):
+        edit = build(options.pop("method"), {"sparsity": pattern, **options}).compress(weight, stats)
+        assert edit.keep.view(3, -1, m).sum(-1).eq(n).all()
+    wanted, mask = slow_sparsegpt(weight, stats.inverse_cholesky(0.01).factor, NofM(n, m))
+    found = build("sparsegpt", {"sparsity": pattern}).compress(weight, stats)
+    assert torch.equal(found.keep, mask)
+    torch.testing.assert_close(found.weight.double(), wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sparsegpt", "masked"])
+def test_an_update_that_leaves_the_range_of_the_dtype_is_refused(name):
+    x = torch.randn(50, 1, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 3.0, 1.0, 3.0])
+    stats = InputStats(4, GRAM)
+    stats.update(x)  # all inputs alike: what the pruned columns did falls to the others
+    weight = torch.tensor([[60000.0, 60000.0, 60000.0, 60000.0]]).half()
+    with pytest.raises(PareError, match="float16 cannot hold"):
+        build(name, {"sparsity": "2:4"}).compress(weight, stats)
+
+
+def test_a_mask_without_an_update_needs_no_factor():
+    weight, stats = problem()
+    stats._sums["gram"].fill_(float("nan")).fill_diagonal_(1.0)  # nothing that could be factored
+    for mask in ("wanda", "magnitude"):
+        edit = build("masked", {"mask": mask, "update": "none"}).compress(weight, stats)
+        assert edit.damping is None and torch.equal(edit.weight[edit.keep], weight[edit.keep])

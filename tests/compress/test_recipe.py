@@ -121,3 +121,9 @@ def test_a_recipe_cannot_be_changed_and_takes_the_defaults_of_the_field():
     assert (recipe.calibration.sequences, recipe.calibration.length, recipe.evaluate.length) == (128, 2048, 2048)
     with pytest.raises(ValidationError):
         recipe.method = "magnitude"
+
+
+def test_a_folder_that_is_called_as_a_recipe_does_not_hide_it(tmp_path, monkeypatch):
+    (tmp_path / "wanda-50").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.load("wanda-50").method == "wanda"

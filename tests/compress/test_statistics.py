@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from paredown.compress.errors import PareError
-from paredown.compress.statistics import NEEDS, InputStats, _triangular_inverse
+from paredown.compress.statistics import NEEDS, InputStats, _invert_lower_
 
 
 def gathered(x, *cuts, needs=NEEDS):
@@ -81,9 +81,11 @@ def test_damping_grows_until_the_matrix_can_be_factored_and_says_so():
 
 @pytest.mark.parametrize("size", [1, 7, 33, 70])
 def test_the_inverse_by_halves_inverts(size):
-    upper = torch.randn(size, size, dtype=torch.float64).triu() + 5 * torch.eye(size, dtype=torch.float64)
-    product = _triangular_inverse(upper, leaf=8) @ upper
-    torch.testing.assert_close(product, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-9)
+    lower = torch.randn(size, size, dtype=torch.float64).tril() + 5 * torch.eye(size, dtype=torch.float64)
+    inverse = lower.T.contiguous().T.clone()
+    _invert_lower_(inverse, leaf=8)
+    assert torch.equal(inverse, inverse.tril())
+    torch.testing.assert_close(inverse @ lower, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 def test_a_refused_batch_leaves_no_trace():
@@ -136,3 +138,17 @@ def test_a_large_factor_goes_through_the_halves_and_still_inverts():
     factor = stats.inverse_cholesky(0.01).factor.double()
     damped = stats.gram + 0.01 * stats.gram.diagonal().mean() * torch.eye(600, dtype=torch.float64)
     torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(600).double(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 7, 512, 700, 1100])
+def test_the_gram_and_the_energy_are_whole_though_a_triangle_is_summed_in_strips(width):
+    x = torch.randn(40, width, generator=torch.Generator().manual_seed(0)) + 1
+    rows = torch.randn(3, width, generator=torch.Generator().manual_seed(1))
+    stats = gathered(x, 11, needs={"gram"})
+    torch.testing.assert_close(stats.gram, x.double().T @ x.double() / 40, rtol=1e-5, atol=1e-5)
+    assert torch.equal(stats.gram, stats.gram.T)
+    wanted = float((x.double() @ rows.double().T).square().sum()) / 40
+    assert stats.energy(rows) == pytest.approx(wanted, rel=1e-4)
+    diagonal = gathered(x, needs={"second_moment_diagonal"})
+    wanted = float((rows.double().square() @ x.double().square().mean(0)).sum())
+    assert diagonal.energy(rows.bfloat16().float()) == pytest.approx(wanted, rel=2e-2)
