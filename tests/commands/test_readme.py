@@ -1,5 +1,6 @@
 """What the README promises, run as it stands there."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -29,7 +30,8 @@ def workplace(tmp_path_factory, save_model, text_file):
 
 
 def run(arguments, folder):
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=folder)
+    # a wide terminal, so that no table is folded
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=folder, env={**os.environ, "COLUMNS": "200"})
     assert done.returncode == 0, f"{arguments}\n{done.stderr[-3000:]}"
     return done.stdout
 
