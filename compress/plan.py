@@ -149,7 +149,7 @@ def _memory(
 
 
 def _peak(parts: dict[str, int]) -> int:
-    walking = parts["block"] + max(parts["pending"], parts["solver"], parts["batch"])
+    walking = parts["block"] + parts["pending"] + max(parts["solver"], parts["batch"])
     return parts["activations"] + max(walking, parts["outside"])
 
 
