@@ -137,8 +137,8 @@ def _memory(
     return {
         # read, and the edited copies beside them until the block is dropped
         "block": element * (block_weights + edited),
-        # values and indices wait for their shard; saving makes one more copy
-        "pending": 2 * min(FLUSH_BYTES + edited * 9 // 8 * element // 2, edited * 9 // 8 * element // 2 + FLUSH_BYTES),
+        # one shard is filled while another is written, and saving makes one more copy
+        "pending": 3 * (FLUSH_BYTES + edited * 9 // 8 * element // 2),
         # float32 scores, their columns and the mask of the largest layer
         "solver": 10 * largest + grams,
         "activations": element * width * (calibration + 2 * sum(evaluations)),

@@ -9,6 +9,7 @@ from paredown.compress.errors import PareError
 
 NEEDS = frozenset({"second_moment_diagonal", "gram", "mean", "absolute_mean"})
 STRIP = 512  # columns of the Gram matrix that are summed at a time: what lies above the diagonal is never computed
+ROWS = 64  # tokens that are squared at a time, so that they stay in cache
 ESCALATIONS = 6  # times that the damping may grow tenfold before a layer is given up
 
 
@@ -55,15 +56,16 @@ class InputStats:
         x = x.reshape(-1, self.in_features)  # (tokens, in)
         if not len(x):
             return
-        wide = x.float()  # (tokens, in)
-        if not bool(torch.isfinite(wide.square().sum())):
+        squares = torch.stack([part.float().square().sum(0) for part in x.split(ROWS)]).sum(0)  # (in,)
+        if not bool(torch.isfinite(squares.sum())):
             raise PareError("its inputs hold NaN or infinite values: try --dtype float32, or check the checkpoint.")
         for name, total in self._sums.items():
             if name == "gram":
+                wide = x.float()  # (tokens, in)
                 for i in range(0, self.in_features, STRIP):
                     total[i:, i : i + STRIP] += wide[:, i:].T @ wide[:, i : i + STRIP]
             else:
-                total += _BATCH_SUMS[name](wide)
+                total += squares if name == "second_moment_diagonal" else _BATCH_SUMS[name](x.float())
         self.count += len(x)
         self._factors.clear()
 
@@ -128,7 +130,6 @@ class InputStats:
 
 
 _BATCH_SUMS = {
-    "second_moment_diagonal": lambda x: x.square().sum(0),
     "mean": lambda x: x.sum(0),
     "absolute_mean": lambda x: x.abs().sum(0),
 }

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +24,7 @@ MAX_SHARD_BYTES = 5 << 30
 class CheckpointWriter:
     """Collects tensors into shards below `OUT.partial`; `commit` renames it to OUT. Leaving without commit removes it.
 
+    Hashing and writing go on beside the caller's work, at most one shard behind it: what was added must not change.
     Raises PareError if OUT exists and is not empty, or if another process is writing it.
     """
 
@@ -33,6 +35,8 @@ class CheckpointWriter:
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[Path] = []
+        self._worker = ThreadPoolExecutor(max_workers=1)
+        self._saving: Future[None] | None = None
         self._committed = False
 
     def __enter__(self) -> "CheckpointWriter":
@@ -53,6 +57,7 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._worker.shutdown(cancel_futures=True)
         self._lock.close()
         if not self._committed:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -73,7 +78,6 @@ class CheckpointWriter:
             "shape": list(tensor.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "bytes": size,
-            "sha256": sha256(tensor),
         }
         if self._pending and self._pending_bytes + size > MAX_SHARD_BYTES:
             self._flush()
@@ -89,6 +93,7 @@ class CheckpointWriter:
         """Write the last shard, the index, and paredown.json with `record` and every tensor's own record."""
         if self._pending:
             self._flush()
+        self._saved()
         names = [SINGLE] if len(self._shards) == 1 else _numbered(len(self._shards))
         final = {}
         for shard, name in zip(self._shards, names, strict=True):
@@ -123,12 +128,22 @@ class CheckpointWriter:
         self._committed = True
 
     def _flush(self) -> None:
+        self._saved()
         path = self.folder / f"shard-{len(self._shards) + 1:05d}.safetensors"
-        save_file(self._pending, path, metadata={"format": "pt"})
-        for name in self._pending:
-            self.tensors[name]["file"] = path.name
+        self._saving = self._worker.submit(self._save, path, self._pending)
         self._shards.append(path)
         self._pending, self._pending_bytes = {}, 0
+
+    def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self.tensors[name].update(sha256=sha256(tensor), file=path.name)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    def _saved(self) -> None:
+        """Wait for the shard that is being written. Raises what went wrong there."""
+        if self._saving is not None:
+            self._saving.result()
+            self._saving = None
 
 
 def _numbered(count: int) -> list[str]:

@@ -36,20 +36,18 @@ def pack24(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     nibbles = torch.zeros(len(rows), groups + groups % 2, dtype=torch.uint8, device=weight.device)  # (row, even groups)
     table = _nibble_of_mask(weight.device)
     for part in _blocks(len(rows), inner):
-        columns = kept[part].view(torch.uint8).reshape(-1, groups, 4)
-        mask = columns[..., 0] | columns[..., 1] << 1 | columns[..., 2] << 2 | columns[..., 3] << 3  # (row, group)
-        nibbles[part, :groups] = table[mask.int()]
-        if bool((nibbles[part] == 255).any()):
-            row, group = (nibbles[part] == 255).nonzero()[0].tolist()
+        # a group's 4 bools read as one integer; the product gathers them in its highest byte
+        masks = kept[part].contiguous().view(torch.int32) * 0x01020408 >> 24 & 15  # (row, group)
+        found = table[masks]
+        if bool((found == 255).any()):
+            row, group = (found == 255).nonzero()[0].tolist()
             raise ValueError(
                 f"row {part.start + row}, columns {4 * group} to {4 * group + 3}: keep marks "
-                f"{int(columns[row, group].sum())} of 4 weights, and 2:4 needs exactly 2"
+                f"{int(masks[row, group]).bit_count()} of 4 weights, and 2:4 needs exactly 2"
             )
-        w0, w1, w2, w3 = (w.contiguous() for w in rows[part].reshape(-1, groups, 4).unbind(-1))  # each (row, group)
-        k0, k1, k2, k3 = (k.contiguous() for k in kept[part].reshape(-1, groups, 4).unbind(-1))
-        pairs = values[part].view(-1, groups, 2)
-        pairs[..., 0] = torch.where(k0, w0, torch.where(k1, w1, w2))
-        pairs[..., 1] = torch.where(k3, w3, torch.where(k2, w2, w1))
+        nibbles[part, :groups] = found
+        columns = torch.stack((found & 3, found >> 2), dim=-1).long()  # (row, group, 2)
+        values[part] = rows[part].reshape(-1, groups, 4).gather(-1, columns).flatten(-2)
     indices = nibbles[:, 0::2] | nibbles[:, 1::2] << 4  # (row, byte)
     return values.reshape(*lead, inner // 2), indices.reshape(*lead, indices.shape[-1])
 
