@@ -1,12 +1,10 @@
 """Modules that hold a packed weight where a model has a `Linear`, a `Conv1D` or a fused parameter of experts.
 
-A packed weight has a kind (how it is stored), a layout (whose place it takes), a shape and a number of stored values:
-its spec, which stands in config.json. The tensors in the checkpoint are called `<name>.values` and, by kind,
-`<name>.indices` or `<name>.bitmap`; a bias keeps its name.
+A packed weight has a kind (how it is stored), a layout (whose place it takes) and sizes: its spec, which stands in
+config.json. The tensors in the checkpoint are called `<name>.<tensor of the kind>`; a bias keeps its name. A layer may
+carry a bias that the dense model has none of: its spec then says `"bias": true`.
 """
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, cast
 
@@ -14,177 +12,55 @@ import torch
 from torch import Tensor, nn
 
 from paredown.compress.errors import PareError, did_you_mean
-from paredown.kernels import bitmap as bitmaps
-from paredown.kernels import sparse24 as sparse24s
+from paredown.compress.kinds import MASKS, Spec, kind_of
 
 Layout = Literal["linear", "conv1d", "experts"]
-Spec = Mapping[
-    str, Any
-]  # {"kind", "layout", "shape": [out, in] or [experts, out, in], "kept": number of stored values}
-Tensors = Mapping[str, Tensor]
-
-
-class Kind(ABC):
-    """One way to store a weight `(..., out, in)`: which tensors, and how to multiply with them."""
-
-    tensors: ClassVar[tuple[str, ...]]  # "values" first: the one in the model's dtype; the others are uint8
-
-    @staticmethod
-    @abstractmethod
-    def pack(weight: Tensor, keep: Tensor) -> dict[str, Tensor]:
-        """The tensors of a weight (..., out, in) of which only what `keep` marks is stored."""
-
-    @staticmethod
-    @abstractmethod
-    def sizes(shape: tuple[int, ...], kept: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors of a weight of this shape. Raises ValueError if no such weight can exist."""
-
-    @staticmethod
-    @abstractmethod
-    def unpack(tensors: Tensors, shape: tuple[int, ...]) -> Tensor:
-        """The dense weight (..., out, in)."""
-
-    @staticmethod
-    @abstractmethod
-    def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
-        """x (..., in) times the transposed weight (out, in), plus bias."""
-
-    @staticmethod
-    @abstractmethod
-    def starts(tensors: Tensors) -> list[int]:
-        """Where the values of each expert begin, and where the last one's end; empty if `values[expert]` says it."""
-
-    @staticmethod
-    @abstractmethod
-    def fault(tensors: Tensors, shape: tuple[int, ...]) -> str | None:
-        """What is damaged in the index data, or None."""
-
-
-class Sparse24(Kind):
-    """2 of every 4 weights along the input, with 2-bit columns."""
-
-    tensors = ("values", "indices")
-
-    @staticmethod
-    def pack(weight: Tensor, keep: Tensor) -> dict[str, Tensor]:
-        values, indices = sparse24s.pack24(weight, keep)
-        return {"values": values, "indices": indices}
-
-    @staticmethod
-    def sizes(shape: tuple[int, ...], kept: int) -> dict[str, tuple[int, ...]]:
-        *rows, inner = shape
-        if inner % 4 or 2 * kept != math.prod(shape):
-            raise ValueError(f"2:4 of {list(shape)} stores half of its weights and needs an input divisible by 4")
-        return {"values": (*rows, inner // 2), "indices": (*rows, -(-inner // 8))}
-
-    @staticmethod
-    def unpack(tensors: Tensors, shape: tuple[int, ...]) -> Tensor:
-        return sparse24s.unpack24(tensors["values"], tensors["indices"])
-
-    @staticmethod
-    def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
-        return sparse24s.sparse24_matmul(x, tensors["values"], tensors["indices"], bias)
-
-    @staticmethod
-    def starts(tensors: Tensors) -> list[int]:
-        return []
-
-    @staticmethod
-    def fault(tensors: Tensors, shape: tuple[int, ...]) -> str | None:
-        bad = sparse24s.count_invalid24(tensors["indices"], shape[-1])
-        return f"indices: {bad} groups name no pair of columns" if bad else None
-
-
-class Bitmap(Kind):
-    """Any mask: one bit per weight and the kept values in a row."""
-
-    tensors = ("values", "bitmap")
-
-    @staticmethod
-    def pack(weight: Tensor, keep: Tensor) -> dict[str, Tensor]:
-        values, bitmap = bitmaps.pack_bitmap(weight, keep)
-        return {"values": values, "bitmap": bitmap}
-
-    @staticmethod
-    def sizes(shape: tuple[int, ...], kept: int) -> dict[str, tuple[int, ...]]:
-        if not 0 <= kept <= math.prod(shape):
-            raise ValueError(f"a weight of {list(shape)} cannot keep {kept} values")
-        return {"values": (kept,), "bitmap": (*shape[:-1], -(-shape[-1] // 8))}
-
-    @staticmethod
-    def unpack(tensors: Tensors, shape: tuple[int, ...]) -> Tensor:
-        return bitmaps.unpack_bitmap(tensors["values"], tensors["bitmap"], shape[-1])
-
-    @staticmethod
-    def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
-        return bitmaps.bitmap_matmul(x, tensors["values"], tensors["bitmap"], bias)
-
-    @staticmethod
-    def starts(tensors: Tensors) -> list[int]:
-        return [0, *bitmaps.count_bits(tensors["bitmap"]).sum(-1).cumsum(0).tolist()]
-
-    @staticmethod
-    def fault(tensors: Tensors, shape: tuple[int, ...]) -> str | None:
-        bitmap, kept = tensors["bitmap"], tensors["values"].numel()
-        marked = int(bitmaps.count_bits(bitmap).sum())
-        if marked != kept:
-            return f"bitmap: marks {marked} weights, and {kept} values are stored"
-        if shape[-1] % 8 and bool((bitmap[..., -1] >> (shape[-1] % 8)).any()):
-            return f"bitmap: marks columns past the last of {shape[-1]}"
-        return None
-
-
-KINDS: dict[str, type[Kind]] = {"sparse24": Sparse24, "bitmap": Bitmap}
-
-
-def pack(kind: str, weight: Tensor, keep: Tensor) -> dict[str, Tensor]:
-    """The tensors to write for `weight` ([experts,] out, in) of which `keep` (same shape, bool) is stored.
-
-    Raises PareError for an unknown kind, ValueError if `keep` does not fit the kind (2:4 keeps exactly 2 of 4).
-    """
-    return _kind(kind).pack(weight, keep)
 
 
 class _Packed(nn.Module):
     """A packed weight of a given spec, uninitialised until its tensors are loaded."""
 
-    values: Tensor
     layout: ClassVar[Layout]
     # transformers initialises what a checkpoint lacks; packed weights are loaded or refused, never made up
     _is_hf_initialized = True
 
-    def __init__(self, kind: str, shape: tuple[int, ...], kept: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, spec: Spec, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        self.kind, self.kept, self._shape = kind, kept, tuple(shape)
-        self._pack = _kind(kind)
-        sizes = self._pack.sizes(self._shape, kept)
-        self.values = nn.Parameter(torch.empty(sizes.pop("values"), device=device, dtype=dtype), requires_grad=False)
-        for name, size in sizes.items():
-            self.register_buffer(name, torch.empty(size, device=device, dtype=torch.uint8))
+        self.kind: str = spec["kind"]
+        self._shape: tuple[int, ...] = tuple(spec["shape"])
+        self._pack = kind_of(self.kind)
+        self._asked = {key: spec[key] for key in self._pack.asks}
+        for name, size in self._pack.sizes(spec).items():
+            own = self._pack.tensors[name]
+            empty = torch.empty(size, device=device, dtype=own or dtype)
+            if own is None:
+                self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+            else:
+                self.register_buffer(name, empty)
 
     @property
     def spec(self) -> dict[str, Any]:
         """As in config.json."""
-        return {"kind": self.kind, "layout": self.layout, "shape": list(self._shape), "kept": self.kept}
+        return {"kind": self.kind, "layout": self.layout, "shape": list(self._shape), **self._asked}
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of its packed tensors."""
-        return self._pack.tensors
+        return tuple(self._pack.tensors)
 
     def fault(self) -> str | None:
         """What is wrong with the loaded tensors, the tensor's name first, or None. Not of offloaded data."""
-        for name, size in self._pack.sizes(self._shape, self.kept).items():
-            tensor = getattr(self, name)
+        for name, size in self._pack.sizes(self.spec).items():
+            tensor, dtype = getattr(self, name), self._pack.tensors[name]
             if tuple(tensor.shape) != size:
                 return f"{name}: has shape {list(tensor.shape)}, and the spec needs {list(size)}"
-            if name != "values" and tensor.dtype != torch.uint8:
-                return f"{name}: has dtype {tensor.dtype}, not torch.uint8"
+            if dtype is not None and tensor.dtype != dtype:
+                return f"{name}: has dtype {tensor.dtype}, not {dtype}"
         tensors = self._tensors()
         return None if any(t.is_meta for t in tensors.values()) else self._pack.fault(tensors, self._shape)
 
     def extra_repr(self) -> str:
-        return f"{list(self._shape)}, kind={self.kind}, kept={self.kept}"
+        return ", ".join([f"{list(self._shape)}, kind={self.kind}", *(f"{k}={v}" for k, v in self._asked.items())])
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self._pack.tensors}
@@ -201,13 +77,16 @@ class PackedLinear(_Packed):
 
     layout = "linear"
 
-    def __init__(
-        self, kind: str, shape: tuple[int, ...], kept: int, bias: bool, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        super().__init__(kind, shape, kept, device, dtype)
+    def __init__(self, spec: Spec, bias: bool, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(spec, device, dtype)
         self.out_features, self.in_features = self._shape
         self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
+        self.added_bias = bool(spec.get("bias", False))  # which the dense layer has not
         self.own_forward: Callable[[nn.Module, Tensor], Tensor] | None = None  # of a Linear that multiplies its own way
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {**super().spec, **({"bias": True} if self.added_bias else {})}
 
     @property
     def weight(self) -> Tensor:  # (out, in)
@@ -225,10 +104,8 @@ class PackedConv1D(_Packed):
 
     layout = "conv1d"
 
-    def __init__(
-        self, kind: str, shape: tuple[int, ...], kept: int, bias: bool, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        super().__init__(kind, shape, kept, device, dtype)
+    def __init__(self, spec: Spec, bias: bool, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(spec, device, dtype)
         self.nf, self.nx = self._shape
         self.bias = nn.Parameter(torch.empty(self.nf, device=device, dtype=dtype))
 
@@ -240,6 +117,8 @@ class PackedConv1D(_Packed):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._pack.chain:
+            return self._pack.matmul(x, self._tensors(), self.bias)
         # the same call on the same layout as Conv1D: another order of summation would change the last bit
         return torch.addmm(self.bias, x.reshape(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
 
@@ -249,8 +128,10 @@ class PackedExperts(_Packed):
 
     layout = "experts"
 
-    def __init__(self, kind: str, shape: tuple[int, ...], kept: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(kind, shape, kept, device, dtype)
+    values: Tensor
+
+    def __init__(self, spec: Spec, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(spec, device, dtype)
         self._starts: list[int] | None = None
 
     def __getitem__(self, expert: int | Tensor) -> Tensor:
@@ -361,7 +242,9 @@ def _place(model: nn.Module, name: str, spec: Spec, tied: set[str]) -> tuple[nn.
 
 def _check_spec(name: str, spec: Spec) -> None:
     """Kind, layout and sizes make sense by themselves. Raises PareError naming the weight."""
-    missing = [key for key in ("kind", "layout", "shape", "kept") if key not in spec]
+    missing = [key for key in ("kind", "layout", "shape") if key not in spec]
+    if not missing:
+        missing = [key for key in kind_of(spec["kind"]).asks if key not in spec]
     if missing:
         raise PareError(f"packed weight {name!r}: its spec lacks {', '.join(missing)}.")
     layouts = {"linear": 2, "conv1d": 2, "experts": 3}
@@ -372,33 +255,29 @@ def _check_spec(name: str, spec: Spec) -> None:
     shape = tuple(spec["shape"])
     if len(shape) != layouts[spec["layout"]]:
         raise PareError(f"packed weight {name!r}: layout {spec['layout']!r} does not go with shape {list(shape)}.")
+    if spec["layout"] == "experts" and spec["kind"] not in MASKS:
+        raise PareError(
+            f"packed weight {name!r}: fused experts are stored as {' or '.join(MASKS)}, not {spec['kind']}."
+        )
     try:
-        _kind(spec["kind"]).sizes(shape, spec["kept"])
+        kind_of(spec["kind"]).sizes(spec)
     except ValueError as fault:
         raise PareError(f"packed weight {name!r}: {fault}") from fault
 
 
 def _build(old: nn.Module | nn.Parameter, spec: Spec) -> _Packed:
-    kind, shape, kept = spec["kind"], tuple(spec["shape"]), spec["kept"]
     if isinstance(old, nn.Parameter):
-        return PackedExperts(kind, shape, kept, old.device, old.dtype)
-    weight = cast(Tensor, old.weight)
-    module = (PackedLinear if spec["layout"] == "linear" else PackedConv1D)(
-        kind, shape, kept, old.bias is not None, weight.device, weight.dtype
-    )
-    module.bias = old.bias  # type: ignore[assignment]
-    if isinstance(old, nn.Linear) and type(old).forward is not nn.Linear.forward:  # Falcon's: `x @ weight.T + bias`
-        module.own_forward = type(old).forward  # type: ignore[assignment]
+        return PackedExperts(spec, old.device, old.dtype)
+    weight, bias = cast(Tensor, old.weight), cast(nn.Parameter | None, old.bias)
+    added = bias is None and bool(spec.get("bias", False))
+    cls = PackedLinear if spec["layout"] == "linear" else PackedConv1D
+    module = cls(spec, added, weight.device, weight.dtype)
+    if not added:
+        module.bias = bias
+    own = isinstance(old, nn.Linear) and type(old).forward is not nn.Linear.forward  # Falcon's: `x @ weight.T + bias`
+    if own and not kind_of(spec["kind"]).chain:
+        module.own_forward = type(old).forward
     return module.train(old.training)
-
-
-def _kind(kind: str) -> type[Kind]:
-    if kind not in KINDS:
-        raise PareError(
-            f"unknown kind of packed weight {kind!r}.{did_you_mean(str(kind), KINDS)} This version knows "
-            f"{', '.join(KINDS)}; a newer paredown may have written this checkpoint: pip install -U paredown."
-        )
-    return KINDS[kind]
 
 
 def _tied(model: nn.Module) -> set[str]:

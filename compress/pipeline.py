@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from paredown.compress import packed
+from paredown.compress import kinds
 from paredown.compress.blocks import Block, View, blocks, known, select
 from paredown.compress.calibration import Windows
 from paredown.compress.edits import Masked, storage_kind
@@ -235,7 +235,7 @@ def write_block(
         result.modules[owner] = {
             "kind": kind, "layout": views[0].layout, "shape": list(weight.shape), "kept": kept
         }  # fmt: skip
-        for part, tensor in packed.pack(kind, weight, keep).items():
+        for part, tensor in kinds.pack(kind, weight, keep).items():
             writer.add(f"{owner}.{part}", tensor, kind=kind)
     _add_dense(writer, source, dense, format)
     writer.end_block()

@@ -12,6 +12,7 @@ from paredown.compress import packed
 from paredown.compress.blocks import View, blocks
 from paredown.compress.calibration import Windows
 from paredown.compress.errors import PareError
+from paredown.compress.kinds import stored_numbers
 from paredown.compress.pipeline import score
 from paredown.compress.source import ModelSource
 from paredown.compress.sparsity import NofM, parse_sparsity
@@ -75,8 +76,9 @@ def _mask_faults(source: ModelSource, layers: dict[str, Any]) -> Iterator[str]:
                     yield f"{name}.{fault}"
                 for layer in [n for n in layers if n == name or n.startswith(name + ".")]:
                     seen.add(layer)
-                if name in layers and round(layers[name]["kept"] * prod(module.spec["shape"])) != module.kept:
-                    yield f"{name} keeps {module.kept} values, the record says {layers[name]['kept']:.4f} of them"
+                stored = stored_numbers(module.spec)
+                if name in layers and round(layers[name]["kept"] * prod(module.spec["shape"])) != stored:
+                    yield f"{name} stores {stored} numbers, the record says {layers[name]['kept']:.4f} of the dense ones"
         for view in block.views():
             if view.name in layers:
                 seen.add(view.name)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from paredown.compress import packed
 from paredown.compress.errors import PareError
-from paredown.compress.packed import PackedConv1D, PackedExperts, PackedLinear, install, pack
+from paredown.compress.kinds import KINDS, MASKS, pack
+from paredown.compress.packed import PackedConv1D, PackedExperts, PackedLinear, install
 
 
 class Experts(nn.Module):
@@ -124,7 +124,55 @@ def test_damaged_index_data_is_a_fault():
     assert "bitmap" in other.proj.fault()
 
 
-def test_kinds_say_their_sizes():
-    for kind in packed.KINDS:
-        tensors = pack(kind, torch.randn(6, 8), halves(6, 8))
-        assert {n: tuple(t.shape) for n, t in tensors.items()} == packed.KINDS[kind].sizes((6, 8), 24)
+def tensors_of(kind):
+    """Some tensors of a (6, 8) weight of each kind."""
+    if kind in MASKS:
+        return pack(kind, torch.randn(6, 8), halves(6, 8))
+    named = {"order": torch.randperm(6).int()}
+    mask = pack(kind.removesuffix("_lowrank"), torch.randn(6, 8), halves(6, 8)) if "_" in kind else {}
+    sizes = KINDS[kind].sizes(spec_of(kind))
+    return {name: mask.get(name, named.get(name, torch.randn(size))) for name, size in sizes.items()}
+
+
+def spec_of(kind, **more):
+    return {**spec(kind), "rank": 3, **more}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_say_their_sizes_and_multiply_as_their_dense_weight_does(kind):
+    tensors, kind_ = tensors_of(kind), KINDS[kind]
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == kind_.sizes(spec_of(kind))
+    x, bias = torch.randn(2, 5, 8), torch.randn(6)
+    dense = kind_.unpack(tensors, (6, 8))
+    torch.testing.assert_close(kind_.matmul(x, tensors, bias), nn.functional.linear(x, dense, bias))
+    assert kind_.fault(tensors, (6, 8)) is None
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - set(MASKS)))
+@pytest.mark.parametrize("added", [False, True])
+def test_a_layer_of_factors_keeps_its_bias_or_brings_one(kind, added):
+    from transformers.pytorch_utils import Conv1D
+
+    for old in (nn.Linear(8, 6, bias=not added), *([] if added else [Conv1D(6, 8)])):
+        model, layout = nn.Sequential(old), "conv1d" if isinstance(old, Conv1D) else "linear"
+        told = {
+            key: spec_of(kind, layout=layout, bias=True)[key] for key in ("kind", "layout", "shape", *KINDS[kind].asks)
+        }
+        told.update({"bias": True} if added else {})
+        install(model, {"0": told})
+        tensors, bias = tensors_of(kind), torch.randn(6)
+        fill(model[0], {**tensors, "bias": bias})
+        x = torch.randn(2, 5, 8)
+        assert model[0].spec == told
+        assert torch.equal(model[0](x), KINDS[kind].matmul(x, tensors, bias))
+
+
+def test_an_order_that_names_a_row_twice_is_a_fault():
+    tensors = tensors_of("pifa")
+    tensors["order"][0] = tensors["order"][1]
+    assert "permutation" in KINDS["pifa"].fault(tensors, (6, 8))
+
+
+def test_factors_cannot_stand_for_fused_experts():
+    with pytest.raises(PareError, match="fused experts are stored as"):
+        install(Tiny(), {"experts.gate_up_proj": {**spec("lowrank", "experts", (3, 6, 8)), "rank": 2}})
