@@ -11,10 +11,10 @@ from paredown.compress import loading, packed
 from paredown.compress.blocks import Block, View, blocks
 from paredown.compress.edits import Masked
 from paredown.compress.errors import PareError
-from paredown.compress.pipeline import Format, Result, write_block, write_rest
 from paredown.compress.source import ModelSource
 from paredown.compress.sparsity import NofM, keep_mask
 from paredown.compress.writer import RECORD, CheckpointWriter
+from paredown.compress.writing import Edited, Format, write_block, write_rest
 
 PATTERN = NofM(2, 4)
 
@@ -27,7 +27,15 @@ def export(source: ModelSource, out: Path, format: Format, progress: Callable[[i
     """
     if source.modules and format == "packed":
         raise PareError(f"{source.id} is packed already. Name another --format, or copy the folder.")
-    result, all_blocks = Result(), blocks(source)
+    added = [name for name, spec in source.modules.items() if spec.get("bias")]
+    if added:
+        raise PareError(
+            f"{added[0]} carries a bias that an ordinary {source.family} checkpoint cannot hold ({len(added)} in all): "
+            "compress again with --set affine=false, or keep the packed checkpoint."
+        )
+    modules: dict[str, Any] = {}
+    found: list[dict[str, Any]] = []
+    all_blocks = blocks(source)
     with CheckpointWriter(out) as writer:
         for block in all_blocks:
             source.materialise(block.prefix, block.names)
@@ -35,17 +43,15 @@ def export(source: ModelSource, out: Path, format: Format, progress: Callable[[i
                 _write_unpacked(writer, source, block)
             else:
                 edits = {v.name: edit for v in block.views() if (edit := _found_mask(v)) is not None}
-                result.layers += [_layer(name, edit) for name, edit in edits.items()]
-                write_block(writer, source, block, edits, format, result)
+                found += [_layer(name, edit) for name, edit in edits.items()]
+                write_block(writer, source, block, Edited(block.views(), edits), format, modules)
             source.release(block.prefix, block.names)
             progress(block.index + 1, len(all_blocks))
         write_rest(writer, source, all_blocks, format)
         record = _old_record(source.folder)
-        layers = record.get("layers") or {
-            e["name"]: {"kept": e["kept"], "sparsity": e["sparsity"]} for e in result.layers
-        }
+        layers = record.get("layers") or {e["name"]: {"kept": e["kept"], "sparsity": e["sparsity"]} for e in found}
         writer.finish({**record, "layers": layers})
-        write_config(writer, source, format, result.modules)
+        write_config(writer, source, format, modules)
         writer.copy(source.companions())
         before = sum(entry.bytes for entry in source.files.entries.values())
         writer.commit()

@@ -272,9 +272,21 @@ def pack(kind: str, weight: Tensor, keep: Tensor) -> dict[str, Tensor]:
 
 
 def stored_numbers(spec: Spec) -> int:
-    """How many numbers in the model's dtype a weight of this spec stores: what counts as its parameters."""
-    sizes, kind = kind_of(spec["kind"]).sizes(spec), kind_of(spec["kind"])
-    return sum(math.prod(size) for name, size in sizes.items() if kind.tensors[name] is None)
+    """How many numbers in the model's dtype a weight of this spec stores, an added bias among them: its parameters."""
+    kind = kind_of(spec["kind"])
+    numbers = sum(math.prod(size) for name, size in kind.sizes(spec).items() if kind.tensors[name] is None)
+    return numbers + (spec["shape"][-2] if spec.get("bias") else 0)
+
+
+def stored_bytes(spec: Spec, element_size: int) -> int:
+    """Bytes of all tensors of a weight of this spec, a bias that it adds among them."""
+    kind = kind_of(spec["kind"])
+    index = sum(
+        math.prod(size) * dtype.itemsize
+        for name, size in kind.sizes(spec).items()
+        if (dtype := kind.tensors[name]) is not None
+    )
+    return index + stored_numbers(spec) * element_size
 
 
 def _rank(spec: Spec) -> int:

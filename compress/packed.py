@@ -205,6 +205,19 @@ def install(model: nn.Module, modules: Mapping[str, Spec]) -> None:
         setattr(parent, leaf, new)
 
 
+def packed_layer(old: nn.Module, spec: Spec, tensors: Mapping[str, Tensor], bias: Tensor | None) -> nn.Module:
+    """A packed layer with its tensors and bias, to stand where `old` (a Linear or Conv1D) stands."""
+    module = _build(old, spec)
+    for name, tensor in tensors.items():
+        if name in module._buffers:
+            module._buffers[name] = tensor
+        else:
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias, requires_grad=False)
+    return module
+
+
 def _place(model: nn.Module, name: str, spec: Spec, tied: set[str]) -> tuple[nn.Module, str]:
     """The module that holds what `name` means, and under which attribute. All checks of `install`."""
     _check_spec(name, spec)

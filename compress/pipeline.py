@@ -3,28 +3,29 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from paredown.compress import kinds
-from paredown.compress.blocks import Block, View, blocks, known, select
+from paredown.compress.blocks import Block, blocks, known, select
 from paredown.compress.calibration import Windows
-from paredown.compress.edits import Masked, storage_kind
-from paredown.compress.errors import PareError
+from paredown.compress.collect import groups, observe, observe_paired, shared_copy
+from paredown.compress.editing import Editor
 from paredown.compress.machine import peak_memory, return_freed_memory
 from paredown.compress.methods import Method
-from paredown.compress.observe import Observer
 from paredown.compress.perplexity import paired_delta, perplexity
 from paredown.compress.recipe import Recipe
+from paredown.compress.reconstruct import reconstruct
 from paredown.compress.source import ModelSource
-from paredown.compress.statistics import InputStats
+from paredown.compress.statistics import PAIRED_NEEDS
 from paredown.compress.stream import Stream, name_of, start
+from paredown.compress.survey import survey
 from paredown.compress.writer import CheckpointWriter
+from paredown.compress.writing import Format, write_block, write_rest
 
-Format = Literal["packed", "dense"]
 PROBE_TOKENS = 128
 
 
@@ -75,6 +76,7 @@ class Run:
     writer: CheckpointWriter
     format: Format = "packed"
     progress: Callable[[BlockDone], None] = lambda done: None
+    note: Callable[[str], None] = lambda text: None
 
     @torch.no_grad()
     def run(self) -> Result:
@@ -82,9 +84,25 @@ class Run:
         if not known(source):
             result.fallbacks.append(f"family {source.family!r} is not one we test: blocks were found by structure")
         all_blocks = blocks(source)
-        chosen = targeted(source, self.recipe)
+        with self.writer.scratch() as scratch:
+            editor = self._editor(scratch, result)
+            self._walk(all_blocks, editor, result)
+        return result
+
+    def _editor(self, scratch: Path, result: Result) -> Editor:
+        source, recipe = self.source, self.recipe
+        with result.timed("survey"):
+            chosen = targeted(source, recipe)
+            found = survey(source, self.method, recipe.allocation, self.calibration.ids, chosen, scratch, self.note)
+        result.fallbacks += [said for said in [getattr(self.method, "remark", None)] if said]
+        return Editor(recipe, self.method, found, source.device, self.format, result.layers, result.fallbacks)
+
+    def _walk(self, all_blocks: list[Block], editor: Editor, result: Result) -> None:
+        source = self.source
         with result.timed("calibration"):
             stream = start(source, self.calibration.ids)
+            # the dense model's inputs beside the compressed one's, where a method or the reconstruction aims at them
+            dense = stream.copy() if "cross" in self.method.needs or self.recipe.reconstruct else None
         with result.timed("evaluation"):
             before = [start(source, windows.ids) for windows in self.evaluations]
             after = [s.copy() for s in before]
@@ -95,22 +113,19 @@ class Run:
                 source.materialise(block.prefix, block.names)
             with result.timed("evaluation"):
                 advance(before, block)
-            views = [v for v in block.views() if v.name in chosen]
-            with result.timed("calibration"):
-                stats = observe(stream, block, views, self.method.needs)
-            with result.timed("compress"):
-                edits = self._edit(views, stats, result)
+            self._compress(block, stream, dense, editor, result)
             with result.timed("calibration"):
                 if not last:
                     stream.advance(block)
             with result.timed("evaluation"):
                 advance([*after, probe], block)
             with result.timed("write"):
-                write_block(self.writer, source, block, edits, self.format, result)
+                write_block(self.writer, source, block, editor.written(block), self.format, result.modules)
+            editor.restore()
             source.release(block.prefix, block.names)
-            del views, edits, stats
             return_freed_memory()
             self.progress(_done(block, len(all_blocks), result, perf_counter() - began))
+        result.targeted, result.kept = editor.targeted, editor.kept
         with result.timed("evaluation"):
             result.evaluation = [
                 evaluation_entry(w, b.nll(source), a.nll(source))
@@ -120,47 +135,40 @@ class Run:
             result.probe = {"ids": ids[0].tolist(), "nll": probe.nll(source)[0].tolist()}
         with result.timed("write"):
             write_rest(self.writer, source, all_blocks, self.format)
-        result.seconds["forward"] = sum(s.seconds for s in [stream, *before, *after, probe])
-        return result
+        streams = [stream, *before, *after, probe, *([dense] if dense else [])]
+        result.seconds["forward"] = sum(s.seconds for s in streams)
 
-    def _edit(self, views: list[View], stats: dict[str, InputStats], result: Result) -> dict[str, Masked]:
-        """Compress each view and put the edit in place. A layer that no token reached follows the recipe's policy."""
-        edits: dict[str, Masked] = {}
-        for view in views:
-            began, weight = perf_counter(), view.weight
-            seen = stats.get(view.name)
-            if seen is None and view.expert is None:
-                result.fallbacks.append(f"{view.name}: never called as a layer, so it was left as it is")
-                continue
-            if seen is None and self.recipe.idle == "dense":
-                result.fallbacks.append(
-                    f"{view.name}: no calibration token reached this expert; left dense (idle: dense)"
-                )
-                continue
-            if seen is None:
-                result.fallbacks.append(f"{view.name}: no calibration token reached this expert; scored without data")
-                seen = InputStats.uniform(view.shape[1], self.method.needs, self.source.device)
-            try:
-                edit = self.method.compress(weight, seen)
-            except PareError as fault:
-                raise PareError(f"{view.name}: {fault}") from fault
-            if edit.fallback:
-                result.fallbacks.append(f"{view.name}: {edit.fallback}")
-            result.layers.append(
-                {
-                    "name": view.name,
-                    "method": self.recipe.method,
-                    "kept": edit.kept / weight.numel(),
-                    "relative_error": edit.relative_error(weight, seen),
-                    "damping": edit.damping,
-                    "seconds": perf_counter() - began,
-                }
-            )
-            result.targeted += weight.numel()
-            result.kept += edit.kept
-            view.assign(edit.dense())
-            edits[view.name] = edit
-        return edits
+    def _compress(self, block: Block, stream: Stream, dense: Stream | None, editor: Editor, result: Result) -> None:
+        """Observe the block and edit its layers: all at once, or group by group where both streams are followed."""
+        editor.begin(block)
+        views = [v for v in block.views() if v.name in editor.survey.chosen]
+        if dense is None or "cross" not in self.method.needs:
+            twin = shared_copy(block) if dense else None
+            with result.timed("calibration"):
+                stats = observe(stream, block, views, self.method.needs & PAIRED_NEEDS)
+            with result.timed("compress"):
+                editor.edit(block, views, stats)
+        else:
+            twin = shared_copy(block)
+            for group in groups(stream, block, views):
+                with result.timed("calibration"):
+                    paired = observe_paired(stream, dense, block, twin, group, self.method.needs & PAIRED_NEEDS)
+                with result.timed("compress"):
+                    editor.edit(block, group, dict.fromkeys([v.name for v in group], paired) if paired else {})
+        if dense is not None and twin is not None:
+            with result.timed("calibration"):
+                dense.advance(twin)
+            if self.recipe.reconstruct and editor.edits:
+                with result.timed("reconstruct"):
+                    self._reconstruct(block, stream, dense, editor)
+
+    def _reconstruct(self, block: Block, stream: Stream, dense: Stream, editor: Editor) -> None:
+        assert self.recipe.reconstruct is not None
+        seed = self.recipe.calibration.seed
+        moment = editor.output_gradient(block)
+        done = reconstruct(block, stream, dense.hidden, editor.edits, self.recipe.reconstruct, seed, moment)
+        editor.tuned = True
+        self.note(f"reconstructed {block.prefix.rstrip('.')}: error {done.before:.2e} -> {done.after:.2e}")
 
 
 def targeted(source: ModelSource, recipe: Recipe) -> set[str]:
@@ -168,16 +176,6 @@ def targeted(source: ModelSource, recipe: Recipe) -> set[str]:
     views = [view for block in blocks(source) for view in block.views()]
     head = name_of(source.model, "get_output_embeddings")
     return {v.name for v in select(views, [*recipe.targets.include], [*recipe.targets.skip], head)[0]}
-
-
-def observe(stream: Stream, block: Block, views: list[View], needs: frozenset[str]) -> dict[str, InputStats]:
-    """Statistics of each view's input, by view name; views that no token reached are missing."""
-    observer = Observer(views, needs, stream.device)
-    with observer:
-        for _ in stream.outputs(block):
-            observer.next_batch()
-    stream.seconds -= observer.seconds  # what is collected on the way is not the model's own forward pass
-    return observer.stats
 
 
 def advance(streams: list[Stream], block: Block) -> None:
@@ -206,64 +204,6 @@ def evaluation_entry(windows: Windows, before: Tensor, after: Tensor) -> dict[st
         "after": perplexity(after),
         "paired_delta": paired_delta(before, after),
     }
-
-
-def write_block(
-    writer: CheckpointWriter,
-    source: ModelSource,
-    block: Block,
-    edits: dict[str, Masked],
-    format: Format,
-    result: Result,
-) -> None:
-    """Hand the block's tensors to the writer: edited ones packed or dense, all others as they were stored."""
-    owners: dict[str, list[View]] = {}  # a fused parameter of experts is written as one
-    for view in block.views():
-        owners.setdefault(view.owner, []).append(view)
-    edited = {owner: views for owner, views in owners.items() if any(v.name in edits for v in views)}
-    names = {owner: f"{owner}.weight" if views[0].expert is None else owner for owner, views in edited.items()}
-    untouched = [block.prefix + n for n in block.names if block.prefix + n not in names.values()]
-    dense = dict(source.read(untouched))
-    for owner, views in edited.items():
-        keep, sparsity = _joint_mask(views, edits)
-        kept = int(torch.count_nonzero(keep))
-        weight = views[0].weight if views[0].expert is None else getattr(views[0].module, views[0].parameter)
-        kind = storage_kind(tuple(weight.shape), kept, sparsity, weight.element_size())
-        if format == "dense" or kind == "dense":
-            dense[names[owner]] = views[0].raw if views[0].expert is None else weight
-            continue
-        result.modules[owner] = {
-            "kind": kind, "layout": views[0].layout, "shape": list(weight.shape), "kept": kept
-        }  # fmt: skip
-        for part, tensor in kinds.pack(kind, weight, keep).items():
-            writer.add(f"{owner}.{part}", tensor, kind=kind)
-    _add_dense(writer, source, dense, format)
-    writer.end_block()
-
-
-def write_rest(writer: CheckpointWriter, source: ModelSource, all_blocks: list[Block], format: Format) -> None:
-    """Embeddings, final norm, head, and tensors that the model class does not know: as they were stored."""
-    inside = tuple(block.prefix for block in all_blocks)
-    for name in source.parameters:
-        if not name.startswith(inside):
-            _add_dense(writer, source, source.read([name]), format)
-            writer.end_block()
-    for key, tensor in source.files.read(source.verbatim).items():
-        writer.add(key, tensor, kind="verbatim")
-
-
-def _add_dense(writer: CheckpointWriter, source: ModelSource, weights: dict[str, Tensor], format: Format) -> None:
-    named = source.checkpoint_names(weights) if format == "dense" else weights
-    for name, tensor in named.items():
-        writer.add(name, tensor, kind="dense")
-
-
-def _joint_mask(views: list[View], edits: dict[str, Masked]) -> tuple[Tensor, Any]:
-    """The mask of a weight, or of all experts of a fused one; experts that stay dense keep everything."""
-    found = [edits[v.name].keep if v.name in edits else torch.ones_like(v.weight, dtype=torch.bool) for v in views]
-    patterns = {edits[v.name].sparsity if v.name in edits else None for v in views}
-    sparsity = patterns.pop() if len(patterns) == 1 else 0.0
-    return (found[0] if views[0].expert is None else torch.stack(found)), sparsity  # ([experts,] out, in)
 
 
 def _done(block: Block, total: int, result: Result, seconds: float) -> BlockDone:

@@ -3,18 +3,19 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from math import ceil, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from paredown.compress.blocks import View, blocks, known, never, select
 from paredown.compress.edits import storage_kind
 from paredown.compress.errors import PareError
+from paredown.compress.kinds import stored_bytes, stored_numbers
 from paredown.compress.machine import available_memory
 from paredown.compress.methods import Method
 from paredown.compress.recipe import Recipe
 from paredown.compress.source import ModelSource
-from paredown.compress.sparsity import NofM, Sparsity, check_width
+from paredown.compress.sparsity import check_width, kept_count
 from paredown.compress.stream import BATCH_TOKENS, name_of
 from paredown.compress.writer import FLUSH_BYTES
 
@@ -56,16 +57,12 @@ def make_plan(
     views = [view for block in all_blocks for view in block.views()]
     head = name_of(source.model, "get_output_embeddings")
     chosen, left = select(views, [*recipe.targets.include], [*recipe.targets.skip], head)
-    for view in chosen:
-        try:
-            check_width(view.shape[1], method.sparsity)
-        except PareError as fault:
-            raise PareError(f"{view.name}: {fault}") from fault
     element = source.dtype.itemsize if source.dtype else 2
-    saved = sum(prod(v.shape) * element - _stored(v.shape, method.sparsity, element, format) for v in chosen)
+    specs = {v.name: _spec(v, method, element) for v in chosen}
+    saved = sum(prod(v.shape) * element - _stored(v.shape, specs[v.name], element, format) for v in chosen)
     before = sum(entry.bytes for entry in source.files.entries.values())
     parts = _memory(source, chosen, method, tokens, element)
-    kept = sum(_kept(v.shape, method.sparsity) for v in chosen)
+    kept = sum(prod(v.shape) if (spec := specs[v.name]) is None else _kept(spec) for v in chosen)
     steering = [
         n for b in all_blocks for n in dict.fromkeys(k.rpartition(".")[0] for k in b.names) if never(b.prefix + n)
     ]
@@ -104,17 +101,27 @@ def check_room(plan: Plan, out: Path, device: str) -> None:
         )
 
 
-def _kept(shape: tuple[int, int], sparsity: Sparsity) -> int:
-    size = prod(shape)
-    return size * sparsity.n // sparsity.m if isinstance(sparsity, NofM) else size - round(sparsity * size)
+def _spec(view: View, method: Any, element: int) -> dict[str, Any] | None:
+    """How an edited weight will be stored, or None for a weight that stays dense."""
+    try:
+        if hasattr(method, "spec"):
+            return None if view.expert is not None else method.spec(view.shape, element)
+        check_width(view.shape[1], method.sparsity)
+    except PareError as fault:
+        raise PareError(f"{view.name}: {fault}") from fault
+    kept = kept_count(view.shape, method.sparsity)
+    return {"kind": storage_kind(view.shape, kept, method.sparsity, element), "shape": view.shape, "kept": kept}
 
 
-def _stored(shape: tuple[int, int], sparsity: Sparsity, element: int, format: str) -> int:
-    """Bytes of one edited weight on disk: the kept values, and one bit per weight to say which."""
-    kept = _kept(shape, sparsity)
-    if format == "dense" or storage_kind(shape, kept, sparsity, element) == "dense":
+def _kept(spec: dict[str, Any]) -> int:
+    return int(spec["kept"]) if spec["kind"] == "dense" else stored_numbers(spec)
+
+
+def _stored(shape: tuple[int, int], spec: dict[str, Any] | None, element: int, format: str) -> int:
+    """Bytes of one weight on disk."""
+    if format == "dense" or spec is None or spec["kind"] == "dense":
         return prod(shape) * element
-    return kept * element + shape[0] * ceil(shape[1] / 8)
+    return stored_bytes(spec, element)
 
 
 def _memory(

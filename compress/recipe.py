@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from paredown.compress.allocation import AllocationSpec
 from paredown.compress.errors import PareError, did_you_mean
 from paredown.compress.methods import Method, build
 
@@ -42,6 +43,14 @@ class EvaluateSpec(_Strict):
     windows: int | None = Field(None, ge=1)
 
 
+class ReconstructSpec(_Strict):
+    """Tune each compressed block towards the dense block's output: Adam `steps` at rate `lr` on `batch` windows each."""
+
+    steps: int = Field(150, ge=1)
+    lr: float = Field(5e-4, gt=0)
+    batch: int = Field(8, ge=1)
+
+
 class Recipe(_Strict):
     """One method with its options, targets, calibration and evaluation."""
 
@@ -54,6 +63,8 @@ class Recipe(_Strict):
     calibration: CalibrationSpec = CalibrationSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     idle: Literal["data_free", "dense"] = "data_free"  # what becomes of a layer that no calibration token reached
+    allocation: AllocationSpec | None = None  # of ranks; None: as the method does by itself
+    reconstruct: ReconstructSpec | None = None
 
     def build(self) -> Method:
         return build(self.method, self.options)
@@ -152,8 +163,13 @@ def _told(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         fields: dict[str, Any] = Recipe.model_fields
         for part in error["loc"][:-1]:
-            fields = fields[str(part)].annotation.model_fields
+            fields = _model(fields[str(part)].annotation).model_fields
         return f"{path}: there is no such key.{did_you_mean(str(error['loc'][-1]), fields)} Keys: {', '.join(fields)}."
     if error["type"] == "missing":
         return f"{path}: this key is required."
     return f"{path}: {error['msg']}; found {error['input']!r}."
+
+
+def _model(annotation: Any) -> Any:
+    """The model of a field, also of one that may be null."""
+    return next((a for a in get_args(annotation) if hasattr(a, "model_fields")), annotation)

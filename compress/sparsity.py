@@ -1,5 +1,6 @@
 """How much is removed, and which weights stay: a fraction with an exact count, or `n:m`, which keeps n of every m."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,12 @@ def keep_mask(score: Tensor, sparsity: Sparsity, within: Within = "row") -> Tens
     if within == "layer":
         return _keep_fraction(score.reshape(1, -1), sparsity).view_as(score)
     return _keep_fraction(score, sparsity)
+
+
+def kept_count(shape: tuple[int, ...], sparsity: Sparsity) -> int:
+    """How many weights of a matrix stay."""
+    size = math.prod(shape)
+    return size * sparsity.n // sparsity.m if isinstance(sparsity, NofM) else size - round(sparsity * size)
 
 
 def check_width(width: int, sparsity: Sparsity) -> None:

@@ -1,5 +1,6 @@
 """Streaming moments of one input stream. Linears that read the same input (q/k/v; gate/up) share one object."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,14 @@ from torch import Tensor
 
 from paredown.compress.errors import PareError
 
+# of a layer's input
 NEEDS = frozenset({"second_moment_diagonal", "gram", "mean", "absolute_mean"})
+# and between the dense model's input and the compressed one's
+PAIRED_NEEDS = NEEDS | {"cross"}
+# of the gradient of the loss with respect to a layer's output: see gradients.py
+GRADIENT_NEEDS = frozenset(
+    {"output_gradient", "output_gradient_diagonal", "fisher", "fisher_rows", "fisher_rows_per_token"}
+)
 STRIP = 512  # columns of the Gram matrix that are summed at a time: what lies above the diagonal is never computed
 ROWS = 64  # tokens that are squared at a time, so that they stay in cache
 ESCALATIONS = 6  # times that the damping may grow tenfold before a layer is given up
@@ -31,12 +39,16 @@ class InputStats:
     """
 
     def __init__(self, in_features: int, needs: frozenset[str], device: torch.device | str = "cpu") -> None:
-        if unknown := needs - NEEDS:
-            raise ValueError(f"unknown statistics {sorted(unknown)}; there are {sorted(NEEDS)}")
+        if unknown := needs - PAIRED_NEEDS:
+            raise ValueError(f"unknown statistics {sorted(unknown)}; there are {sorted(PAIRED_NEEDS)}")
         self.in_features, self.needs, self.count = in_features, needs, 0
-        shapes = {name: (in_features, in_features) if name == "gram" else (in_features,) for name in needs}
+        square = {"gram", "cross"}
+        shapes = {name: (in_features, in_features) if name in square else (in_features,) for name in needs}
+        if "cross" in needs:
+            shapes |= {"dense_mean": (in_features,)}
         self._sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
         self._factors: dict[float, InverseCholesky] = {}
+        self._gradient: dict[str, Tensor] = {}
 
     @classmethod
     def uniform(cls, in_features: int, needs: frozenset[str], device: torch.device | str = "cpu") -> "InputStats":
@@ -44,15 +56,18 @@ class InputStats:
         stats = cls(in_features, needs, device)
         stats.count = 1
         for name, total in stats._sums.items():
-            if name == "gram":
+            if name in ("gram", "cross"):
                 total.fill_diagonal_(1.0)
-            elif name != "mean":
+            elif "mean" not in name or name == "absolute_mean":
                 total.fill_(1.0)
         return stats
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Add a batch `(..., in)`. Raises PareError if it holds NaN or infinite values."""
+    def update(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """Add a batch `(..., in)`; `dense` is what the uncompressed model feeds the same layer for the same tokens.
+
+        Raises PareError if the batch holds NaN or infinite values.
+        """
         x = x.reshape(-1, self.in_features)  # (tokens, in)
         if not len(x):
             return
@@ -64,6 +79,11 @@ class InputStats:
                 wide = x.float()  # (tokens, in)
                 for i in range(0, self.in_features, STRIP):
                     total[i:, i : i + STRIP] += wide[:, i:].T @ wide[:, i : i + STRIP]
+            elif name in ("cross", "dense_mean"):
+                if dense is None:
+                    raise ValueError("'cross' needs the dense model's inputs beside the compressed one's")
+                flat = dense.reshape(-1, self.in_features).float()  # (tokens, in)
+                total += flat.T @ x.float() if name == "cross" else flat.sum(0)
             else:
                 total += squares if name == "second_moment_diagonal" else _BATCH_SUMS[name](x.float())
         self.count += len(x)
@@ -94,6 +114,28 @@ class InputStats:
     @property
     def absolute_mean(self) -> Tensor:  # (in,)
         return self._mean("absolute_mean")
+
+    @property
+    def cross(self) -> Tensor:  # (in, in)
+        """E[x y^T] of the dense model's input x and the compressed one's y, float64."""
+        return self._mean("cross")
+
+    @property
+    def dense_mean(self) -> Tensor:  # (in,)
+        """The mean of the dense model's input; where that is not followed, of the only one."""
+        return self._mean("dense_mean" if "cross" in self.needs else "mean")
+
+    def with_gradient(self, gradient: dict[str, Tensor]) -> "InputStats":
+        """The same moments, and of one layer also those of its output's gradient (by names out of GRADIENT_NEEDS)."""
+        mine = copy.copy(self)
+        mine._gradient = gradient
+        return mine
+
+    def gradient(self, name: str) -> Tensor:
+        """`output_gradient` and the others: see `gradients.moments`."""
+        if name not in self._gradient:
+            raise RuntimeError(f"{name!r} was not collected: add it to the method's `needs`")
+        return self._gradient[name]
 
     def energy(self, rows: Tensor) -> float:
         """`tr(R H R^T)` of some rows (rows, in): the mean square of what they make of this input, summed over rows.

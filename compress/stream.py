@@ -62,14 +62,25 @@ class Stream:
 
     def outputs(self, block: Block) -> Iterator[Tensor]:
         """Run the block over all batches; yields its output on the device, batch by batch."""
-        for hidden in self.hidden:
-            call, began = self.calls[len(hidden)][block.index], perf_counter()
-            made = block.module(hidden.to(self.device, copy=True), *call.args, **call.kwargs)
-            made = made[0] if isinstance(made, tuple) else made
+        for i in range(len(self.hidden)):
+            yield self.output(block, i)
+
+    def output(self, block: Block, i: int) -> Tensor:
+        """The block's output for batch i, on the device. Time counts even where something stops the block half-way."""
+        began = perf_counter()
+        try:
+            return self.call(block, self.hidden[i].to(self.device, copy=True))
+        finally:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self.seconds += perf_counter() - began
-            yield made
+
+    def call(self, block: Block, hidden: Tensor) -> Tensor:
+        """The block called as the model calls it; hidden (batch, length, hidden) on the device."""
+        call = self.calls[len(hidden)][block.index]
+        made = block.module(hidden, *call.args, **call.kwargs)
+        out: Tensor = made[0] if isinstance(made, tuple) else made
+        return out
 
     @torch.no_grad()
     def observe(self, block: Block) -> None:

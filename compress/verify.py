@@ -88,6 +88,8 @@ def _mask_faults(source: ModelSource, layers: dict[str, Any]) -> Iterator[str]:
 
 
 def _dense_faults(view: View, told: dict[str, Any]) -> Iterator[str]:
+    if told.get("sparsity") is None:  # factors that were multiplied back
+        return
     nonzero = view.weight != 0  # (out, in)
     if int(nonzero.sum()) > round(told["kept"] * nonzero.numel()):
         yield f"{view.name} holds {int(nonzero.sum())} nonzeros, more than the {told['kept']:.4f} that were kept"

@@ -4,7 +4,9 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -68,6 +70,16 @@ class CheckpointWriter:
     def bytes(self) -> int:
         """Bytes of all tensors so far."""
         return sum(record["bytes"] for record in self.tensors.values())
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder beside the shards for what a run must put aside; a run that is killed leaves it to the next one."""
+        folder = self.folder / "scratch"
+        folder.mkdir(exist_ok=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def add(self, name: str, tensor: Tensor, **record: Any) -> None:
         """Queue one tensor, with what paredown.json shall tell of it beside shape, dtype, bytes and sha256."""

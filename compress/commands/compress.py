@@ -17,17 +17,19 @@ from paredown.compress.errors import PareError
 from paredown.compress.export import write_config
 from paredown.compress.hub import load_tokenizer, resolve
 from paredown.compress.machine import peak_memory, pick_device, pick_dtype, resident_memory, return_freed_memory
-from paredown.compress.pipeline import BlockDone, Format, Result, Run
+from paredown.compress.pipeline import BlockDone, Result, Run
 from paredown.compress.plan import Plan, check_room, make_plan
 from paredown.compress.recipe import Recipe
 from paredown.compress.source import ModelSource
 from paredown.compress.writer import CheckpointWriter
+from paredown.compress.writing import Format
 from paredown.evaluation.lm_tasks import TaskScores, check_tasks, compare_tasks, run_tasks
 from paredown.evaluation.report import model_card
 from paredown.evaluation.schema import SCHEMA, check_report
 
 Note = Callable[[str], None]
 UNLIMITED = 1 << 30
+RECORDED = ("kept", "sparsity", "kind", "rank", "relative_error")  # of each layer, in paredown.json
 VERSIONED = ("paredown", "torch", "transformers", "safetensors", "datasets", "lm-eval")
 
 
@@ -74,7 +76,7 @@ def compress(
             )
         check_room(plan, out, source.device.type)
         return_freed_memory()  # of tokenising
-        result = Run(source, recipe, method, windows, evaluations, writer, format, progress).run()
+        result = Run(source, recipe, method, windows, evaluations, writer, format, progress, note).run()
         _write_checkpoint(writer, source, recipe, result, format, windows)
         scored = perf_counter()
         compared, remarks = _tasks(recipe, source, writer.folder, tokenizer, task_folder, note)
@@ -195,8 +197,6 @@ def _write_checkpoint(
     writer: CheckpointWriter, source: ModelSource, recipe: Recipe, result: Result, format: Format, windows: Windows
 ) -> None:
     """All of the checkpoint but report and card."""
-    sparsity = recipe.build().sparsity
-    told = sparsity if isinstance(sparsity, float) else str(sparsity)
     with result.timed("write"):
         writer.finish(
             {
@@ -207,8 +207,7 @@ def _write_checkpoint(
                 "tied": source.tied,
                 "verbatim": source.verbatim,
                 "layers": {
-                    layer["name"]: {"kept": layer["kept"], "sparsity": told, "relative_error": layer["relative_error"]}
-                    for layer in result.layers
+                    layer["name"]: {key: layer[key] for key in RECORDED if key in layer} for layer in result.layers
                 },
                 "probe": result.probe,
                 "versions": {name: version(name) for name in VERSIONED},

@@ -8,14 +8,14 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import cache
-from typing import Annotated, Any, ClassVar, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from paredown.compress.edits import Masked
+from paredown.compress.edits import Edit
 from paredown.compress.errors import PareError, did_you_mean
-from paredown.compress.sparsity import NofM, Sparsity, parse_sparsity
+from paredown.compress.sparsity import Sparsity, parse_sparsity
 from paredown.compress.statistics import InputStats
 
 Damping = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # of the mean diagonal of H, added to the diagonal
@@ -24,13 +24,13 @@ Damping = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # of the mean diag
 class Method(Protocol):
     """What the pipeline asks of a method."""
 
-    needs: ClassVar[frozenset[str]]  # names of the statistics it reads
-
     @property
-    def sparsity(self) -> float | NofM: ...
+    def needs(self) -> frozenset[str]:
+        """Names of the statistics it reads."""
+        ...
 
-    def compress(self, weight: Tensor, stats: InputStats) -> Masked:
-        """A pure function of the weight `(out, in)` and the moments of its input."""
+    def compress(self, weight: Tensor, stats: InputStats) -> Edit | None:
+        """A pure function of the weight `(out, in)` and the moments of its input; None leaves the weight as it is."""
         ...
 
 

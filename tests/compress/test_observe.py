@@ -5,9 +5,9 @@ import torch
 import transformers as t
 
 from paredown.compress.blocks import blocks
+from paredown.compress.collect import observe
 from paredown.compress.errors import PareError
 from paredown.compress.observe import Observer
-from paredown.compress.pipeline import observe
 from paredown.compress.source import ModelSource
 from paredown.compress.stream import BATCH_TOKENS, start
 

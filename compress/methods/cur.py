@@ -1,0 +1,86 @@
+"""CURing: some columns and rows of the weight itself, chosen by DEIM on Wanda's scores, and a matrix that links them.
+
+Park et al. 2025 (arXiv 2501.04211). The link is fitted to the layer's outputs, not to its weights, unless told otherwise.
+"""
+
+from dataclasses import dataclass, replace
+from math import sqrt
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from paredown.compress.edits import LowRank
+from paredown.compress.factorized import Count, Factorized
+from paredown.compress.lowrank import Metric, error
+from paredown.compress.methods import register
+from paredown.compress.solvers import narrowed, wanda_score
+from paredown.compress.statistics import InputStats
+
+
+@register("cur")
+@dataclass(frozen=True)
+class CUR(Factorized):
+    max_rank: Count = 256  # of the paper's own choice of rank
+    blocks: Count | None = 10  # those that turn their input least, without the first and the last; null: all
+    link: Literal["gram", "plain"] = "gram"  # C^+ W weighed by the input's moment, or the paper's C^+ W R^+
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+    surveys_angles: ClassVar[bool] = True
+
+    @property
+    def kind(self) -> str:
+        return "cur"
+
+    def chosen_blocks(self, angles: list[float]) -> list[int]:
+        inner = sorted(range(1, len(angles) - 1), key=lambda index: angles[index])
+        return sorted(inner[: self.blocks]) if self.blocks else list(range(len(angles)))
+
+    def planned_rank(self, shape: tuple[int, int]) -> int | None:
+        if self.kept or self.rank or self.energy or self.target_parameters:
+            return super().planned_rank(shape)
+        m, n = shape
+        return max(1, min(self.max_rank, int((sqrt(m * m + 6 * m * n + n * n) - (m + n)) / 2)))
+
+    def metric(self, stats: InputStats) -> Metric:
+        return Metric(input=stats.gram)
+
+    def compress(self, weight: Tensor, stats: InputStats) -> LowRank | None:
+        shape = (weight.shape[0], weight.shape[1])
+        rank = self._choose(shape, self.losses(weight, stats)) if self.energy else self.planned_rank(shape)
+        if not rank:
+            return None
+        rows, columns = deim(wanda_score(weight, stats).double(), rank)
+        middle = self._link(weight.double(), weight[:, columns].double(), weight[rows].double(), stats)
+        parts = {"columns": weight[:, columns], "link": narrowed(middle, weight.dtype), "rows": weight[rows]}
+        edit = LowRank("cur", shape, rank, {name: part.contiguous() for name, part in parts.items()})
+        wide, metric = weight.double(), self.metric(stats)
+        whole = error(wide, metric, wide)
+        return replace(edit, loss=error(wide - edit.dense().double(), metric, wide) / max(whole, 1e-300))
+
+    def _link(self, weight: Tensor, columns: Tensor, rows: Tensor, stats: InputStats) -> Tensor:  # (rank, rank)
+        """argmin over U of |(W - C U R) H^(1/2)|: C^+ W H R^T (R H R^T)^+."""
+        weighed = rows if self.link == "plain" else rows @ stats.gram  # (rank, in)
+        inverse: Tensor = torch.linalg.pinv(weighed @ rows.T, hermitian=True)  # (rank, rank)
+        left: Tensor = torch.linalg.pinv(columns)  # (rank, out)
+        return left @ weight @ weighed.T @ inverse
+
+
+def deim(score: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Which rows and columns (rank,) stand for a matrix: discrete empirical interpolation on its singular vectors.
+
+    Sorensen & Embree 2016, algorithm 1 (arXiv 1407.5516).
+    """
+    left, _, right = torch.linalg.svd(score, full_matrices=False)
+    return _deim(left[:, :rank]), _deim(right[:rank].T)
+
+
+def _deim(vectors: Tensor) -> Tensor:  # (rank,) int64
+    """The place where each vector is worst interpolated by the earlier ones: the pivots of an LU factorisation."""
+    work, found = vectors.clone(), []
+    for j in range(work.shape[1]):
+        place = int(work[:, j].abs().argmax())
+        found.append(place)
+        # what is left of the later vectors once they are interpolated at this place
+        work[:, j + 1 :] -= torch.outer(work[:, j] / work[place, j], work[place, j + 1 :])
+    return torch.tensor(found, device=vectors.device)

@@ -1,0 +1,60 @@
+"""Sparse plus low rank, both in the metric of the full Gram matrix: each is fitted in turn to what the other leaves.
+
+OATS (Zhang & Papyan 2024, arXiv 2409.13652) and SLiM (Mozaffari et al. 2024, arXiv 2410.09615) use its diagonal.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from paredown.compress import kinds
+from paredown.compress.edits import LowRank
+from paredown.compress.factorized import Count
+from paredown.compress.lowrank import Metric, Target, balanced, error, factorize
+from paredown.compress.methods import Damping, register
+from paredown.compress.solvers import adaptive_mask, block_columns, masked, narrowed, sparsegpt_sweep
+from paredown.compress.sparsity import NofM, Sparsity, check_width, kept_count
+from paredown.compress.statistics import InputStats
+
+
+@register("sparse_low_rank")
+@dataclass(frozen=True)
+class SparseLowRank:
+    sparsity: Sparsity = 0.5  # fraction removed of the sparse part, or "2:4"
+    rank: Count = 16  # of the low-rank part
+    rounds: Annotated[int, Field(ge=1, le=100)] = 4
+    damping: Damping = 0.01  # of the mean diagonal of H, added to the diagonal
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+
+    def spec(self, shape: tuple[int, int], element_size: int) -> dict[str, Any]:
+        check_width(shape[1], self.sparsity)
+        mask = "sparse24" if self.sparsity == NofM(2, 4) else "bitmap"
+        kept = kept_count(shape, self.sparsity)
+        return {"kind": f"{mask}_lowrank", "shape": [*shape], "rank": min(self.rank, *shape), "kept": kept}
+
+    def compress(self, weight: Tensor, stats: InputStats) -> LowRank:
+        shape = (weight.shape[0], weight.shape[1])
+        kind = self.spec(shape, weight.element_size())["kind"]
+        wide, metric = weight.double(), Metric(input=stats.gram)
+        whole, best = max(error(wide, metric, wide), 1e-300), None
+        sparse = wide.new_zeros(shape)
+        for _ in range(self.rounds):
+            factors = factorize(Target(wide - sparse), metric, lambda losses: min(self.rank, len(losses)))
+            left, right = (narrowed(t, weight.dtype) for t in balanced(factors))
+            kept, keep, damping = self._sparse(wide - left.double() @ right.double(), stats, weight.dtype)
+            sparse = kept.double()
+            tensors = {**kinds.pack(kind.removesuffix("_lowrank"), kept, keep), "left": left, "right": right}
+            loss = error(wide - sparse - left.double() @ right.double(), metric, wide) / whole
+            if best is None or loss < (best.loss or 0):
+                best = LowRank(kind, shape, factors.rank, tensors, loss=loss, damping=damping)
+        assert best is not None
+        return best
+
+    def _sparse(self, rest: Tensor, stats: InputStats, dtype: Any) -> tuple[Tensor, Tensor, float]:
+        inverse = stats.inverse_cholesky(self.damping)
+        choose = adaptive_mask(self.sparsity, *rest.shape)
+        updated, keep = sparsegpt_sweep(rest, inverse, choose, block_columns(self.sparsity))
+        return masked(narrowed(updated, dtype), keep), keep, inverse.damping

@@ -1,0 +1,140 @@
+"""Tune what an edited block may still change so that it gives the dense block's output from the compressed block's input.
+
+No labels, and nothing beyond the block: float32 masters of its free parameters with Adam's two moments. Free are the
+numbers that edits store (factors, surviving weights under their masks) and the block's vectors (norms, biases).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor, nn
+
+from paredown.compress.blocks import Block
+from paredown.compress.edits import Edit, Masked
+from paredown.compress.errors import PareError
+from paredown.compress.lowrank import OUTPUT_DAMPING
+from paredown.compress.recipe import ReconstructSpec
+from paredown.compress.stream import Stream
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """Mean square error over the variance of the dense output, before and after, on the calibration windows."""
+
+    before: float
+    after: float
+
+
+@torch.no_grad()
+def reconstruct(
+    block: Block,
+    inputs: Stream,
+    targets: list[Tensor],
+    edits: Mapping[str, Edit],
+    spec: ReconstructSpec,
+    seed: int,
+    moment: Tensor | None = None,
+) -> Reconstructed:
+    """Tune the block in place. `targets` are the dense block's outputs, batch by batch as in `inputs`; `moment`
+    (hidden, hidden) weighs the error e as e^T G e, where a survey took the loss gradient at this place.
+
+    The tuned parameters are kept only where they lower the error. Raises PareError if the tuning diverges.
+    """
+    masks = _masks(block, edits)
+    free = {name: p for name, p in block.module.named_parameters() if name in masks or _is_free(name, p, block, edits)}
+    root = _root(moment, inputs.device)
+    variance = _variance(targets, root)
+    before = _error(block, inputs, targets, root) / variance
+    saved = {name: p.detach().clone() for name, p in free.items()}
+    masters = {name: p.detach().float().requires_grad_() for name, p in free.items()}
+    optimizer = torch.optim.Adam(masters.values(), lr=spec.lr)
+    draw = torch.Generator().manual_seed(seed)
+    for step in range(spec.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = spec.lr * (1 - step / spec.steps)
+        picked = torch.randperm(len(targets), generator=draw)[: ceil(spec.batch / len(targets[0]))].tolist()
+        for i in picked:
+            with torch.enable_grad():
+                live = {n: (m * masks[n] if n in masks else m).to(free[n].dtype) for n, m in masters.items()}
+                made = _forward(block, inputs, i, live)
+                target = targets[i].to(inputs.device).float()
+                (_weighed(made.float() - target, root).square().mean() / variance / len(picked)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in free.items():
+        tuned = masters[name].detach()
+        parameter.copy_(tuned * masks[name] if name in masks else tuned)
+    after = _error(block, inputs, targets, root) / variance
+    if not after < float("inf"):
+        raise PareError(f"{block.prefix.rstrip('.')}: reconstruction diverged. Lower reconstruct.lr.")
+    if after > before:
+        for name, parameter in free.items():
+            parameter.copy_(saved[name])
+        after = before
+    return Reconstructed(before, after)
+
+
+def _is_free(name: str, parameter: nn.Parameter, block: Block, edits: Mapping[str, Edit]) -> bool:
+    layer = block.prefix + name.rpartition(".")[0]
+    return parameter.is_floating_point() and (parameter.dim() == 1 or layer in edits)
+
+
+def _masks(block: Block, edits: Mapping[str, Edit]) -> dict[str, Tensor]:
+    """What each masked parameter keeps, as the module holds it; by parameter name within the block."""
+    found: dict[str, Tensor] = {}
+    for view in block.views():
+        edit = edits.get(view.name)
+        if not isinstance(edit, Masked):
+            continue
+        name = f"{view.owner.removeprefix(block.prefix)}" + (".weight" if view.expert is None else "")
+        keep = edit.keep.T if view.layout == "conv1d" else edit.keep
+        if view.expert is None:
+            found[name] = keep
+        else:  # experts that were not edited keep everything
+            whole = getattr(view.module, view.parameter)
+            found.setdefault(name, torch.ones_like(whole, dtype=torch.bool))[view.expert] = keep
+    return found
+
+
+def _forward(block: Block, inputs: Stream, i: int, live: dict[str, Tensor]) -> Tensor:
+    hidden = inputs.hidden[i].to(inputs.device)
+    call = inputs.calls[len(hidden)][block.index]
+    made = torch.func.functional_call(block.module, live, (hidden, *call.args), call.kwargs)
+    return made[0] if isinstance(made, tuple) else made  # type: ignore[no-any-return]
+
+
+def _root(moment: Tensor | None, device: torch.device) -> Tensor | None:  # (hidden, hidden)
+    """R with R R^T = G: an error e (.., hidden) weighs |e R|^2."""
+    if moment is None:
+        return None
+    damped = moment.double() + OUTPUT_DAMPING * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+    root: Tensor = torch.linalg.cholesky(damped).float().to(device)
+    return root
+
+
+def _weighed(error: Tensor, root: Tensor | None) -> Tensor:
+    return error if root is None else error @ root
+
+
+def _error(block: Block, inputs: Stream, targets: list[Tensor], root: Tensor | None) -> float:
+    """Mean square difference of the block's output from the targets."""
+    total = count = 0.0
+    for made, target in zip(inputs.outputs(block), targets, strict=True):
+        difference = _weighed(made.float() - target.to(made.device).float(), root)
+        total += float(difference.square().sum(dtype=torch.float64))
+        count += target.numel()
+    return total / count
+
+
+def _variance(targets: list[Tensor], root: Tensor | None) -> float:
+    """Of the targets, weighed as errors are, about their mean."""
+    width, count = targets[0].shape[-1], sum(t.numel() for t in targets)
+    mean = torch.stack([t.reshape(-1, width).sum(0, dtype=torch.float64) for t in targets]).sum(0) * width / count
+    total = 0.0
+    for t in targets:
+        device = t.device if root is None else root.device
+        centred = (t - mean.to(t.dtype)).float().to(device)
+        total += float(_weighed(centred, root).square().sum(dtype=torch.float64))
+    return max(total / count, 1e-30)
