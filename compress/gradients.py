@@ -126,11 +126,12 @@ def backward(
 
 
 def _moment(gradients: list[Tensor], device: torch.device) -> Tensor:  # (hidden, hidden)
-    width, total, count = gradients[0].shape[-1], 0.0, 0
+    width = gradients[0].shape[-1]
+    total = torch.zeros(width, width, dtype=torch.float64, device=device)
     for gradient in gradients:
         delta = gradient.to(device).reshape(-1, width).float()  # (tokens, hidden)
-        total, count = total + (delta.T @ delta).double(), count + len(delta)
-    return torch.as_tensor(total / count)
+        total += delta.T @ delta
+    return total / sum(g.numel() // width for g in gradients)
 
 
 def _through(block: Block, stream: Stream, upstream: list[Tensor], observer: GradientObserver) -> list[Tensor]:
