@@ -83,6 +83,31 @@ def by_theoretical_loss(curves: Sequence[Curve], kept: float, largest: LargestRa
     return ranks
 
 
+def by_sensitivity(
+    curves: Sequence[Curve],
+    losses: Mapping[str, Mapping[float, float]],
+    kept: float,
+    largest: LargestRank,
+    cost: Cost,
+) -> Ranks:
+    """One loss that no layer alone may raise the model above: each takes its smallest measured share that stays below.
+
+    `losses` of the model by layer and share. The threshold is the lowest under which the budget holds, so a little of
+    the budget may be left. Yuan et al. 2023, section 3.3 (arXiv 2312.05821). Raises PareError if no threshold does.
+    """
+    budget = kept * sum(c.size for c in curves)
+    ranks: Ranks = {}
+    for threshold in sorted({loss for found in losses.values() for loss in found.values()}):
+        shares = {
+            c.name: min((s for s, loss in losses.get(c.name, {}).items() if loss <= threshold), default=1.0)
+            for c in curves
+        }
+        ranks = {c.name: _rank(c, shares[c.name], largest, cost) for c in curves}
+        if sum(c.size if (rank := ranks[c.name]) is None else cost(c.shape, rank) for c in curves) <= budget:
+            return ranks
+    raise PareError(f"no measured share of the layers leaves only {kept:g} of them: ask for more with kept.")
+
+
 def by_global_loss(curves: Sequence[Curve], budget: int, cost: Cost) -> Ranks:
     """Least sum of predicted losses under one budget of numbers: the steepest descent first, on lower convex hulls.
 

@@ -19,6 +19,7 @@ from paredown.compress.allocation import (
     Curve,
     Ranks,
     by_global_loss,
+    by_sensitivity,
     by_share,
     by_theoretical_loss,
     curve_of,
@@ -29,6 +30,7 @@ from paredown.compress.factorized import Factorized
 from paredown.compress.gradients import backward
 from paredown.compress.lowrank import largest_rank
 from paredown.compress.observe import Observer
+from paredown.compress.sensitivity import Probe, Sensitivities
 from paredown.compress.source import ModelSource
 from paredown.compress.statistics import GRADIENT_NEEDS, NEEDS, InputStats
 from paredown.compress.stream import start
@@ -46,6 +48,7 @@ class Survey:
     ranks: Ranks | None = None  # None: every layer settles its own rank
     chosen: set[str] = field(default_factory=set)  # layers that are edited
     strategy: str = "uniform"
+    sensitivities: Sensitivities = field(default_factory=dict)
 
     def gradients(self, block: Block) -> dict[str, dict[str, Tensor]]:
         """Gradient moments of the block's layers, float64, by layer and by name out of GRADIENT_NEEDS."""
@@ -111,7 +114,7 @@ def survey(
     if gradient or made.strategy in DATA_DRIVEN:
         _walk(made, source, method, ids, gradient, note)
     if made.strategy != "uniform" or method.target_parameters:
-        made.ranks = _allocated(made, source, method, spec, note)
+        made.ranks = _allocated(made, source, method, spec)
     return made
 
 
@@ -126,13 +129,20 @@ def _walk(
         if gradient
         else _forward(source, ids, wanted, needs, note)
     )
+    probe = Probe(source, ids, len(wanted)) if made.strategy == "sensitivity" else None
+    if probe is not None and gradient:
+        raise PareError("allocation sensitivity goes forward through the model: choose a method without gradients.")
     for block, stats, output in walk:
         made.keep_gradients(block, stats, gradient | _diagonal(gradient), output)
-        if made.strategy in DATA_DRIVEN:
+        if probe is not None:
+            probe.add(block, stats, method)
+        elif made.strategy in DATA_DRIVEN:
             for view in block.views():
                 if view.name in stats:
                     losses = _losses(method, view, stats[view.name])
                     made.curves[view.name] = curve_of(view.name, view.shape, losses)
+    if probe is not None:
+        made.sensitivities = probe.losses()
 
 
 def _losses(method: Factorized, view: View, stats: InputStats) -> Tensor:
@@ -181,7 +191,7 @@ def _angles(source: ModelSource, ids: Tensor, note: Note) -> list[float]:
     return found
 
 
-def _allocated(made: Survey, source: ModelSource, method: Factorized, spec: AllocationSpec, note: Note) -> Ranks:
+def _allocated(made: Survey, source: ModelSource, method: Factorized, spec: AllocationSpec) -> Ranks:
     curves, total = list(made.curves.values()), sum(c.size for c in made.curves.values())
     kept = method.share or _share(source, method, total)
 
@@ -192,6 +202,8 @@ def _allocated(made: Survey, source: ModelSource, method: Factorized, spec: Allo
         return by_global_loss(curves, int(kept * total), method.numbers)
     if made.strategy == "theoretical_loss":
         return by_theoretical_loss(curves, kept, largest, method.numbers)
+    if made.strategy == "sensitivity":
+        return by_sensitivity(curves, made.sensitivities, kept, largest, method.numbers)
     return by_share(curves, kept, spec.weights, largest, method.numbers)
 
 

@@ -100,10 +100,27 @@ def layer_rows(layers: Sequence[Mapping[str, Any]]) -> Rows:
     for layer in layers:
         kinds.setdefault(layer_kind(layer["name"]), []).append(layer)
     headers = ("layers", "count", "method", "kept", "relative error", "worst", "seconds")
-    note = (
+    notes = [
         "kept and relative error: means over a kind. Relative error: wrong share of the output's energy on calibration"
-    )
-    return Rows("Layers", headers, tuple(_kind_row(kind, members) for kind, members in kinds.items()), (note,))
+    ]
+    factored = any(layer.get("rank") for layer in layers)
+    if factored:
+        headers += ("rank", "loss predicted", "measured")
+        notes.append(
+            "rank: smallest and largest. Losses: means, in the method's own metric, as a share of dropping the weight; "
+            "predicted on the dense model, measured on what was stored"
+        )
+    rows = (_kind_row(kind, members) + (_rank_cells(members) if factored else ()) for kind, members in kinds.items())
+    return Rows("Layers", headers, tuple(rows), tuple(notes))
+
+
+def _rank_cells(layers: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+    ranks = [layer["rank"] for layer in layers if layer.get("rank")]
+    found = [
+        [layer[key] for layer in layers if layer.get(key) is not None] for key in ("predicted_loss", "measured_loss")
+    ]
+    predicted, measured = (number(fmean(losses)) if losses else "" for losses in found)
+    return f"{min(ranks)}-{max(ranks)}" if ranks else "", predicted, measured
 
 
 def _kind_row(kind: str, layers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
