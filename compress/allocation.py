@@ -208,5 +208,7 @@ def _capped(curves: Sequence[Curve], wanted: Mapping[str, float], budget: float)
 
 
 def _rank(curve: Curve, share: float, largest: LargestRank, cost: Cost) -> int | None:
-    rank = max(1, largest(curve.shape, share * curve.size))
+    rank = largest(curve.shape, share * curve.size)
+    if not rank:
+        raise PareError(f"{curve.name}: not even rank 1 fits into {share:.3g} of it: raise kept, or skip the layer.")
     return None if share >= 1 or cost(curve.shape, rank) >= curve.size else rank

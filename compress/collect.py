@@ -1,9 +1,13 @@
 """Statistics of a block's inputs: all layers in one pass, or group by group where two streams are compared."""
 
 import copy
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from paredown.compress.blocks import Block, View
 from paredown.compress.errors import PareError
@@ -53,6 +57,102 @@ def observe_paired(
     return stats
 
 
+@dataclass(frozen=True)
+class Writers:
+    """The layers of a block whose output is added to its residual stream, in the order in which they are called."""
+
+    views: list[View]
+
+    @classmethod
+    def of(cls, stream: Stream, block: Block, called: list[list[View]]) -> "Writers":
+        """Found by trying: with all later ones silent, twice the weight must add the layer's output once more."""
+        width = stream.hidden[0].shape[-1]
+        alone = [
+            g[0] for g in called if len(g) == 1 and g[0].expert is None and g[0].shape[0] == width <= g[0].shape[1]
+        ]
+        found: list[View] = []
+        for view in reversed(alone):
+            with silenced(found):
+                if _adds(stream, block, view):
+                    found.insert(0, view)
+        return cls(found)
+
+    def after(self, view: View) -> list[View]:
+        names = [v.name for v in self.views]
+        return self.views[names.index(view.name) + 1 :]
+
+
+def _adds(stream: Stream, block: Block, view: View) -> bool:
+    weight = view.weight
+    once, made = _through(stream, block, view, 0)
+    view.assign(weight * 2)
+    twice, _ = _through(stream, block, view, 0)
+    view.assign(weight)
+    if made is None:
+        return False
+    bias = cast(Tensor | None, view.module.bias)
+    added = (made if bias is None else made - bias).reshape(once.shape).float()
+    error = (twice.float() - once.float() - added).norm()
+    return bool(error < 0.1 * added.norm() + 0.01 * once.float().norm()) and bool(added.norm() > 0)
+
+
+@contextmanager
+def silenced(views: list[View]) -> Iterator[None]:
+    """The layers give zeros meanwhile."""
+    kept = [(v, v.weight, v.module.bias) for v in views]
+    for view, weight, bias in kept:
+        view.assign(weight.new_zeros(()).expand(weight.shape))
+        if bias is not None:
+            view.module.bias = nn.Parameter(torch.zeros_like(cast(Tensor, bias)), requires_grad=False)
+    try:
+        yield
+    finally:
+        for view, weight, bias in kept:
+            view.assign(weight)
+            view.module.bias = bias
+
+
+def observe_writer(
+    stream: Stream, dense: Stream, block: Block, twin: Block, view: View, later: list[View], needs: frozenset[str]
+) -> InputStats | None:
+    """As `observe_paired`, of a layer that writes to the residual stream, and what that stream has lost before it.
+
+    `residual` E[r y^T] (out, in) and `residual_mean` E[r] (out,): r is the dense residual stream minus the compressed one
+    where the layer's output is added to it, y the compressed input.
+    """
+    theirs = {v.name: v for v in twin.views()}
+    stats = InputStats(view.shape[1], needs, stream.device)
+    cross = torch.zeros(view.shape, dtype=torch.float64, device=stream.device)
+    total = torch.zeros(view.shape[0], dtype=torch.float64, device=stream.device)
+    with silenced(later), silenced([theirs[v.name] for v in later]):
+        for i in range(len(stream.hidden)):
+            x, rest = _beside(stream, block, view, i)
+            dense_x, dense_rest = _beside(dense, twin, theirs[view.name], i)
+            if x is None or dense_x is None:
+                return None
+            lost = (dense_rest - rest).reshape(-1, view.shape[0])  # (tokens, out)
+            stats.update(x, dense_x)
+            cross += lost.T @ x.reshape(-1, view.shape[1]).float()
+            total += lost.sum(0)
+    return stats.with_residual({"residual": cross / stats.count, "residual_mean": total / stats.count})
+
+
+def _beside(stream: Stream, block: Block, view: View, i: int) -> tuple[Tensor | None, Tensor]:
+    """A layer's input, and the block's output without the layer's own, float32."""
+    catcher = Catcher(view, stop=False)
+    with catcher:
+        out = stream.output(block, i)
+    rest = out.float() if catcher.made is None else out.float() - catcher.made.reshape(out.shape).float()
+    return catcher.found, rest
+
+
+def _through(stream: Stream, block: Block, view: View, i: int) -> tuple[Tensor, Tensor | None]:
+    catcher = Catcher(view, stop=False)
+    with catcher:
+        out = stream.output(block, i)
+    return out, catcher.made
+
+
 def caught(stream: Stream, block: Block, view: View, i: int) -> Tensor | None:
     """The input of a view in batch i."""
     catcher = Catcher(view)
@@ -63,5 +163,10 @@ def caught(stream: Stream, block: Block, view: View, i: int) -> Tensor | None:
 
 def shared_copy(block: Block) -> Block:
     """The block again, with modules of its own and the same weights: it stays dense while the other one is edited."""
-    shared = {id(t): t for t in [*block.module.parameters(), *block.module.buffers()]}
+    shared: dict[int, Tensor] = {id(t): t for t in [*block.module.parameters(), *block.module.buffers()]}
+    for view in block.views():
+        if view.expert is not None:  # one expert is edited within the tensor of all
+            whole = getattr(view.module, view.parameter)
+            if shared[id(whole)] is whole:
+                shared[id(whole)] = nn.Parameter(whole.clone(), requires_grad=False)
     return Block(block.index, block.prefix, copy.deepcopy(block.module, shared))

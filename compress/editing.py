@@ -41,14 +41,14 @@ class Editor:
     def begin(self, block: Block) -> None:
         self._gradients, self._views = self.survey.gradients(block), block.views()
 
-    def output_gradient(self, block: Block) -> Tensor | None:
-        """The moment of the loss gradient at the block's output (hidden, hidden), where the survey took gradients."""
-        return self._gradients.get(block.prefix, {}).get("output_gradient")
-
     def edit(self, block: Block, views: list[View], stats: Mapping[str, InputStats]) -> None:
         """Compress each view and put the edit in place. A layer that no token reached follows the recipe's policy."""
         for view in views:
             began, weight = perf_counter(), view.weight
+            if view.expert is not None and hasattr(self.method, "spec"):
+                self.fallbacks.append(f"{view.name}: fused experts are not factored; left dense")
+                self.targeted, self.kept = self.targeted + weight.numel(), self.kept + weight.numel()
+                continue
             seen = self._seen(view, stats)
             if seen is None:
                 continue
@@ -85,7 +85,9 @@ class Editor:
             return Edited(self._views, self.edits, self._biases)
         live = dict(block.module.named_parameters())
         edits = {v.name: _live(v, self.edits[v.name], block, live) for v in self._views if v.name in self.edits}
+        packed_parts = {f"{v.name}.{part}" for v in self._views if v.name in edits for part in _parts(edits[v.name])}
         vectors: dict[str, Tensor] = {block.prefix + name: p for name, p in live.items() if p.dim() == 1}
+        vectors = {name: p for name, p in vectors.items() if name not in packed_parts}
         return Edited(self._views, edits, vectors)
 
     def restore(self) -> None:
@@ -113,9 +115,6 @@ class Editor:
         method = of_layer(self.survey, self.method, view.name)
         if method is None:
             self.fallbacks.append(f"{view.name}: left dense by the allocation")
-            return None
-        if view.expert is not None and hasattr(method, "spec"):
-            self.fallbacks.append(f"{view.name}: fused experts are not factored; left dense")
             return None
         try:
             edit: Edit | None = method.compress(weight, seen)
@@ -155,6 +154,10 @@ class Editor:
         bias: Tensor = (shift if own is None else own.double() + shift).to(weight.dtype)
         self._biases[f"{view.name}.bias"] = bias
         return bias
+
+
+def _parts(edit: Edit) -> Mapping[str, Tensor]:
+    return edit.tensors if isinstance(edit, LowRank) else {}
 
 
 def _own_bias(view: View) -> Tensor | None:

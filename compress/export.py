@@ -50,7 +50,7 @@ def export(source: ModelSource, out: Path, format: Format, progress: Callable[[i
         write_rest(writer, source, all_blocks, format)
         record = _old_record(source.folder)
         layers = record.get("layers") or {e["name"]: {"kept": e["kept"], "sparsity": e["sparsity"]} for e in found}
-        writer.finish({**record, "layers": layers})
+        writer.finish({**record, "format": format, "layers": layers})
         write_config(writer, source, format, modules)
         writer.copy(source.companions())
         before = sum(entry.bytes for entry in source.files.entries.values())

@@ -106,7 +106,7 @@ class Factorized:
             return None
         tensors = self.store(factors, metric, weight.dtype)
         edit = LowRank(self.kind, shape, factors.rank, tensors)
-        made = edit.dense().double()
+        made = narrowed(edit.dense(), weight.dtype).double()  # raises where the product overflows
         whole = error(weight.double(), metric, weight.double())
         loss = error(target.value - made, metric, weight.double()) / max(whole, 1e-300)
         return replace(edit, shift=self.shift(weight, made, stats), loss=loss)

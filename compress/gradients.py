@@ -93,9 +93,8 @@ def backward(
     scratch: Path,
     labels: Labels = "data",
     progress: Progress = lambda text: None,
-) -> Iterator[tuple[Block, dict[str, InputStats], Tensor]]:
-    """Blocks from last to first, in memory while they are handed out, with the moments of each chosen layer, and of the
-    gradient at the block's own output (hidden, hidden) float64.
+) -> Iterator[tuple[Block, dict[str, InputStats]]]:
+    """Blocks from last to first, in memory while they are handed out, with the moments of each chosen layer.
 
     ids (windows, length). The loss is the sum of next-token cross-entropies, labels shifted once; `inputs` out of NEEDS,
     `needs` out of GRADIENT_NEEDS. `scratch` is a folder that holds each block's inputs meanwhile: windows x length x
@@ -118,20 +117,10 @@ def backward(
         source.materialise(block.prefix, block.names)
         views = [v for v in block.views() if v.name in chosen]
         observer = GradientObserver(views, inputs, needs, source.device)
-        output = _moment(upstream, source.device)
         upstream = _through(block, stream, upstream, observer)
-        yield block, {name: s.with_gradient(observer.gradient(name)) for name, s in observer.stats.items()}, output
+        yield block, {name: s.with_gradient(observer.gradient(name)) for name, s in observer.stats.items()}
         source.release(block.prefix, block.names)
         progress(f"survey, backward: block {block.index + 1} of {len(all_blocks)}")
-
-
-def _moment(gradients: list[Tensor], device: torch.device) -> Tensor:  # (hidden, hidden)
-    width = gradients[0].shape[-1]
-    total = torch.zeros(width, width, dtype=torch.float64, device=device)
-    for gradient in gradients:
-        delta = gradient.to(device).reshape(-1, width).float()  # (tokens, hidden)
-        total += delta.T @ delta
-    return total / sum(g.numel() // width for g in gradients)
 
 
 def _through(block: Block, stream: Stream, upstream: list[Tensor], observer: GradientObserver) -> list[Tensor]:

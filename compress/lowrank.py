@@ -33,14 +33,16 @@ class Metric:
 
 @dataclass(frozen=True)
 class Target:
-    """What is approximated: `weight @ (I + correction)`, (out, in) float64."""
+    """What is approximated: `weight @ (I + correction) + added`, (out, in) float64."""
 
     weight: Tensor
     correction: Tensor | None = None  # (in, in)
+    added: Tensor | None = None  # (out, in); only where out <= in
 
     @property
     def value(self) -> Tensor:  # (out, in)
-        return self.weight if self.correction is None else self.weight + self.weight @ self.correction
+        value = self.weight if self.correction is None else self.weight + self.weight @ self.correction
+        return value if self.added is None else value + self.added
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,14 @@ def regression(gram: Tensor, cross: Tensor, damping: float) -> Tensor:  # (in, i
 
     gram A = E[y y^T], cross C = E[x y^T], y compressed and x dense; E = (C - A) (A + damping * mean(diag A) I)^-1.
     """
-    damped = gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve((cross - gram).T, _cholesky(damped)).T
+    return regressed(cross - gram, gram, damping)
+
+
+def regressed(cross: Tensor, gram: Tensor, damping: float) -> Tensor:  # (rows, in)
+    """Ridge regression on y of what has the moment `cross` = E[. y^T] (rows, in) with it."""
+    ridge = damping * gram.diagonal().mean().clamp_min(1e-12)  # inputs that never vary have no moment about their mean
+    damped = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.cholesky_solve(cross.T, _cholesky(damped)).T
 
 
 def factorize(target: Target, metric: Metric, choose: Callable[[Tensor], int]) -> Factors:
@@ -106,6 +114,7 @@ def _tall(target: Target, metric: Metric, choose: Callable[[Tensor], int]) -> Fa
         product = value.T @ (metric.output[:, None] * value)
     else:
         assert metric.output_diagonal is not None
+        assert target.added is None
         product, correction = metric.output, target.correction
         if correction is not None:
             product = product + product @ correction
@@ -155,16 +164,19 @@ def pivoted(factors: Factors, metric: Metric, dtype: torch.dtype) -> dict[str, T
     left, right, rank = factors.left, factors.right, factors.rank
     permutation = _pivot_rows(left)  # (out,): which row stands at each place
     pivots = (left[permutation[:rank]] @ right).to(dtype)  # (k, in)
-    others = left[permutation[rank:]] @ right  # (out - k, in)
+    chosen, others = left[permutation[:rank]], left[permutation[rank:]]
+    exact = torch.linalg.solve(chosen.T, others.T).T  # (out - k, k): of the rows before they are rounded
     stored = pivots.to(left.dtype)
     weighed = _weighed(stored, metric.input)  # (k, in)
     inner = _damped(weighed @ stored.T, FLOOR * float((weighed * stored).sum()) / rank)
-    coefficients = torch.cholesky_solve((others @ weighed.T).T, _cholesky(inner)).T  # (out - k, k)
+    missed = (others @ right - exact @ stored) @ weighed.T  # (out - k, k)
+    coefficients = exact + torch.cholesky_solve(missed.T, _cholesky(inner)).T
     return {"pivots": pivots, "coefficients": coefficients.to(dtype), "order": permutation.argsort().int()}
 
 
 def largest_rank(kind: str, shape: tuple[int, int], numbers: float, bias: bool = False) -> int:
     """The largest rank whose storage takes at most so many numbers, 0 if there is none."""
+    numbers += 1e-6  # shares are decimal fractions: 0.29 of 100 is 29
     return bisect_right(range(1, min(shape) + 1), numbers, key=lambda rank: cost(kind, shape, rank, bias))
 
 

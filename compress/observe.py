@@ -90,12 +90,15 @@ class Reached(Exception):
 
 
 class Catcher(Watcher):
-    """Keeps the input of one view and stops the block as soon as it is there."""
+    """Keeps the input and the output of one view; unless told otherwise it stops the block as soon as they are there."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, stop: bool = True) -> None:
         super().__init__([view])
         self.found: Tensor | None = None
+        self.made: Tensor | None = None
+        self._stop = stop
 
     def note(self, view: View, x: Tensor, out: Tensor) -> None:
-        self.found = x
-        raise Reached
+        self.found, self.made = x, out
+        if self._stop:
+            raise Reached

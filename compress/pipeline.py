@@ -12,15 +12,16 @@ from torch import Tensor
 
 from paredown.compress.blocks import Block, blocks, known, select
 from paredown.compress.calibration import Windows
-from paredown.compress.collect import groups, observe, observe_paired, shared_copy
+from paredown.compress.collect import Writers, groups, observe, observe_paired, observe_writer, shared_copy
 from paredown.compress.editing import Editor
+from paredown.compress.errors import PareError
 from paredown.compress.machine import peak_memory, return_freed_memory
 from paredown.compress.methods import Method
 from paredown.compress.perplexity import paired_delta, perplexity
 from paredown.compress.recipe import Recipe
 from paredown.compress.reconstruct import reconstruct
 from paredown.compress.source import ModelSource
-from paredown.compress.statistics import PAIRED_NEEDS
+from paredown.compress.statistics import PAIRED_NEEDS, RESIDUAL_NEEDS
 from paredown.compress.stream import Stream, name_of, start
 from paredown.compress.survey import survey
 from paredown.compress.writer import CheckpointWriter
@@ -91,6 +92,11 @@ class Run:
 
     def _editor(self, scratch: Path, result: Result) -> Editor:
         source, recipe = self.source, self.recipe
+        if recipe.reconstruct and self.format == "dense" and hasattr(self.method, "spec"):
+            raise PareError(
+                "reconstruction tunes factors, which a dense checkpoint cannot hold: write --format packed, "
+                "then: paredown export OUT -o DENSE --format dense"
+            )
         with result.timed("survey"):
             chosen = targeted(source, recipe)
             found = survey(source, self.method, recipe.allocation, self.calibration.ids, chosen, scratch, self.note)
@@ -150,9 +156,15 @@ class Run:
                 editor.edit(block, views, stats)
         else:
             twin = shared_copy(block)
-            for group in groups(stream, block, views):
+            called, needs = groups(stream, block, views), self.method.needs & PAIRED_NEEDS
+            writers = Writers.of(stream, block, called) if self.method.needs & RESIDUAL_NEEDS else Writers([])
+            for group in called:
                 with result.timed("calibration"):
-                    paired = observe_paired(stream, dense, block, twin, group, self.method.needs & PAIRED_NEEDS)
+                    if group[0] in writers.views:
+                        later = writers.after(group[0])
+                        paired = observe_writer(stream, dense, block, twin, group[0], later, needs)
+                    else:
+                        paired = observe_paired(stream, dense, block, twin, group, needs)
                 with result.timed("compress"):
                     editor.edit(block, group, dict.fromkeys([v.name for v in group], paired) if paired else {})
         if dense is not None and twin is not None:
@@ -165,8 +177,7 @@ class Run:
     def _reconstruct(self, block: Block, stream: Stream, dense: Stream, editor: Editor) -> None:
         assert self.recipe.reconstruct is not None
         seed = self.recipe.calibration.seed
-        moment = editor.output_gradient(block)
-        done = reconstruct(block, stream, dense.hidden, editor.edits, self.recipe.reconstruct, seed, moment)
+        done = reconstruct(block, stream, dense.hidden, editor.edits, self.recipe.reconstruct, seed)
         editor.tuned = True
         self.note(f"reconstructed {block.prefix.rstrip('.')}: error {done.before:.2e} -> {done.after:.2e}")
 

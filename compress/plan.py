@@ -57,6 +57,10 @@ def make_plan(
     views = [view for block in all_blocks for view in block.views()]
     head = name_of(source.model, "get_output_embeddings")
     chosen, left = select(views, [*recipe.targets.include], [*recipe.targets.skip], head)
+    if hasattr(method, "chosen_blocks") and not getattr(method, "surveys_angles", False):
+        inside = tuple(all_blocks[i].prefix for i in method.chosen_blocks([0.0] * len(all_blocks)))
+        left += [v for v in chosen if not v.name.startswith(inside)]
+        chosen = [v for v in chosen if v.name.startswith(inside)]
     element = source.dtype.itemsize if source.dtype else 2
     specs = {v.name: _spec(v, method, element) for v in chosen}
     saved = sum(prod(v.shape) * element - _stored(v.shape, specs[v.name], element, format) for v in chosen)
@@ -105,7 +109,9 @@ def _spec(view: View, method: Any, element: int) -> dict[str, Any] | None:
     """How an edited weight will be stored, or None for a weight that stays dense."""
     try:
         if hasattr(method, "spec"):
-            return None if view.expert is not None else method.spec(view.shape, element)
+            spec = None if view.expert is not None else method.spec(view.shape, element)
+            # a bias that the layer has already takes up the shift
+            return spec and {**spec, "bias": bool(spec.get("bias")) and view.module.bias is None}
         check_width(view.shape[1], method.sparsity)
     except PareError as fault:
         raise PareError(f"{view.name}: {fault}") from fault

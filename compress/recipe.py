@@ -44,10 +44,13 @@ class EvaluateSpec(_Strict):
 
 
 class ReconstructSpec(_Strict):
-    """Tune each compressed block towards the dense block's output: Adam `steps` at rate `lr` on `batch` windows each."""
+    """Tune each compressed block towards the dense block's output: `steps` of Adam on `batch` windows each.
+
+    `lr` is the first step's size relative to the root mean square of each tensor; it falls linearly to zero.
+    """
 
     steps: int = Field(150, ge=1)
-    lr: float = Field(5e-4, gt=0)
+    lr: float = Field(5e-3, gt=0)
     batch: int = Field(8, ge=1)
 
 

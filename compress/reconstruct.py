@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from paredown.compress.blocks import Block
 from paredown.compress.edits import Edit, Masked
 from paredown.compress.errors import PareError
-from paredown.compress.lowrank import OUTPUT_DAMPING
 from paredown.compress.recipe import ReconstructSpec
 from paredown.compress.stream import Stream
 
@@ -29,44 +28,38 @@ class Reconstructed:
 
 @torch.no_grad()
 def reconstruct(
-    block: Block,
-    inputs: Stream,
-    targets: list[Tensor],
-    edits: Mapping[str, Edit],
-    spec: ReconstructSpec,
-    seed: int,
-    moment: Tensor | None = None,
+    block: Block, inputs: Stream, targets: list[Tensor], edits: Mapping[str, Edit], spec: ReconstructSpec, seed: int
 ) -> Reconstructed:
-    """Tune the block in place. `targets` are the dense block's outputs, batch by batch as in `inputs`; `moment`
-    (hidden, hidden) weighs the error e as e^T G e, where a survey took the loss gradient at this place.
+    """Tune the block in place. `targets` are the dense block's outputs, batch by batch as in `inputs`.
 
     The tuned parameters are kept only where they lower the error. Raises PareError if the tuning diverges.
     """
     masks = _masks(block, edits)
     free = {name: p for name, p in block.module.named_parameters() if name in masks or _is_free(name, p, block, edits)}
-    root = _root(moment, inputs.device)
-    variance = _variance(targets, root)
-    before = _error(block, inputs, targets, root) / variance
+    variance = _variance(targets)
+    before = _error(block, inputs, targets) / variance
     saved = {name: p.detach().clone() for name, p in free.items()}
     masters = {name: p.detach().float().requires_grad_() for name, p in free.items()}
-    optimizer = torch.optim.Adam(masters.values(), lr=spec.lr)
+    # relative to each tensor's size: PIFA's coefficients are some ten times as large as its rows
+    sizes = [max(float(m.detach().square().mean().sqrt()), 1e-3) for m in masters.values()]
+    optimizer = torch.optim.Adam([{"params": [m], "size": s} for m, s in zip(masters.values(), sizes, strict=True)])
     draw = torch.Generator().manual_seed(seed)
     for step in range(spec.steps):
         for group in optimizer.param_groups:
-            group["lr"] = spec.lr * (1 - step / spec.steps)
+            group["lr"] = spec.lr * group["size"] * (1 - step / spec.steps)
         picked = torch.randperm(len(targets), generator=draw)[: ceil(spec.batch / len(targets[0]))].tolist()
         for i in picked:
             with torch.enable_grad():
                 live = {n: (m * masks[n] if n in masks else m).to(free[n].dtype) for n, m in masters.items()}
                 made = _forward(block, inputs, i, live)
                 target = targets[i].to(inputs.device).float()
-                (_weighed(made.float() - target, root).square().mean() / variance / len(picked)).backward()
+                ((made.float() - target).square().mean() / variance / len(picked)).backward()
         optimizer.step()
         optimizer.zero_grad()
     for name, parameter in free.items():
         tuned = masters[name].detach()
         parameter.copy_(tuned * masks[name] if name in masks else tuned)
-    after = _error(block, inputs, targets, root) / variance
+    after = _error(block, inputs, targets) / variance
     if not after < float("inf"):
         raise PareError(f"{block.prefix.rstrip('.')}: reconstruction diverged. Lower reconstruct.lr.")
     if after > before:
@@ -105,36 +98,18 @@ def _forward(block: Block, inputs: Stream, i: int, live: dict[str, Tensor]) -> T
     return made[0] if isinstance(made, tuple) else made  # type: ignore[no-any-return]
 
 
-def _root(moment: Tensor | None, device: torch.device) -> Tensor | None:  # (hidden, hidden)
-    """R with R R^T = G: an error e (.., hidden) weighs |e R|^2."""
-    if moment is None:
-        return None
-    damped = moment.double() + OUTPUT_DAMPING * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
-    root: Tensor = torch.linalg.cholesky(damped).float().to(device)
-    return root
-
-
-def _weighed(error: Tensor, root: Tensor | None) -> Tensor:
-    return error if root is None else error @ root
-
-
-def _error(block: Block, inputs: Stream, targets: list[Tensor], root: Tensor | None) -> float:
+def _error(block: Block, inputs: Stream, targets: list[Tensor]) -> float:
     """Mean square difference of the block's output from the targets."""
     total = count = 0.0
     for made, target in zip(inputs.outputs(block), targets, strict=True):
-        difference = _weighed(made.float() - target.to(made.device).float(), root)
+        difference = made.float() - target.to(made.device).float()
         total += float(difference.square().sum(dtype=torch.float64))
         count += target.numel()
     return total / count
 
 
-def _variance(targets: list[Tensor], root: Tensor | None) -> float:
-    """Of the targets, weighed as errors are, about their mean."""
-    width, count = targets[0].shape[-1], sum(t.numel() for t in targets)
-    mean = torch.stack([t.reshape(-1, width).sum(0, dtype=torch.float64) for t in targets]).sum(0) * width / count
-    total = 0.0
-    for t in targets:
-        device = t.device if root is None else root.device
-        centred = (t - mean.to(t.dtype)).float().to(device)
-        total += float(_weighed(centred, root).square().sum(dtype=torch.float64))
-    return max(total / count, 1e-30)
+def _variance(targets: list[Tensor]) -> float:
+    """Of the targets about their mean."""
+    count = sum(t.numel() for t in targets)
+    mean = sum(float(t.sum(dtype=torch.float64)) for t in targets) / count
+    return max(sum(float((t.float() - mean).square().sum(dtype=torch.float64)) for t in targets) / count, 1e-30)

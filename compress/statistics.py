@@ -12,6 +12,8 @@ from paredown.compress.errors import PareError
 NEEDS = frozenset({"second_moment_diagonal", "gram", "mean", "absolute_mean"})
 # and between the dense model's input and the compressed one's
 PAIRED_NEEDS = NEEDS | {"cross"}
+# and, of layers that write to the residual stream, between what that stream has lost and the layer's input: collect.py
+RESIDUAL_NEEDS = frozenset({"residual"})
 # of the gradient of the loss with respect to a layer's output: see gradients.py
 GRADIENT_NEEDS = frozenset(
     {"output_gradient", "output_gradient_diagonal", "fisher", "fisher_rows", "fisher_rows_per_token"}
@@ -128,8 +130,14 @@ class InputStats:
     def with_gradient(self, gradient: dict[str, Tensor]) -> "InputStats":
         """The same moments, and of one layer also those of its output's gradient (by names out of GRADIENT_NEEDS)."""
         mine = copy.copy(self)
-        mine._gradient = gradient
+        mine._gradient = {**self._gradient, **gradient}
         return mine
+
+    with_residual = with_gradient  # "residual" (out, in) and "residual_mean" (out,): see `collect.observe_writer`
+
+    def has(self, name: str) -> bool:
+        """Whether a moment that belongs to one layer was collected."""
+        return name in self._gradient
 
     def gradient(self, name: str) -> Tensor:
         """`output_gradient` and the others: see `gradients.moments`."""

@@ -6,6 +6,7 @@ Without an allocator, gradients or a choice of blocks there is no first pass.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,11 @@ class Survey:
             found.setdefault(layer, {})[need] = tensor.double()
         return found
 
-    def keep_gradients(
-        self, block: Block, stats: dict[str, InputStats], needs: frozenset[str], output: Tensor | None
-    ) -> None:
+    def keep_gradients(self, block: Block, stats: dict[str, InputStats], needs: frozenset[str]) -> None:
         """In float32, on disk: a model's moments do not fit into memory."""
         kept = {
             f"{name}|{need}": s.gradient(need).float().cpu().contiguous() for name, s in stats.items() for need in needs
         }
-        if output is not None:
-            kept[f"{block.prefix}|output_gradient"] = output.float().cpu()
         if kept:
             save_file(kept, self._path(block))
 
@@ -95,6 +92,8 @@ def survey(
         if allocation is not None:
             raise PareError("allocation spreads ranks over layers: it goes with low-rank methods only. Leave it out.")
         return made
+    if allocation is not None and allocation.weights:
+        _check_weights(allocation, chosen)
     spec = allocation or AllocationSpec(strategy=method.allocation, weights=getattr(method, "type_weights", {}))
     made.strategy = spec.strategy if method.share or method.target_parameters else "uniform"
     if allocation is not None and made.strategy != allocation.strategy:
@@ -118,6 +117,16 @@ def survey(
     return made
 
 
+def _check_weights(allocation: AllocationSpec, chosen: set[str]) -> None:
+    last = sorted({name.rpartition(".")[2] for name in chosen})
+    for pattern in allocation.weights:
+        if allocation.strategy != "per_type" or not any(fnmatch(name, pattern) for name in last):
+            raise PareError(
+                f"allocation.weights {pattern!r}: weights go with strategy per_type and name the last part of layers: "
+                f"{', '.join(last)}."
+            )
+
+
 def _walk(
     made: Survey, source: ModelSource, method: Factorized, ids: Tensor, gradient: frozenset[str], note: Note
 ) -> None:
@@ -132,8 +141,8 @@ def _walk(
     probe = Probe(source, ids, len(wanted)) if made.strategy == "sensitivity" else None
     if probe is not None and gradient:
         raise PareError("allocation sensitivity goes forward through the model: choose a method without gradients.")
-    for block, stats, output in walk:
-        made.keep_gradients(block, stats, gradient | _diagonal(gradient), output)
+    for block, stats in walk:
+        made.keep_gradients(block, stats, gradient | _diagonal(gradient))
         if probe is not None:
             probe.add(block, stats, method)
         elif made.strategy in DATA_DRIVEN:
@@ -169,7 +178,7 @@ def _forward(source: ModelSource, ids: Tensor, wanted: set[str], needs: frozense
             for i, made in enumerate(stream.outputs(block)):
                 observer.next_batch()
                 stream.hidden[i] = made.to("cpu")
-        yield block, observer.stats, None
+        yield block, observer.stats
         source.release(block.prefix, block.names)
         note(f"survey: block {block.index + 1} of {len(all_blocks)}")
 

@@ -35,10 +35,13 @@ def verify(folder: Path) -> list[str]:
     faults = list(_file_faults(files, record["tensors"]))
     if faults:  # what follows would only repeat them
         return faults
-    source = ModelSource(folder, str(folder))
-    faults = list(_mask_faults(source, record.get("layers", {})))
-    # a model whose masks are damaged cannot be run
-    return faults or list(_probe_faults(source, record.get("probe")))
+    try:
+        source = ModelSource(folder, str(folder))
+        faults = list(_mask_faults(source, record.get("layers", {})))
+        # a model whose masks are damaged cannot be run
+        return faults or list(_probe_faults(source, record.get("probe")))
+    except PareError as fault:  # config.json speaks of other weights than these
+        return [str(fault)]
 
 
 def _file_faults(files: TensorFiles, wanted: dict[str, Any]) -> Iterator[str]:

@@ -99,7 +99,7 @@ def layer_rows(layers: Sequence[Mapping[str, Any]]) -> Rows:
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for layer in layers:
         kinds.setdefault(layer_kind(layer["name"]), []).append(layer)
-    headers = ("layers", "count", "method", "kept", "relative error", "worst", "seconds")
+    headers: tuple[str, ...] = ("layers", "count", "method", "kept", "relative error", "worst", "seconds")
     notes = [
         "kept and relative error: means over a kind. Relative error: wrong share of the output's energy on calibration"
     ]

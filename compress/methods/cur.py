@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from paredown.compress.edits import LowRank
+from paredown.compress.errors import PareError
 from paredown.compress.factorized import Count, Factorized
 from paredown.compress.lowrank import Metric, error
 from paredown.compress.methods import register
@@ -34,20 +35,25 @@ class CUR(Factorized):
 
     def chosen_blocks(self, angles: list[float]) -> list[int]:
         inner = sorted(range(1, len(angles) - 1), key=lambda index: angles[index])
+        if self.blocks and not inner:
+            raise PareError("cur leaves out the first and the last block, and there is no other: --set blocks=null")
         return sorted(inner[: self.blocks]) if self.blocks else list(range(len(angles)))
 
     def planned_rank(self, shape: tuple[int, int]) -> int | None:
         if self.kept or self.rank or self.energy or self.target_parameters:
             return super().planned_rank(shape)
         m, n = shape
-        return max(1, min(self.max_rank, int((sqrt(m * m + 6 * m * n + n * n) - (m + n)) / 2)))
+        rank = max(1, min(self.max_rank, int((sqrt(m * m + 6 * m * n + n * n) - (m + n)) / 2)))
+        return rank if self.numbers(shape, rank) < m * n else 0
 
     def metric(self, stats: InputStats) -> Metric:
         return Metric(input=stats.gram)
 
     def compress(self, weight: Tensor, stats: InputStats) -> LowRank | None:
         shape = (weight.shape[0], weight.shape[1])
-        rank = self._choose(shape, self.losses(weight, stats)) if self.energy else self.planned_rank(shape)
+        if self.energy or self.storage != "factors":
+            raise PareError("cur has a storage of its own and no energy curve: ask by kept, rank or target_parameters.")
+        rank = self._choose(shape, weight.new_zeros(0))
         if not rank:
             return None
         rows, columns = deim(wanda_score(weight, stats).double(), rank)

@@ -3,13 +3,14 @@
 Each part can be switched off by its option: evaluation/BENCHMARKS.md shows what it is worth.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from paredown.compress.edits import LowRank
 from paredown.compress.factorized import Factorized, affine_shift, centred
-from paredown.compress.lowrank import Metric, Target, regression
+from paredown.compress.lowrank import Metric, Target, error, largest_rank, regressed, regression
 from paredown.compress.methods import Damping, register
 from paredown.compress.statistics import InputStats
 
@@ -21,6 +22,7 @@ class ParedownLowRank(Factorized):
     two_sided: bool = True  # weigh the output side by the gradient of the loss
     affine: bool = True  # keep the mean output by a bias
     regression: bool = True  # aim at the dense model's output, from the compressed model's input
+    residual: bool = True  # let layers that write to the residual stream make up for what it has lost; with regression
     damping: Damping = 0.01  # of the regression, as a share of the mean diagonal of the input's moment
     labels: Literal["data", "sampled"] = "data"  # empirical Fisher, or the true one by the model's own draws
 
@@ -28,12 +30,14 @@ class ParedownLowRank(Factorized):
 
     @property
     def needs(self) -> frozenset[str]:
-        asked = {"gram": True, "mean": self.affine, "cross": self.regression, "output_gradient": self.two_sided}
+        asked = {
+            "gram": True,
+            "mean": self.affine,
+            "cross": self.regression,
+            "residual": self.regression and self.residual,
+            "output_gradient": self.two_sided,
+        }
         return frozenset(name for name, wanted in asked.items() if wanted)
-
-    @property
-    def adds_bias(self) -> bool:
-        return self.affine
 
     def metric(self, stats: InputStats) -> Metric:
         moment = centred(stats) if self.affine else stats.gram
@@ -42,12 +46,36 @@ class ParedownLowRank(Factorized):
         return Metric(moment, stats.gradient("output_gradient"), stats.gradient("output_gradient_diagonal"))
 
     def target(self, weight: Tensor, stats: InputStats) -> Target:
-        if "cross" not in stats.needs:  # a survey of the dense model: both streams are one
-            return Target(weight.double())
+        wide = weight.double()
+        if not self.regression or "cross" not in stats.needs:  # a survey of the dense model has one stream
+            return Target(wide)
         gram, cross = stats.gram, stats.cross
+        lost = stats.gradient("residual") if stats.has("residual") else None
         if self.affine:
             gram, cross = centred(stats), cross.addr_(stats.dense_mean, stats.mean, alpha=-1.0)
-        return Target(weight.double(), regression(gram, cross, self.damping))
+            lost = None if lost is None else lost.addr(stats.gradient("residual_mean"), stats.mean, alpha=-1.0)
+        added = None if lost is None else regressed(lost, gram, self.damping)
+        return Target(wide, regression(gram, cross, self.damping), added)
 
     def shift(self, weight: Tensor, made: Tensor, stats: InputStats) -> Tensor | None:
-        return affine_shift(weight, made, stats) if self.affine else None
+        if not self.affine:
+            return None
+        lost = stats.gradient("residual_mean") if stats.has("residual_mean") else 0.0
+        return affine_shift(weight, made, stats) + lost
+
+    def compress(self, weight: Tensor, stats: InputStats) -> LowRank | None:
+        """With a bias only where that loses less than a few more components for the same numbers."""
+        if not self.affine:
+            return super().compress(weight, stats)
+        plain = replace(self, affine=False)
+        without = plain.compress(weight, stats)
+        if without is None or without.loss is None:
+            return None
+        shape = (weight.shape[0], weight.shape[1])
+        rank = largest_rank(self.kind, shape, plain.numbers(shape, without.rank), bias=True)
+        shifted = Factorized.compress(self.with_rank(rank), weight, stats) if rank else None
+        if shifted is None or shifted.loss is None:
+            return without
+        # both losses as shares of the same whole
+        whole = [error(weight.double(), m.metric(stats), weight.double()) for m in (plain, self)]
+        return shifted if shifted.loss * whole[1] < without.loss * whole[0] else without

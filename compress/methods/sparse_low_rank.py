@@ -29,15 +29,20 @@ class SparseLowRank:
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
-    def spec(self, shape: tuple[int, int], element_size: int) -> dict[str, Any]:
+    def spec(self, shape: tuple[int, int], element_size: int) -> dict[str, Any] | None:
+        """None where both parts together would store no less than the weight."""
         check_width(shape[1], self.sparsity)
         mask = "sparse24" if self.sparsity == NofM(2, 4) else "bitmap"
         kept = kept_count(shape, self.sparsity)
-        return {"kind": f"{mask}_lowrank", "shape": [*shape], "rank": min(self.rank, *shape), "kept": kept}
+        spec = {"kind": f"{mask}_lowrank", "shape": [*shape], "rank": min(self.rank, *shape), "kept": kept}
+        return spec if kinds.stored_bytes(spec, element_size) < shape[0] * shape[1] * element_size else None
 
-    def compress(self, weight: Tensor, stats: InputStats) -> LowRank:
+    def compress(self, weight: Tensor, stats: InputStats) -> LowRank | None:
         shape = (weight.shape[0], weight.shape[1])
-        kind = self.spec(shape, weight.element_size())["kind"]
+        spec = self.spec(shape, weight.element_size())
+        if spec is None:
+            return None
+        kind = spec["kind"]
         wide, metric = weight.double(), Metric(input=stats.gram)
         whole, best = max(error(wide, metric, wide), 1e-300), None
         sparse = wide.new_zeros(shape)
