@@ -145,11 +145,6 @@ class Editor:
         if shift is None:
             return None
         own = _own_bias(view)
-        if own is None and self.format == "dense":
-            raise PareError(
-                f"{view.name} has no bias, and the affine form needs one, which an ordinary checkpoint cannot hold. "
-                "Use --format packed, or --set affine=false."
-            )
         weight = view.weight
         bias: Tensor = (shift if own is None else own.double() + shift).to(weight.dtype)
         self._biases[f"{view.name}.bias"] = bias

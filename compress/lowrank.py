@@ -58,18 +58,14 @@ class Factors:
         return self.left.shape[1]
 
 
-def regression(gram: Tensor, cross: Tensor, damping: float) -> Tensor:  # (in, in)
-    """The correction E of W (I + E), the linear map from the compressed stream's input nearest to the dense output.
-
-    gram A = E[y y^T], cross C = E[x y^T], y compressed and x dense; E = (C - A) (A + damping * mean(diag A) I)^-1.
-    """
-    return regressed(cross - gram, gram, damping)
-
-
 def regressed(cross: Tensor, gram: Tensor, damping: float) -> Tensor:  # (rows, in)
-    """Ridge regression on y of what has the moment `cross` = E[. y^T] (rows, in) with it."""
-    ridge = damping * gram.diagonal().mean().clamp_min(1e-12)  # inputs that never vary have no moment about their mean
-    damped = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    """Ridge regression on y of z, by their moments `cross` E[z y^T] (rows, in) and `gram` A = E[y y^T].
+
+    `cross (A + damping * mean(diag A) I)^-1`. With x the dense input and y the compressed one, z = x - y gives the
+    correction E of the linear map W (I + E) from y that is nearest to W x.
+    """
+    damped = gram.clone()
+    damped.diagonal().add_(damping * gram.diagonal().mean().clamp_min(1e-12))  # inputs may never vary
     return torch.cholesky_solve(cross.T, _cholesky(damped)).T
 
 

@@ -260,6 +260,9 @@ def _check_spec(name: str, spec: Spec) -> None:
         missing = [key for key in kind_of(spec["kind"]).asks if key not in spec]
     if missing:
         raise PareError(f"packed weight {name!r}: its spec lacks {', '.join(missing)}.")
+    for key in kind_of(spec["kind"]).asks:
+        if not isinstance(spec[key], int):
+            raise PareError(f"packed weight {name!r}: {key} must be a whole number, not {spec[key]!r}.")
     layouts = {"linear": 2, "conv1d": 2, "experts": 3}
     if spec["layout"] not in layouts:
         raise PareError(

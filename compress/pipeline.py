@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -97,11 +97,25 @@ class Run:
                 "reconstruction tunes factors, which a dense checkpoint cannot hold: write --format packed, "
                 "then: paredown export OUT -o DENSE --format dense"
             )
+        if self.format == "dense" and getattr(self.method, "affine", False):
+            self.method = self._without_bias(self.method)
         with result.timed("survey"):
             chosen = targeted(source, recipe)
             found = survey(source, self.method, recipe.allocation, self.calibration.ids, chosen, scratch, self.note)
         result.fallbacks += [said for said in [getattr(self.method, "remark", None)] if said]
         return Editor(recipe, self.method, found, source.device, self.format, result.layers, result.fallbacks)
+
+    def _without_bias(self, method: Any) -> Any:
+        """For an ordinary checkpoint. Raises PareError where the method cannot do without one, and a layer has none."""
+        chosen = targeted(self.source, self.recipe)
+        views = [v for block in blocks(self.source) for v in block.views() if v.name in chosen and v.expert is None]
+        bare = [v.name for v in views if getattr(v.module, "bias", None) is None]
+        if bare and method.adds_bias:
+            raise PareError(
+                f"{bare[0]} has no bias, and the affine form needs one, which an ordinary checkpoint cannot hold. "
+                "Use --format packed, or --set affine=false."
+            )
+        return replace(method, affine=False) if bare else method
 
     def _walk(self, all_blocks: list[Block], editor: Editor, result: Result) -> None:
         source = self.source

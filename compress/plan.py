@@ -10,13 +10,16 @@ from typing import Any
 from paredown.compress.blocks import View, blocks, known, never, select
 from paredown.compress.edits import storage_kind
 from paredown.compress.errors import PareError
+from paredown.compress.factorized import Factorized
 from paredown.compress.kinds import stored_bytes, stored_numbers
 from paredown.compress.machine import available_memory
 from paredown.compress.methods import Method
 from paredown.compress.recipe import Recipe
 from paredown.compress.source import ModelSource
 from paredown.compress.sparsity import check_width, kept_count
+from paredown.compress.statistics import GRADIENT_NEEDS
 from paredown.compress.stream import BATCH_TOKENS, name_of
+from paredown.compress.survey import share_of_model
 from paredown.compress.writer import FLUSH_BYTES
 
 
@@ -57,15 +60,18 @@ def make_plan(
     views = [view for block in all_blocks for view in block.views()]
     head = name_of(source.model, "get_output_embeddings")
     chosen, left = select(views, [*recipe.targets.include], [*recipe.targets.skip], head)
-    if hasattr(method, "chosen_blocks") and not getattr(method, "surveys_angles", False):
+    if hasattr(method, "chosen_blocks"):  # which blocks may be for the data to say, how many is not
         inside = tuple(all_blocks[i].prefix for i in method.chosen_blocks([0.0] * len(all_blocks)))
         left += [v for v in chosen if not v.name.startswith(inside)]
         chosen = [v for v in chosen if v.name.startswith(inside)]
+    if isinstance(method, Factorized) and method.target_parameters:
+        size = sum(prod(v.shape) for v in chosen if v.expert is None)
+        method = method.with_share(share_of_model(source, method, size))
     element = source.dtype.itemsize if source.dtype else 2
     specs = {v.name: _spec(v, method, element) for v in chosen}
     saved = sum(prod(v.shape) * element - _stored(v.shape, specs[v.name], element, format) for v in chosen)
     before = sum(entry.bytes for entry in source.files.entries.values())
-    parts = _memory(source, chosen, method, tokens, element)
+    parts = _memory(source, recipe, chosen, method, tokens, element)
     kept = sum(prod(v.shape) if (spec := specs[v.name]) is None else _kept(spec) for v in chosen)
     steering = [
         n for b in all_blocks for n in dict.fromkeys(k.rpartition(".")[0] for k in b.names) if never(b.prefix + n)
@@ -131,7 +137,12 @@ def _stored(shape: tuple[int, int], spec: dict[str, Any] | None, element: int, f
 
 
 def _memory(
-    source: ModelSource, chosen: list[View], method: Method, tokens: tuple[int, Sequence[int]], element: int
+    source: ModelSource,
+    recipe: Recipe,
+    chosen: list[View],
+    method: Any,
+    tokens: tuple[int, Sequence[int]],
+    element: int,
 ) -> dict[str, int]:
     """The parts of the peak. What lives together is added up in `_peak`."""
     block = blocks(source)[0]
@@ -142,10 +153,18 @@ def _memory(
     edited = sum(prod(v.shape) for v in in_block)
     largest = max((prod(v.shape) for v in in_block), default=0)
     inputs = {v.shape[1] for v in in_block}
-    grams = sum(8 * n * n for n in inputs) + 3 * 8 * max(inputs, default=0) ** 2 if "gram" in method.needs else 0
+    widest = max(inputs, default=0)
+    grams = sum(8 * n * n for n in inputs) + 3 * 8 * widest**2 if "gram" in method.needs else 0
+    small = [min(v.shape) for v in in_block]
+    if hasattr(method, "spec"):  # float64: copies of the largest weight, and of the smaller side's moments
+        grams += 8 * (4 * largest + 4 * max(small, default=0) ** 2)
+    if "cross" in method.needs:
+        grams += 2 * 8 * widest**2
+    gradients = 8 * sum(n * n for n in small) if method.needs & GRADIENT_NEEDS else 0
     rest = [prod(t.shape) for n, t in source.parameters.items() if not n.startswith(inside)]
     vocabulary = source.config.get_text_config().vocab_size
     calibration, evaluations = tokens
+    followed = "cross" in method.needs or recipe.reconstruct is not None
     batch = BATCH_TOKENS[source.device.type]
     return {
         # read, and the edited copies beside them until the block is dropped
@@ -153,8 +172,8 @@ def _memory(
         # one shard is filled while another is written, and saving makes one more copy
         "pending": 3 * (FLUSH_BYTES + edited * 9 // 8 * element // 2),
         # float32 scores, their columns and the mask of the largest layer
-        "solver": 10 * largest + grams,
-        "activations": element * width * (calibration + 2 * sum(evaluations)),
+        "solver": 10 * largest + grams + gradients,
+        "activations": element * width * (calibration * (2 if followed else 1) + 2 * sum(evaluations)),
         "batch": element * batch * (4 * width + 3 * max((v.shape[0] for v in in_block), default=0)),
         # at the start and at the end: embedding or head, and the logits of a few positions
         "outside": element * max(rest, default=0) + 12 * 512 * vocabulary,

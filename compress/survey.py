@@ -108,7 +108,7 @@ def survey(
         )
         prefixes = tuple(blocks(source)[i].prefix for i in method.chosen_blocks(made.angles))
         views = [v for v in views if v.name.startswith(prefixes)]
-        made.chosen = {v.name for v in views}
+        made.chosen = {name for name in chosen if name.startswith(prefixes)}
     made.curves = {v.name: Curve(v.name, v.shape) for v in views}
     if gradient or made.strategy in DATA_DRIVEN:
         _walk(made, source, method, ids, gradient, note)
@@ -202,7 +202,7 @@ def _angles(source: ModelSource, ids: Tensor, note: Note) -> list[float]:
 
 def _allocated(made: Survey, source: ModelSource, method: Factorized, spec: AllocationSpec) -> Ranks:
     curves, total = list(made.curves.values()), sum(c.size for c in made.curves.values())
-    kept = method.share or _share(source, method, total)
+    kept = method.share or share_of_model(source, method, total)
 
     def largest(shape: tuple[int, int], numbers: float) -> int:
         return largest_rank(method.kind, shape, numbers, method.adds_bias)
@@ -216,7 +216,7 @@ def _allocated(made: Survey, source: ModelSource, method: Factorized, spec: Allo
     return by_share(curves, kept, spec.weights, largest, method.numbers)
 
 
-def _share(source: ModelSource, method: Factorized, targeted: int) -> float:
+def share_of_model(source: ModelSource, method: Factorized, targeted: int) -> float:
     """Of the targeted parameters, so that the whole model has `target_parameters`."""
     assert method.target_parameters is not None
     total = sum(t.numel() for t in source.parameters.values())

@@ -29,6 +29,11 @@ class CUR(Factorized):
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
     surveys_angles: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.energy or self.storage != "factors":
+            raise PareError("cur has a storage of its own and no energy curve: ask by kept, rank or target_parameters.")
+
     @property
     def kind(self) -> str:
         return "cur"
@@ -51,8 +56,6 @@ class CUR(Factorized):
 
     def compress(self, weight: Tensor, stats: InputStats) -> LowRank | None:
         shape = (weight.shape[0], weight.shape[1])
-        if self.energy or self.storage != "factors":
-            raise PareError("cur has a storage of its own and no energy curve: ask by kept, rank or target_parameters.")
         rank = self._choose(shape, weight.new_zeros(0))
         if not rank:
             return None

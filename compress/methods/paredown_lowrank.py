@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paredown.compress.edits import LowRank
 from paredown.compress.factorized import Factorized, affine_shift, centred
-from paredown.compress.lowrank import Metric, Target, error, largest_rank, regressed, regression
+from paredown.compress.lowrank import Metric, Target, error, largest_rank, regressed
 from paredown.compress.methods import Damping, register
 from paredown.compress.statistics import InputStats
 
@@ -46,16 +46,22 @@ class ParedownLowRank(Factorized):
         return Metric(moment, stats.gradient("output_gradient"), stats.gradient("output_gradient_diagonal"))
 
     def target(self, weight: Tensor, stats: InputStats) -> Target:
+        """Towards the dense output: the correction of the input for a tall weight, for a wide one what it adds up to."""
         wide = weight.double()
         if not self.regression or "cross" not in stats.needs:  # a survey of the dense model has one stream
             return Target(wide)
-        gram, cross = stats.gram, stats.cross
-        lost = stats.gradient("residual") if stats.has("residual") else None
+        gram, change = stats.gram, stats.cross
         if self.affine:
-            gram, cross = centred(stats), cross.addr_(stats.dense_mean, stats.mean, alpha=-1.0)
-            lost = None if lost is None else lost.addr(stats.gradient("residual_mean"), stats.mean, alpha=-1.0)
-        added = None if lost is None else regressed(lost, gram, self.damping)
-        return Target(wide, regression(gram, cross, self.damping), added)
+            gram, change = centred(stats), change.addr_(stats.dense_mean, stats.mean, alpha=-1.0)
+        change -= gram
+        if weight.shape[0] > weight.shape[1]:
+            return Target(wide, correction=regressed(change, gram, self.damping))
+        wanted = wide @ change  # (out, in)
+        if stats.has("residual"):
+            wanted += stats.gradient("residual")
+            if self.affine:
+                wanted.addr_(stats.gradient("residual_mean"), stats.mean, alpha=-1.0)
+        return Target(wide, added=regressed(wanted, gram, self.damping))
 
     def shift(self, weight: Tensor, made: Tensor, stats: InputStats) -> Tensor | None:
         if not self.affine:
