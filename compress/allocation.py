@@ -77,7 +77,7 @@ def by_theoretical_loss(curves: Sequence[Curve], kept: float, largest: LargestRa
         removed = {
             c.name: (1 - kept) * len(members) * s / math.fsum(scale) for c, s in zip(members, scale, strict=True)
         }
-        wanted = {name: max(1e-6, 1 - share) for name, share in removed.items()}
+        wanted = {name: max(0.05, 1 - share) for name, share in removed.items()}
         shares = _capped(members, wanted, kept * sum(c.size for c in members))
         ranks |= {c.name: _rank(c, shares[c.name], largest, cost) for c in members}
     return ranks
@@ -208,7 +208,9 @@ def _capped(curves: Sequence[Curve], wanted: Mapping[str, float], budget: float)
 
 
 def _rank(curve: Curve, share: float, largest: LargestRank, cost: Cost) -> int | None:
+    if share >= 1:
+        return None
     rank = largest(curve.shape, share * curve.size)
     if not rank:
         raise PareError(f"{curve.name}: not even rank 1 fits into {share:.3g} of it: raise kept, or skip the layer.")
-    return None if share >= 1 or cost(curve.shape, rank) >= curve.size else rank
+    return rank if cost(curve.shape, rank) < curve.size else None

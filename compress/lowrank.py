@@ -125,11 +125,10 @@ def _tall(target: Target, metric: Metric, choose: Callable[[Tensor], int]) -> Fa
         losses, vectors = _eigh(root[:, None] * product * root)
         top = vectors[:, : choose(losses)]
         return Factors(value @ (root[:, None] * top), top.T / root, losses)
-    values, basis = _eigh(moment)
-    root = _floored(values).sqrt()  # (in,)
-    losses, vectors = _eigh(root[:, None] * (basis.T @ product @ basis) * root)
+    root = _root(moment)
+    losses, vectors = _eigh(root.T @ product @ root)
     top = vectors[:, : choose(losses)]
-    return Factors(value @ (basis @ (root[:, None] * top)), (top.T / root) @ basis.T, losses)
+    return Factors(value @ (root @ top), torch.linalg.solve(root.T, top).T, losses)
 
 
 def error(difference: Tensor, metric: Metric, weight: Tensor) -> float:
@@ -203,6 +202,17 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     except RuntimeError as fault:
         raise PareError(f"its eigenvalue decomposition failed ({fault}). Calibrate on more text.") from fault
     return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def _root(moment: Tensor) -> Tensor:  # (in, in)
+    """R with R R^T = A and an inverse: by Cholesky, and by the eigenvalues, floored, where A is singular."""
+    root: Tensor
+    root, failed = torch.linalg.cholesky_ex(moment)
+    pivots = root.diagonal()
+    if not bool(failed) and bool(pivots.min() > FLOOR**0.5 * pivots.max()):
+        return root
+    values, basis = _eigh(moment)
+    return basis * _floored(values).sqrt()
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

@@ -94,8 +94,12 @@ class InputStats:
     @property
     def gram(self) -> Tensor:  # (in, in)
         """H = X^T X / tokens, float64."""
-        lower = self._mean("gram").tril_()
-        return lower.add_(lower.tril(-1).T)
+        full = self._mean("gram")
+        for i in range(0, self.in_features, STRIP):  # mirrored strip by strip: a second copy would be large
+            corner = full[i : i + STRIP, i : i + STRIP].tril_()
+            corner += corner.tril(-1).T
+            full[i : i + STRIP, i + STRIP :] = full[i + STRIP :, i : i + STRIP].T
+        return full
 
     @property
     def second_moment_diagonal(self) -> Tensor:  # (in,)

@@ -57,7 +57,7 @@ class ParedownLowRank(Factorized):
         if weight.shape[0] > weight.shape[1]:
             return Target(wide, correction=regressed(change, gram, self.damping))
         wanted = wide @ change  # (out, in)
-        if stats.has("residual"):
+        if self._makes_up(stats):
             wanted += stats.gradient("residual")
             if self.affine:
                 wanted.addr_(stats.gradient("residual_mean"), stats.mean, alpha=-1.0)
@@ -66,7 +66,7 @@ class ParedownLowRank(Factorized):
     def shift(self, weight: Tensor, made: Tensor, stats: InputStats) -> Tensor | None:
         if not self.affine:
             return None
-        lost = stats.gradient("residual_mean") if stats.has("residual_mean") else 0.0
+        lost = stats.gradient("residual_mean") if self._makes_up(stats) else 0.0
         return affine_shift(weight, made, stats) + lost
 
     def compress(self, weight: Tensor, stats: InputStats) -> LowRank | None:
@@ -75,13 +75,22 @@ class ParedownLowRank(Factorized):
             return super().compress(weight, stats)
         plain = replace(self, affine=False)
         without = plain.compress(weight, stats)
-        if without is None or without.loss is None:
+        if without is None:
             return None
         shape = (weight.shape[0], weight.shape[1])
         rank = largest_rank(self.kind, shape, plain.numbers(shape, without.rank), bias=True)
         shifted = Factorized.compress(self.with_rank(rank), weight, stats) if rank else None
-        if shifted is None or shifted.loss is None:
+        if shifted is None:
             return without
-        # both losses as shares of the same whole
-        whole = [error(weight.double(), m.metric(stats), weight.double()) for m in (plain, self)]
-        return shifted if shifted.loss * whole[1] < without.loss * whole[0] else without
+        aim, metric = self.target(weight, stats).value, self.metric(stats)
+        return min(without, shifted, key=lambda edit: self._lost(edit, aim, metric, weight, stats))
+
+    def _lost(self, edit: LowRank, aim: Tensor, metric: Metric, weight: Tensor, stats: InputStats) -> float:
+        """Of what varies and, without a bias, of the mean output: the two forms differ in both."""
+        wide, made = weight.double(), edit.dense().double()
+        varying = error(aim - made, metric, wide)
+        missed = self.shift(weight, made, stats) if edit.shift is None else None  # (out,)
+        return varying if missed is None else varying + error(missed[:, None], replace(metric, input=None), wide)
+
+    def _makes_up(self, stats: InputStats) -> bool:
+        return self.regression and self.residual and stats.has("residual")

@@ -5,56 +5,109 @@ from importlib.resources import files
 
 import pytest
 import torch
+import transformers
 import yaml
 
+from paredown.compress.edits import LowRank, Masked
+from paredown.compress.gradients import moments
 from paredown.compress.methods import methods
 from paredown.compress.recipe import Recipe, shipped_recipes
 from paredown.compress.sparsity import NofM
-from paredown.compress.statistics import NEEDS, InputStats
+from paredown.compress.statistics import GRADIENT_NEEDS, NEEDS, PAIRED_NEEDS, RESIDUAL_NEEDS, InputStats
 
 FILES = {f.name.removesuffix(".yaml"): f for f in files("paredown.recipes").iterdir() if f.name.endswith(".yaml")}
 PAPERS = {
     "magnitude": ["1506.02626"], "wanda": ["2306.11695"], "sparsegpt": ["2301.00774"], "masked": ["2306.11695"],
+    "svd": ["2207.00112"], "fwsvd": ["2207.00112"], "asvd": ["2312.05821"], "awsvd": ["2404.09695"],
+    "lorap": ["2404.09695"], "svd_llm": ["2403.07378"], "rom": ["2312.07046"], "fisher_svd": ["1503.05671"],
+    "paredown_lowrank": ["1503.05671", "2501.19090"], "cur": ["2501.04211"], "laser": ["2312.13558"],
+    "sparse_low_rank": ["2409.13652", "2410.09615"],
 }  # fmt: skip
+MASKS = {"magnitude", "wanda", "sparsegpt", "masked"}
+# names without a number: the options that say how much is kept
+UNNUMBERED = {"curing": {"max_rank", "blocks"}, "laser": {"rho", "last"}, "sparse-low-rank": {"sparsity", "rank"}}
+KEYS = [
+    "name", "description", "citation", "method", "options", "allocation", "reconstruct", "targets", "calibration",
+    "evaluate",
+]  # fmt: skip
+OPTIONAL = {"allocation", "reconstruct"}
+SHAPES = [(48, 64), (64, 48), (40, 40)]
 
 
-@pytest.fixture(params=sorted(FILES))
-def name(request):
-    return request.param
+def is_mask(name):
+    return shipped_recipes()[name].method in MASKS
+
+
+def named(*groups):
+    return pytest.mark.parametrize("name", [name for name in sorted(FILES) if any(group(name) for group in groups)])
+
+
+every = named(lambda name: True)
+masks = named(is_mask)
+shares = named(lambda name: not is_mask(name) and name not in UNNUMBERED)
+shapes = pytest.mark.parametrize("shape", SHAPES)
 
 
 def promised(name):
-    """The sparsity that a recipe's name promises."""
+    """What a recipe's name promises: n:m, or the fraction removed by a mask, or the fraction kept by factors."""
     if found := re.search(r"-(\d+)of(\d+)$", name):
         return NofM(int(found[1]), int(found[2]))
     return int(re.search(r"-(\d+)$", name)[1]) / 100
 
 
+def problem(shape):
+    """A weight and all the statistics that any method reads, on two streams that differ a little."""
+    torch.manual_seed(0)
+    out, inner = shape
+    weight, x = torch.randn(shape).bfloat16(), torch.randn(400, inner) @ torch.randn(inner, inner)
+    stats, delta = InputStats(inner, PAIRED_NEEDS), torch.randn(400, out)
+    stats.update(x, x + 0.1 * torch.randn_like(x))
+    sums = dict(moments(GRADIENT_NEEDS, weight, x, delta, sequences=8))
+    return weight, stats.with_gradient({key: total.double() / 400 for key, total in sums.items()})
+
+
+def stored(edit):
+    """Numbers that an edit of factors stores, the bias that it may add among them."""
+    added = 0 if edit.shift is None else edit.shape[0]
+    return sum(t.numel() for t in edit.tensors.values() if t.is_floating_point()) + added
+
+
+def numbers(edit, rank):
+    """What the same storage takes at another rank."""
+    out, inner = edit.shape
+    factors = rank * (out + inner - (rank if edit.kind == "pifa" else 0))
+    return factors + (0 if edit.shift is None else out)
+
+
 def test_the_shipped_recipes_are_the_files_of_the_folder():
-    assert list(shipped_recipes()) == sorted(FILES) and len(FILES) >= 9
+    assert list(shipped_recipes()) == sorted(FILES) and len(FILES) >= 22
 
 
 def test_every_method_has_a_recipe():
-    assert {recipe.method for recipe in shipped_recipes().values()} == set(PAPERS) <= set(methods())
+    assert {recipe.method for recipe in shipped_recipes().values()} == set(PAPERS) == set(methods())
 
 
+@every
 def test_a_recipe_says_its_name_what_it_does_and_whose_work_it_is(name):
     recipe = Recipe.load(name)
     assert recipe.name == name and recipe.description
     assert re.findall(r"arXiv (\d{4}\.\d{5})", recipe.citation) == PAPERS[recipe.method]
 
 
-def test_a_recipe_has_the_sparsity_of_its_name(name):
+@masks
+def test_a_mask_has_the_sparsity_of_its_name(name):
     assert Recipe.load(name).build().sparsity == promised(name)
 
 
-def test_a_recipe_removes_what_it_promises(name):
+@masks
+def test_a_mask_removes_what_it_promises(name):
     torch.manual_seed(0)
     method = Recipe.load(name).build()
     stats = InputStats(32, NEEDS)
     stats.update(torch.randn(200, 32) @ torch.randn(32, 32))
     weight = torch.randn(24, 32).bfloat16()
     edit, sparsity = method.compress(weight, stats), promised(name)
+    assert isinstance(edit, Masked)
     if isinstance(sparsity, NofM):
         assert edit.keep.view(24, -1, sparsity.m).sum(-1).eq(sparsity.n).all()
     else:
@@ -63,10 +116,62 @@ def test_a_recipe_removes_what_it_promises(name):
     assert 0 < edit.relative_error(weight, stats) < 1
 
 
+@shares
+def test_factors_keep_the_share_of_their_name_and_a_rank_more_would_not_fit(name):
+    method = Recipe.load(name).build()
+    assert method.kept == method.share == promised(name)
+    for shape in SHAPES:
+        weight, stats = problem(shape)
+        edit, room = method.compress(weight, stats), promised(name) * weight.numel()
+        assert isinstance(edit, LowRank) and (edit.shift is not None or not method.adds_bias)
+        # a bias that a method may leave out stands for less than one component
+        more = 1 if method.adds_bias or edit.shift is None else 2
+        assert stored(edit) == numbers(edit, edit.rank) <= room < numbers(edit, edit.rank + more)
+        assert torch.linalg.matrix_rank(edit.dense().double(), rtol=1e-2) == edit.rank
+        assert edit.dense().dtype == weight.dtype and 0 < edit.relative_error(weight, stats) < 1
+
+
+@shapes
+def test_curing_takes_the_largest_rank_that_stores_no_more_than_the_weight(shape):
+    method, (weight, stats) = Recipe.load("curing").build(), problem(shape)
+    edit, (out, inner) = method.compress(weight, stats), shape
+    assert edit.kind == "cur" and stored(edit) == edit.rank * (out + inner + edit.rank) <= out * inner
+    assert (edit.rank + 1) * (out + inner + edit.rank + 1) > out * inner
+    assert 0 < edit.relative_error(weight, stats) < 1
+
+
+def test_curing_caps_the_rank_and_turns_to_ten_blocks_that_turn_least_but_not_the_outer_ones():
+    method = Recipe.load("curing").build()
+    assert method.planned_rank((4096, 4096)) == 256
+    angles = torch.rand(32, generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = method.chosen_blocks([0.0, *angles, 0.0])
+    assert len(chosen) == 10 and 0 not in chosen and 33 not in chosen
+    assert sorted(angles[i - 1] for i in chosen) == sorted(angles)[:10]
+
+
+@shapes
+def test_laser_keeps_a_tenth_of_the_rank_in_the_last_quarter_of_the_blocks(shape):
+    method, (weight, stats) = Recipe.load("laser").build(), problem(shape)
+    edit = method.compress(weight, stats)
+    assert edit.rank == min(shape) // 10 and stored(edit) == edit.rank * sum(shape)
+    assert method.chosen_blocks([0.0] * 32) == [*range(24, 32)] and method.chosen_blocks([0.0] * 2) == [1]
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (128, 96), (112, 112)])
+def test_sparse_and_low_rank_stores_two_of_four_and_sixteen_directions(shape):
+    method, (weight, stats) = Recipe.load("sparse-low-rank").build(), problem(shape)
+    edit, (out, inner) = method.compress(weight, stats), shape
+    assert edit.kind == "sparse24_lowrank" and edit.rank == 16
+    assert stored(edit) == out * inner // 2 + 16 * (out + inner) < out * inner
+    assert 0 < edit.relative_error(weight, stats) < 1
+
+
+@every
 def test_a_recipe_asks_for_no_statistics_that_do_not_exist(name):
-    assert Recipe.load(name).build().needs <= NEEDS
+    assert Recipe.load(name).build().needs <= PAIRED_NEEDS | RESIDUAL_NEEDS | GRADIENT_NEEDS
 
 
+@every
 def test_a_recipe_calibrates_and_scores_without_a_network_and_leaves_the_head(name):
     recipe = Recipe.load(name)
     assert recipe.calibration.source == "stdlib" and recipe.evaluate.perplexity == ("stdlib",)
@@ -74,17 +179,61 @@ def test_a_recipe_calibrates_and_scores_without_a_network_and_leaves_the_head(na
     assert "lm_head" in recipe.targets.skip
 
 
+@every
 def test_a_file_writes_out_every_default_it_stands_on(name):
     raw = yaml.safe_load(FILES[name].read_text())
-    assert list(raw) == ["name", "description", "citation", "method", "options", "targets", "calibration", "evaluate"]
-    assert set(raw["calibration"]) == {"source", "sequences", "length", "seed"} and "sparsity" in raw["options"]
+    assert list(raw) == [key for key in KEYS if key not in OPTIONAL or key in raw]
+    assert set(raw["calibration"]) == {"source", "sequences", "length", "seed"}
+    assert UNNUMBERED.get(name, {"sparsity"} if is_mask(name) else {"kept"}) <= set(raw["options"])
 
 
+@every
+def test_ranks_are_spread_as_the_method_does_by_itself_and_the_file_says_so(name):
+    """A method whose own way is not uniform writes it out, with its weights."""
+    recipe, method = Recipe.load(name), methods()[Recipe.load(name).method]
+    told = recipe.allocation.model_dump() if recipe.allocation else {"strategy": "uniform", "weights": {}}
+    own = {"strategy": getattr(method, "allocation", "uniform"), "weights": dict(getattr(method, "type_weights", {}))}
+    assert told == own
+
+
+@named(lambda name: "of" in name.rsplit("-", 1)[-1], is_mask, lambda name: name == "sparse-low-rank")
 def test_a_pattern_is_quoted_in_the_file(name):
     sparsity = yaml.safe_load(FILES[name].read_text())["options"]["sparsity"]
-    assert isinstance(sparsity, str if "of" in name.rsplit("-", 1)[1] else float)
+    assert isinstance(sparsity, float if name.endswith("-50") else str)
 
 
+@every
 def test_a_recipe_survives_the_way_into_a_report_and_back(name):
     recipe = Recipe.load(name)
     assert Recipe.parse(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe == shipped_recipes()[name]
+
+
+@pytest.fixture(scope="module")
+def four_blocks(tmp_path_factory, save_model):
+    """A Llama with as many blocks as it takes for every recipe to find some."""
+    folder = tmp_path_factory.mktemp("recipes") / "model"
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    save_model(folder, config)
+    return folder
+
+
+@every
+def test_a_recipe_runs_stores_fewer_numbers_and_tells_what_it_leaves(name, four_blocks, tmp_path, prune):
+    raw = Recipe.load(name).to_dict()
+    if name == "sparse-low-rank":
+        raw["options"]["rank"] = 2  # of this small model sixteen directions are too many
+    result, _ = prune(four_blocks, tmp_path / "out", **raw)
+    edited = {layer["name"] for layer in result.layers}
+    assert 0 < result.kept < result.targeted
+    if included := set(raw["targets"]["include"]) - {"*"}:
+        assert {layer.rpartition(".")[2] for layer in edited} == included
+    else:  # all seven linears of four blocks
+        left = {said.partition(":")[0] for said in result.fallbacks if "left dense" in said}
+        assert len(edited) + len(left) == 4 * 7 and not edited & left
+    if not is_mask(name) and name not in UNNUMBERED:
+        assert promised(name) - 0.05 < result.kept / result.targeted <= promised(name)
+    remarks = [said for said in result.fallbacks if "left dense" not in said]
+    assert len(remarks) == (name == "lorap-80") and all("as LoRAP does" in said for said in remarks)
