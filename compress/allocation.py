@@ -61,19 +61,19 @@ def by_share(
     return {c.name: _rank(c, shares[c.name], largest, cost) for c in curves}
 
 
-def by_theoretical_loss(curves: Sequence[Curve], kept: float, largest: LargestRank, cost: Cost) -> Ranks:
+def by_theoretical_loss(curves: Sequence[Curve], kept: float, largest: LargestRank, cost: Cost, tokens: int) -> Ranks:
     """Within each type of layer, what is removed is proportional to 1 / log(loss at the common ratio).
 
-    Wang et al. 2025, SVD-LLM v2, algorithm 1 (arXiv 2503.12340).
+    The loss is the norm of the output's error over all `tokens` of the calibration; logarithms count at least 1, and a
+    twentieth of a layer stays. Wang et al. 2025, SVD-LLM v2, algorithm 1 (arXiv 2503.12340).
     """
     types: dict[str, list[Curve]] = {}
     for curve in curves:
         types.setdefault(curve.name.rpartition(".")[2], []).append(curve)
     ranks: Ranks = {}
     for members in types.values():
-        losses = [c.loss(largest(c.shape, kept * c.size)) ** 0.5 for c in members]
-        floor = min(losses) or 1.0
-        scale = [1 / math.log(math.e * max(loss / floor, 1.0)) for loss in losses]  # shifted so that every log is >= 1
+        losses = [(tokens * c.loss(largest(c.shape, kept * c.size))) ** 0.5 for c in members]
+        scale = [1 / math.log(max(loss, math.e)) for loss in losses]
         removed = {
             c.name: (1 - kept) * len(members) * s / math.fsum(scale) for c, s in zip(members, scale, strict=True)
         }

@@ -65,7 +65,7 @@ class Writers:
 
     @classmethod
     def of(cls, stream: Stream, block: Block, called: list[list[View]]) -> "Writers":
-        """Found by trying: with all later ones silent, twice the weight must add the layer's output once more."""
+        """Found by trying: with all later ones silent, a multiple of the weight must add that multiple of its output."""
         width = stream.hidden[0].shape[-1]
         alone = [
             g[0] for g in called if len(g) == 1 and g[0].expert is None and g[0].shape[0] == width <= g[0].shape[1]
@@ -83,17 +83,19 @@ class Writers:
 
 
 def _adds(stream: Stream, block: Block, view: View) -> bool:
-    weight = view.weight
-    once, made = _through(stream, block, view, 0)
-    view.assign(weight * 2)
-    twice, _ = _through(stream, block, view, 0)
-    view.assign(weight)
+    weight, bias = view.weight, cast(Tensor | None, view.module.bias)
+    before, catcher = _through(stream, block, view, 0)
+    made = catcher.made
     if made is None:
         return False
-    bias = cast(Tensor | None, view.module.bias)
-    added = (made if bias is None else made - bias).reshape(once.shape).float()
-    error = (twice.float() - once.float() - added).norm()
-    return bool(error < 0.1 * added.norm() + 0.01 * once.float().norm()) and bool(added.norm() > 0)
+    added = (made if bias is None else made - bias).reshape(before.shape).float()
+    # so that what it adds is no smaller than the stream, whose rounding would hide it
+    factor = max(1.0, float(before.float().norm() / added.norm().clamp_min(1e-30)))
+    view.assign(weight * (1 + factor))
+    after, _ = _through(stream, block, view, 0)
+    view.assign(weight)
+    error = (after.float() - before.float() - factor * added).norm()
+    return bool(error < 0.1 * factor * added.norm())
 
 
 @contextmanager
@@ -131,7 +133,10 @@ def observe_writer(
             if x is None or dense_x is None:
                 return None
             lost = (dense_rest - rest).reshape(-1, view.shape[0])  # (tokens, out)
-            stats.update(x, dense_x)
+            try:
+                stats.update(x, dense_x)
+            except PareError as fault:
+                raise PareError(f"{view.name}: {fault}") from fault
             cross += lost.T @ x.reshape(-1, view.shape[1]).float()
             total += lost.sum(0)
     return stats.with_residual({"residual": cross / stats.count, "residual_mean": total / stats.count})
@@ -139,18 +144,16 @@ def observe_writer(
 
 def _beside(stream: Stream, block: Block, view: View, i: int) -> tuple[Tensor | None, Tensor]:
     """A layer's input, and the block's output without the layer's own, float32."""
-    catcher = Catcher(view, stop=False)
-    with catcher:
-        out = stream.output(block, i)
+    out, catcher = _through(stream, block, view, i)
     rest = out.float() if catcher.made is None else out.float() - catcher.made.reshape(out.shape).float()
     return catcher.found, rest
 
 
-def _through(stream: Stream, block: Block, view: View, i: int) -> tuple[Tensor, Tensor | None]:
+def _through(stream: Stream, block: Block, view: View, i: int) -> tuple[Tensor, Catcher]:
     catcher = Catcher(view, stop=False)
     with catcher:
         out = stream.output(block, i)
-    return out, catcher.made
+    return out, catcher
 
 
 def caught(stream: Stream, block: Block, view: View, i: int) -> Tensor | None:

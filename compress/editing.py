@@ -71,6 +71,7 @@ class Editor:
                     "kept": kept / weight.numel(),
                     "relative_error": error,
                     "damping": edit.damping,
+                    "flops_per_token": 2 * kept,  # of each token that reaches the layer; masks skip what they dropped
                     "seconds": perf_counter() - began,
                     **edit.told,
                     **predicted,

@@ -90,7 +90,7 @@ class Reached(Exception):
 
 
 class Catcher(Watcher):
-    """Keeps the input and the output of one view; unless told otherwise it stops the block as soon as they are there."""
+    """Keeps the input of one view and stops the block as soon as it is there; or goes on and keeps the output too."""
 
     def __init__(self, view: View, stop: bool = True) -> None:
         super().__init__([view])
@@ -99,6 +99,7 @@ class Catcher(Watcher):
         self._stop = stop
 
     def note(self, view: View, x: Tensor, out: Tensor) -> None:
-        self.found, self.made = x, out
+        self.found = x
         if self._stop:
             raise Reached
+        self.made = out.clone()  # some blocks add to it in place

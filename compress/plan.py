@@ -158,8 +158,8 @@ def _memory(
     small = [min(v.shape) for v in in_block]
     if hasattr(method, "spec"):  # float64: copies of the largest weight, and of the smaller side's moments
         grams += 8 * (4 * largest + 4 * max(small, default=0) ** 2)
-    if "cross" in method.needs:
-        grams += 2 * 8 * widest**2
+    if "cross" in method.needs:  # the second moment's sums, and what regression makes of the two
+        grams += 5 * 8 * widest**2
     gradients = 8 * sum(n * n for n in small) if method.needs & GRADIENT_NEEDS else 0
     rest = [prod(t.shape) for n, t in source.parameters.items() if not n.startswith(inside)]
     vocabulary = source.config.get_text_config().vocab_size

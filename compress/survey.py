@@ -113,7 +113,7 @@ def survey(
     if gradient or made.strategy in DATA_DRIVEN:
         _walk(made, source, method, ids, gradient, note)
     if made.strategy != "uniform" or method.target_parameters:
-        made.ranks = _allocated(made, source, method, spec)
+        made.ranks = _allocated(made, source, method, spec, ids)
     return made
 
 
@@ -200,7 +200,7 @@ def _angles(source: ModelSource, ids: Tensor, note: Note) -> list[float]:
     return found
 
 
-def _allocated(made: Survey, source: ModelSource, method: Factorized, spec: AllocationSpec) -> Ranks:
+def _allocated(made: Survey, source: ModelSource, method: Factorized, spec: AllocationSpec, ids: Tensor) -> Ranks:
     curves, total = list(made.curves.values()), sum(c.size for c in made.curves.values())
     kept = method.share or share_of_model(source, method, total)
 
@@ -210,7 +210,7 @@ def _allocated(made: Survey, source: ModelSource, method: Factorized, spec: Allo
     if made.strategy == "global":
         return by_global_loss(curves, int(kept * total), method.numbers)
     if made.strategy == "theoretical_loss":
-        return by_theoretical_loss(curves, kept, largest, method.numbers)
+        return by_theoretical_loss(curves, kept, largest, method.numbers, ids.numel())
     if made.strategy == "sensitivity":
         return by_sensitivity(curves, made.sensitivities, kept, largest, method.numbers)
     return by_share(curves, kept, spec.weights, largest, method.numbers)
