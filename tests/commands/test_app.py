@@ -173,5 +173,5 @@ def test_verify_finds_what_the_hashes_do_not_tell(changed, written):
     else:
         record["layers"]["model.layers.0.mlp.up_proj"]["kept"] = 0.25
     (written / "paredown.json").write_text(json.dumps(record))
-    said = {"nll": "loss differs by 1.0000", "kept": "model.layers.0.mlp.up_proj keeps 3072 values"}[changed]
+    said = {"nll": "loss differs by 1.0000", "kept": "model.layers.0.mlp.up_proj stores 3072 numbers"}[changed]
     assert said in "".join(verify(written))
