@@ -104,7 +104,8 @@ def run_tasks(
         loaded = _load(manager, names)
         results = simple_evaluate(
             # A copy of the tokenizer, because HFLM gives it a padding token
-            model=HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch_size),
+            # told that it is causal, because lm-eval does not know the model types of packed checkpoints
+            model=HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch_size, backend="causal"),
             tasks=_roots(loaded),
             task_manager=manager,
             limit=limit,
