@@ -131,12 +131,25 @@ def _read(name_or_path: str) -> dict[str, Any]:
         except UnicodeDecodeError as fault:
             raise PareError(f"{name_or_path} is no UTF-8 text: {fault}. Save it as UTF-8.") from fault
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, Loader=_Loader)  # a safe loader that refuses more
     except yaml.YAMLError as fault:
         raise PareError(f"{name_or_path} is no valid YAML: {fault}") from fault
     if not isinstance(raw, dict):
         raise PareError(f"{name_or_path}: a recipe is a mapping with at least the key 'method'; found {raw!r}.")
     return raw
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML lets the last of two equal keys win without a word; here they are a fault."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

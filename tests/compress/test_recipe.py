@@ -127,3 +127,10 @@ def test_a_folder_that_is_called_as_a_recipe_does_not_hide_it(tmp_path, monkeypa
     (tmp_path / "wanda-50").mkdir()
     monkeypatch.chdir(tmp_path)
     assert Recipe.load("wanda-50").method == "wanda"
+
+
+def test_a_key_that_stands_twice_is_a_fault(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("method: wanda\noptions: {sparsity: 0.5}\noptions: {sparsity: 0.7}\n")
+    with pytest.raises(PareError, match=r"the key 'options' stands twice(.|\n)*line 3"):
+        Recipe.load(str(path))
