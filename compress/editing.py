@@ -39,7 +39,7 @@ class Editor:
     _replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
 
     def begin(self, block: Block) -> None:
-        self._gradients, self._views = self.survey.gradients(block), block.views()
+        self._gradients, self._views = self.survey.gradients(block, self.device), block.views()
 
     def edit(self, block: Block, views: list[View], stats: Mapping[str, InputStats]) -> None:
         """Compress each view and put the edit in place. A layer that no token reached follows the recipe's policy."""

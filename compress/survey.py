@@ -51,13 +51,13 @@ class Survey:
     strategy: str = "uniform"
     sensitivities: Sensitivities = field(default_factory=dict)
 
-    def gradients(self, block: Block) -> dict[str, dict[str, Tensor]]:
+    def gradients(self, block: Block, device: torch.device) -> dict[str, dict[str, Tensor]]:
         """Gradient moments of the block's layers, float64, by layer and by name out of GRADIENT_NEEDS."""
         path = self._path(block)
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in (load_file(path) if path.exists() else {}).items():
             layer, _, need = key.rpartition("|")
-            found.setdefault(layer, {})[need] = tensor.double()
+            found.setdefault(layer, {})[need] = tensor.to(device).double()
         return found
 
     def keep_gradients(self, block: Block, stats: dict[str, InputStats], needs: frozenset[str]) -> None:

@@ -85,7 +85,7 @@ def test_the_dense_model_is_not_read_where_nothing_is_to_be_known_beforehand(sou
         assert made.ranks is None and not made.angles and made.strategy == "uniform"
         assert made.chosen == set(layers_of(source)) and not any(c.losses for c in made.curves.values())
         assert of_layer(made, built, "model.layers.0.mlp.up_proj") is built
-        assert not any(made.gradients(block) for block in blocks(source))
+        assert not any(made.gradients(block, torch.device("cpu")) for block in blocks(source))
     made, _ = surveyed(source, scratch, "lorap")  # spread by shapes alone: ranks, and still nothing read
     assert made.strategy == "per_type" and made.ranks.keys() == layers_of(source).keys()
     assert not list(scratch.iterdir())
@@ -352,7 +352,7 @@ def test_gradients_are_read_back_by_layer_and_block(method, options, needs, sour
     (tmp_path / "again").mkdir()
     labels = getattr(built, "labels", "data")
     for block, stats in backward(source, IDS, only, frozenset(), frozenset(needs), tmp_path / "again", labels=labels):
-        found = made.gradients(block)
+        found = made.gradients(block, torch.device("cpu"))
         assert found.keys() == stats.keys()
         for name, s in stats.items():
             assert found[name].keys() == needs
@@ -367,7 +367,7 @@ def test_fused_experts_are_no_part_of_the_first_pass(tmp_path, save_model, scrat
     attention = {n for n in layers_of(source) if "self_attn" in n}
     assert made.curves.keys() == made.ranks.keys() == attention
     for block in blocks(source):
-        assert made.gradients(block).keys() == {n for n in attention if n.startswith(block.prefix)}
+        assert made.gradients(block, torch.device("cpu")).keys() == {n for n in attention if n.startswith(block.prefix)}
 
 
 def test_measured_sensitivities_are_the_losses_of_the_model_with_one_layer_compressed(model, source, scratch):
