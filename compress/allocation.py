@@ -12,7 +12,6 @@ from heapq import heapify, heappop, heappush
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 from paredown.compress.errors import PareError
 
@@ -172,11 +171,6 @@ def by_dynamic_program(curves: Sequence[Curve], budget: int, cost: Cost) -> floa
             for room in range(budget + 1)
         ]
     return best[budget]
-
-
-def curve_of(name: str, shape: tuple[int, int], losses: Tensor) -> Curve:
-    """losses (min(out, in),), largest first."""
-    return Curve(name, shape, losses.tolist())
 
 
 def _slope(a: Point, b: Point) -> float:

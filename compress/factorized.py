@@ -9,7 +9,17 @@ from torch import Tensor
 
 from paredown.compress.edits import LowRank
 from paredown.compress.errors import PareError
-from paredown.compress.lowrank import Factors, Metric, Target, balanced, cost, error, factorize, largest_rank, pivoted
+from paredown.compress.lowrank import (
+    Factors,
+    Metric,
+    Target,
+    balanced,
+    cost,
+    factorize,
+    largest_rank,
+    pivoted,
+    share_lost,
+)
 from paredown.compress.solvers import narrowed
 from paredown.compress.statistics import InputStats
 
@@ -48,6 +58,11 @@ class Factorized:
     @property
     def adds_bias(self) -> bool:
         return False
+
+    @property
+    def asked(self) -> bool:
+        """Whether the recipe says how much is kept."""
+        return any(getattr(self, name) is not None for name in ASKED)
 
     @property
     def share(self) -> float | None:
@@ -107,8 +122,7 @@ class Factorized:
         tensors = self.store(factors, metric, weight.dtype)
         edit = LowRank(self.kind, shape, factors.rank, tensors)
         made = narrowed(edit.dense(), weight.dtype).double()  # raises where the product overflows
-        whole = error(weight.double(), metric, weight.double())
-        loss = error(target.value - made, metric, weight.double()) / max(whole, 1e-300)
+        loss = share_lost(target.value, made, metric, weight.double())
         return replace(edit, shift=self.shift(weight, made, stats), loss=loss)
 
     def store(self, factors: Factors, metric: Metric, dtype: torch.dtype) -> dict[str, Tensor]:

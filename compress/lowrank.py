@@ -143,6 +143,11 @@ def error(difference: Tensor, metric: Metric, weight: Tensor) -> float:
     return float((weighed * difference).sum())
 
 
+def share_lost(aim: Tensor, made: Tensor, metric: Metric, weight: Tensor) -> float:
+    """The error of `made` towards `aim` (out, in), as a share of what dropping the whole weight would cost. float64."""
+    return error(aim - made, metric, weight) / max(error(weight, metric, weight), 1e-300)
+
+
 def balanced(factors: Factors) -> tuple[Tensor, Tensor]:
     """The two factors with each component's size split evenly, so that neither loses digits when it is narrowed."""
     left, right = factors.left, factors.right

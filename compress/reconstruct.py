@@ -51,7 +51,7 @@ def reconstruct(
         for i in picked:
             with torch.enable_grad():
                 live = {n: (m * masks[n] if n in masks else m).to(free[n].dtype) for n, m in masters.items()}
-                made = _forward(block, inputs, i, live)
+                made = inputs.call(block, inputs.hidden[i].to(inputs.device), live)
                 target = targets[i].to(inputs.device).float()
                 ((made.float() - target).square().mean() / variance / len(picked)).backward()
         optimizer.step()
@@ -89,13 +89,6 @@ def _masks(block: Block, edits: Mapping[str, Edit]) -> dict[str, Tensor]:
             whole = getattr(view.module, view.parameter)
             found.setdefault(name, torch.ones_like(whole, dtype=torch.bool))[view.expert] = keep
     return found
-
-
-def _forward(block: Block, inputs: Stream, i: int, live: dict[str, Tensor]) -> Tensor:
-    hidden = inputs.hidden[i].to(inputs.device)
-    call = inputs.calls[len(hidden)][block.index]
-    made = torch.func.functional_call(block.module, live, (hidden, *call.args), call.kwargs)
-    return made[0] if isinstance(made, tuple) else made  # type: ignore[no-any-return]
 
 
 def _error(block: Block, inputs: Stream, targets: list[Tensor]) -> float:

@@ -75,10 +75,16 @@ class Stream:
                 torch.cuda.synchronize(self.device)
             self.seconds += perf_counter() - began
 
-    def call(self, block: Block, hidden: Tensor) -> Tensor:
-        """The block called as the model calls it; hidden (batch, length, hidden) on the device."""
+    def call(self, block: Block, hidden: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
+        """The block called as the model calls it; hidden (batch, length, hidden) on the device.
+
+        `parameters` stand in for the block's own, by name.
+        """
         call = self.calls[len(hidden)][block.index]
-        made = block.module(hidden, *call.args, **call.kwargs)
+        if parameters is None:
+            made = block.module(hidden, *call.args, **call.kwargs)
+        else:
+            made = torch.func.functional_call(block.module, parameters, (hidden, *call.args), call.kwargs)
         out: Tensor = made[0] if isinstance(made, tuple) else made
         return out
 

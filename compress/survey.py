@@ -23,12 +23,11 @@ from paredown.compress.allocation import (
     by_sensitivity,
     by_share,
     by_theoretical_loss,
-    curve_of,
 )
 from paredown.compress.blocks import Block, View, blocks
 from paredown.compress.errors import PareError
 from paredown.compress.factorized import Factorized
-from paredown.compress.gradients import backward
+from paredown.compress.gradients import Labels, backward
 from paredown.compress.lowrank import largest_rank
 from paredown.compress.observe import Observer
 from paredown.compress.sensitivity import Probe, Sensitivities
@@ -132,9 +131,12 @@ def _walk(
 ) -> None:
     """Fill in curves and gradients: backward where gradients are needed, forward otherwise."""
     wanted = set(made.curves)
-    needs = (method.needs & NEEDS) - {"cross"} | ({"mean"} if "cross" in method.needs else set())
+    needs = method.needs & NEEDS
+    if "output_gradient" in gradient:  # a solver reads its diagonal too
+        gradient = gradient | {"output_gradient_diagonal"}
+    labels: Labels = getattr(method, "labels", "data")
     walk = (
-        backward(source, ids, wanted, needs, gradient | _diagonal(gradient), made.scratch, method_labels(method), note)
+        backward(source, ids, wanted, needs, gradient, made.scratch, labels, note)
         if gradient
         else _forward(source, ids, wanted, needs, note)
     )
@@ -142,14 +144,14 @@ def _walk(
     if probe is not None and gradient:
         raise PareError("allocation sensitivity goes forward through the model: choose a method without gradients.")
     for block, stats in walk:
-        made.keep_gradients(block, stats, gradient | _diagonal(gradient))
+        made.keep_gradients(block, stats, gradient)
         if probe is not None:
             probe.add(block, stats, method)
         elif made.strategy in DATA_DRIVEN:
             for view in block.views():
                 if view.name in stats:
                     losses = _losses(method, view, stats[view.name])
-                    made.curves[view.name] = curve_of(view.name, view.shape, losses)
+                    made.curves[view.name] = Curve(view.name, view.shape, losses.tolist())
     if probe is not None:
         made.sensitivities = probe.losses()
 
@@ -159,14 +161,6 @@ def _losses(method: Factorized, view: View, stats: InputStats) -> Tensor:
         return method.losses(view.weight, stats)
     except PareError as fault:
         raise PareError(f"{view.name}: {fault}") from fault
-
-
-def _diagonal(gradient: frozenset[str]) -> frozenset[str]:
-    return frozenset({"output_gradient_diagonal"}) if "output_gradient" in gradient else frozenset()
-
-
-def method_labels(method: Any) -> Any:
-    return getattr(method, "labels", "data")
 
 
 def _forward(source: ModelSource, ids: Tensor, wanted: set[str], needs: frozenset[str], note: Note) -> Any:

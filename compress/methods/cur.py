@@ -13,7 +13,7 @@ from torch import Tensor
 from paredown.compress.edits import LowRank
 from paredown.compress.errors import PareError
 from paredown.compress.factorized import Count, Factorized
-from paredown.compress.lowrank import Metric, error
+from paredown.compress.lowrank import Metric, share_lost
 from paredown.compress.methods import register
 from paredown.compress.solvers import narrowed, wanda_score
 from paredown.compress.statistics import InputStats
@@ -45,7 +45,7 @@ class CUR(Factorized):
         return sorted(inner[: self.blocks]) if self.blocks else list(range(len(angles)))
 
     def planned_rank(self, shape: tuple[int, int]) -> int | None:
-        if self.kept or self.rank or self.energy or self.target_parameters:
+        if self.asked:
             return super().planned_rank(shape)
         m, n = shape
         rank = max(1, min(self.max_rank, int((sqrt(m * m + 6 * m * n + n * n) - (m + n)) / 2)))
@@ -63,9 +63,8 @@ class CUR(Factorized):
         middle = self._link(weight.double(), weight[:, columns].double(), weight[rows].double(), stats)
         parts = {"columns": weight[:, columns], "link": narrowed(middle, weight.dtype), "rows": weight[rows]}
         edit = LowRank("cur", shape, rank, {name: part.contiguous() for name, part in parts.items()})
-        wide, metric = weight.double(), self.metric(stats)
-        whole = error(wide, metric, wide)
-        return replace(edit, loss=error(wide - edit.dense().double(), metric, wide) / max(whole, 1e-300))
+        wide = weight.double()
+        return replace(edit, loss=share_lost(wide, edit.dense().double(), self.metric(stats), wide))
 
     def _link(self, weight: Tensor, columns: Tensor, rows: Tensor, stats: InputStats) -> Tensor:  # (rank, rank)
         """argmin over U of |(W - C U R) H^(1/2)|: C^+ W H R^T (R H R^T)^+."""

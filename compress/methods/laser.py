@@ -18,7 +18,7 @@ class LASER(SVD):
         return list(range(count - max(1, round(self.last * count)), count))
 
     def planned_rank(self, shape: tuple[int, int]) -> int | None:
-        if self.kept or self.rank or self.energy or self.target_parameters:
+        if self.asked:
             return super().planned_rank(shape)
         rank = max(1, int(self.rho * min(shape)))
         return rank if self.numbers(shape, rank) < shape[0] * shape[1] else 0

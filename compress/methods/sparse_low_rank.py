@@ -12,7 +12,7 @@ from torch import Tensor
 from paredown.compress import kinds
 from paredown.compress.edits import LowRank
 from paredown.compress.factorized import Count
-from paredown.compress.lowrank import Metric, Target, balanced, error, factorize
+from paredown.compress.lowrank import Metric, Target, balanced, factorize, share_lost
 from paredown.compress.methods import Damping, register
 from paredown.compress.solvers import adaptive_mask, block_columns, masked, narrowed, sparsegpt_sweep
 from paredown.compress.sparsity import NofM, Sparsity, check_width, kept_count
@@ -44,7 +44,7 @@ class SparseLowRank:
             return None
         kind = spec["kind"]
         wide, metric = weight.double(), Metric(input=stats.gram)
-        whole, best = max(error(wide, metric, wide), 1e-300), None
+        best = None
         sparse = wide.new_zeros(shape)
         for _ in range(self.rounds):
             factors = factorize(Target(wide - sparse), metric, lambda losses: min(self.rank, len(losses)))
@@ -52,7 +52,7 @@ class SparseLowRank:
             kept, keep, damping = self._sparse(wide - left.double() @ right.double(), stats, weight.dtype)
             sparse = kept.double()
             tensors = {**kinds.pack(kind.removesuffix("_lowrank"), kept, keep), "left": left, "right": right}
-            loss = error(wide - sparse - left.double() @ right.double(), metric, wide) / whole
+            loss = share_lost(wide, sparse + left.double() @ right.double(), metric, wide)
             if best is None or loss < (best.loss or 0):
                 best = LowRank(kind, shape, factors.rank, tensors, loss=loss, damping=damping)
         assert best is not None
