@@ -17,6 +17,8 @@ from paredown.kernels import bitmap as bitmaps
 from paredown.kernels import lowrank as lowranks
 from paredown.kernels import sparse24 as sparse24s
 
+# 2: the indices of 2:4 weights lie in the order of sparse24.py. Format 1 was never released.
+FORMAT_VERSION = 2
 Spec = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
 Sizes = dict[str, tuple[int, ...]]
@@ -83,7 +85,7 @@ class Sparse24(Mask):
         *rows, inner = shape
         if inner % 4 or 2 * kept != math.prod(shape):
             raise ValueError(f"2:4 of {[*shape]} stores half of its weights and needs an input divisible by 4")
-        return {"values": (*rows, inner // 2), "indices": (*rows, -(-inner // 8))}
+        return {"values": (*rows, inner // 2), "indices": (*rows, sparse24s.index_bytes(inner))}
 
     @staticmethod
     def unpack(tensors: Tensors, shape: tuple[int, ...]) -> Tensor:
@@ -95,7 +97,7 @@ class Sparse24(Mask):
 
     @staticmethod
     def fault(tensors: Tensors, shape: tuple[int, ...]) -> str | None:
-        bad = sparse24s.count_invalid24(tensors["indices"], shape[-1])
+        bad = sparse24s.count_invalid24(tensors["indices"])
         return f"indices: {bad} groups name no pair of columns" if bad else None
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from paredown.compress import packed
 from paredown.compress.errors import PareError
+from paredown.compress.kinds import FORMAT_VERSION
 from paredown.compress.tensor_files import all_finite
 
 PREFIX = "paredown_"
 METHOD = "paredown"
-FORMAT_VERSION = 1
 
 
 @cache
@@ -33,10 +33,13 @@ def register() -> None:
         """`modules`: spec of each packed weight by name; `verbatim`: tensors in the files that the class does not know."""
 
         def __init__(
-            self, modules: dict[str, Any] | None = None, verbatim: list[str] | None = None, version: int = 1, **_: Any
+            self, modules: dict[str, Any] | None = None, verbatim: list[str] | None = None, version: int = 0, **_: Any
         ) -> None:
-            if version > FORMAT_VERSION:
-                raise PareError(f"this checkpoint has format {version}, newer than {FORMAT_VERSION}: upgrade paredown.")
+            if version != FORMAT_VERSION:
+                advice = "upgrade paredown" if version > FORMAT_VERSION else "compress the model again"
+                raise PareError(
+                    f"this checkpoint has format {version}, and this paredown reads {FORMAT_VERSION}: {advice}."
+                )
             self.quant_method, self.version = METHOD, version
             self.modules, self.verbatim = modules or {}, verbatim or []
 

@@ -12,12 +12,12 @@ from paredown.compress import packed
 from paredown.compress.blocks import View, blocks
 from paredown.compress.calibration import Windows
 from paredown.compress.errors import PareError
-from paredown.compress.kinds import stored_numbers
+from paredown.compress.kinds import FORMAT_VERSION, stored_numbers
 from paredown.compress.pipeline import score
 from paredown.compress.source import ModelSource
 from paredown.compress.sparsity import NofM, parse_sparsity
 from paredown.compress.tensor_files import TensorFiles, sha256
-from paredown.compress.writer import FORMAT_VERSION, RECORD
+from paredown.compress.writer import RECORD
 
 # Another machine or thread count sums in another order. Measured in nats per token on the probe's window.
 PROBE_TOLERANCE = 0.02

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from paredown.compress.errors import PareError
+from paredown.compress.kinds import FORMAT_VERSION
 from paredown.compress.tensor_files import INDEX, SINGLE, sha256
 
-FORMAT_VERSION = 1
 RECORD = "paredown.json"
 FLUSH_BYTES = 64 << 20  # a shard is written once this much is pending: small models stay one file, memory stays small
 MAX_SHARD_BYTES = 5 << 30

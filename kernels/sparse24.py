@@ -1,8 +1,10 @@
 """2:4 weights as values and 2-bit column indices: 9 bits per 16-bit weight instead of 16.
 
 Of every 4 neighbouring weights of a row exactly 2 are kept. `values` holds the kept ones in their natural order,
-`indices` one nibble per group, `i0 | i1 << 2` with `i0 < i1` the kept columns of the group; byte `b` of a row holds
-group `2b` in its low and group `2b + 1` in its high nibble (0 where a row ends in the middle of a byte).
+`indices` one nibble per group, `i0 | i1 << 2` with `i0 < i1` the kept columns of the group. 64 columns have 16 groups
+and 8 bytes of indices, read as 4 little-endian words of 16 bits: nibble j of word t is that of group 4 j + t. In this
+order a lane of a GPU's sparse tensor core finds the indices that it supplies in one load (see sparse24_mma.py), so that
+a checkpoint's tensors are a kernel's. A row that ends inside such a block is filled up with the pair (0, 1).
 
 These are the reference functions: plain torch, exact, any device and any floating dtype.
 """
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 # element, 2 MiB, so that a block stays in a core's cache.
 BLOCK = 1 << 19
 VALID_NIBBLES = tuple(i0 | i1 << 2 for i1 in range(4) for i0 in range(i1))
+PAD = 0 | 1 << 2  # the nibble of a group past the last column
 
 
 @torch.no_grad()
@@ -22,7 +25,7 @@ def pack24(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """Store only what `keep` marks, exactly 2 of every 4 along `in`.
 
     weight (..., out, in), floating; keep (..., out, in), bool; in divisible by 4.
-    Returns values (..., out, in / 2) of weight's dtype, bit for bit, and indices (..., out, ceil(in / 8)) uint8.
+    Returns values (..., out, in / 2) of weight's dtype, bit for bit, and indices (..., out, index_bytes(in)) uint8.
     Raises ValueError naming the first row and group that does not keep 2 of 4.
     """
     if keep.shape != weight.shape or keep.dtype != torch.bool:
@@ -33,7 +36,8 @@ def pack24(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     lead, groups = weight.shape[:-1], inner // 4
     rows, kept = weight.reshape(-1, inner), keep.reshape(-1, inner)
     values = weight.new_empty(len(rows), inner // 2)
-    nibbles = torch.zeros(len(rows), groups + groups % 2, dtype=torch.uint8, device=weight.device)  # (row, even groups)
+    size = (len(rows), 2 * index_bytes(inner))
+    nibbles = torch.full(size, PAD, dtype=torch.uint8, device=weight.device)  # (row, group), whole blocks of 16
     table = _nibble_of_mask(weight.device)
     for part in _blocks(len(rows), inner):
         # a group's 4 bools read as one integer; the product gathers them in its highest byte
@@ -48,6 +52,7 @@ def pack24(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         nibbles[part, :groups] = found
         columns = torch.stack((found & 3, found >> 2), dim=-1).long()  # (row, group, 2)
         values[part] = rows[part].reshape(-1, groups, 4).gather(-1, columns).flatten(-2)
+    nibbles = _turned(nibbles)
     indices = nibbles[:, 0::2] | nibbles[:, 1::2] << 4  # (row, byte)
     return values.reshape(*lead, inner // 2), indices.reshape(*lead, indices.shape[-1])
 
@@ -56,11 +61,11 @@ def pack24(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
 def unpack24(values: Tensor, indices: Tensor) -> Tensor:
     """The dense weight (..., out, in) of `pack24`: dropped positions are +0.0. Block by block, in one buffer.
 
-    values (..., out, in / 2); indices (..., out, ceil(in / 8)) uint8.
+    values (..., out, in / 2); indices (..., out, index_bytes(in)) uint8.
     Raises ValueError if their shapes do not belong together.
     """
     inner = 2 * values.shape[-1]
-    expected = (*values.shape[:-1], -(-inner // 8))
+    expected = (*values.shape[:-1], index_bytes(inner))
     if inner % 4 or tuple(indices.shape) != expected or indices.dtype != torch.uint8:
         raise ValueError(f"values {tuple(values.shape)} need uint8 indices {expected}, not {_told(indices)}")
     dense = values.new_zeros(*values.shape[:-1], inner)
@@ -70,7 +75,8 @@ def unpack24(values: Tensor, indices: Tensor) -> Tensor:
     codes = indices.reshape(-1, expected[-1])
     groups = dense.view(-1, inner // 4, 4)
     for part in _blocks(len(groups), inner):
-        nibbles = torch.stack((codes[part] & 15, codes[part] >> 4), dim=-1).flatten(-2)[:, : inner // 4]  # (row, group)
+        nibbles = _turned(torch.stack((codes[part] & 15, codes[part] >> 4), dim=-1).flatten(-2))
+        nibbles = nibbles[:, : inner // 4]  # (row, group)
         columns = torch.stack((nibbles & 3, nibbles >> 2), dim=-1).long()  # (row, group, 2)
         groups[part].scatter_(-1, columns, pairs[part])
     return dense
@@ -79,22 +85,27 @@ def unpack24(values: Tensor, indices: Tensor) -> Tensor:
 def sparse24_matmul(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` of a packed weight (out, in). Bit-equal to `F.linear` with the dense weight.
 
-    x (..., in); values (out, in / 2); indices (out, ceil(in / 8)); bias (out,). Returns (..., out).
+    x (..., in); values (out, in / 2); indices (out, index_bytes(in)); bias (out,). Returns (..., out).
     """
     return F.linear(x, unpack24(values, indices), bias)
 
 
-def count_invalid24(indices: Tensor, in_features: int) -> int:
-    """How many nibbles of `indices` (..., ceil(in / 8)) name no pair of columns: 0 unless the data is damaged."""
-    whole = indices if in_features % 8 == 0 else indices[..., :-1]
-    seen = torch.bincount(whole.flatten(), minlength=256).view(16, 16)  # (high, low)
+def index_bytes(in_features: int) -> int:
+    """Bytes of indices in a row: 8 for every 64 columns begun."""
+    return 8 * -(-in_features // 64)
+
+
+def count_invalid24(indices: Tensor) -> int:
+    """How many nibbles of `indices` (..., bytes) name no pair of columns: 0 unless the data is damaged."""
+    seen = torch.bincount(indices.flatten(), minlength=256).view(16, 16)  # (high, low)
     valid = torch.zeros(16, dtype=torch.bool, device=indices.device)
     valid[list(VALID_NIBBLES)] = True
-    bad = int(seen.sum(0)[~valid].sum() + seen.sum(1)[~valid].sum())
-    if in_features % 8:  # the last byte of a row: one group and an empty high nibble
-        last = indices[..., -1].int()
-        bad += int((~valid[last & 15]).sum() + (last >> 4 != 0).sum())
-    return bad
+    return int(seen.sum(0)[~valid].sum() + seen.sum(1)[~valid].sum())
+
+
+def _turned(nibbles: Tensor) -> Tensor:
+    """From the order of groups to that of the words, and back: the 16 of a block as a 4 x 4 matrix, transposed."""
+    return nibbles.unflatten(-1, (-1, 4, 4)).transpose(-1, -2).flatten(-3)
 
 
 def _nibble_of_mask(device: torch.device) -> Tensor:

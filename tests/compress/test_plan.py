@@ -51,7 +51,8 @@ def test_no_weight_is_read(tmp_path, save_model, monkeypatch):
     layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64
     plan = planned(tmp_path / "m")
     assert plan.targeted_parameters == 2 * layer and plan.kept_parameters == layer
-    assert plan.bytes_before - plan.bytes_after == 2 * (2 * layer) * 7 // 16  # 9 bits of 16 stay
+    padding = 2 * 64 * 4  # indices of the down projections: 96 columns fill one and a half blocks of 64
+    assert plan.bytes_before - plan.bytes_after == 2 * (2 * layer) * 7 // 16 - padding  # 9 bits of 16 stay
 
 
 def test_what_is_left_out_and_what_nobody_sees_is_named(tmp_path, save_model):

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from paredown.kernels import sparse24
-from paredown.kernels.sparse24 import count_invalid24, pack24, sparse24_matmul, unpack24
+from paredown.kernels.sparse24 import count_invalid24, index_bytes, pack24, sparse24_matmul, unpack24
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -24,7 +24,7 @@ def test_what_is_packed_comes_back_bit_for_bit(shape, dtype):
     weight, keep = torch.randn(shape).to(dtype), random_mask(*shape)
     values, indices = pack24(weight, keep)
     assert values.shape == (*shape[:-1], shape[-1] // 2) and values.dtype == dtype
-    assert indices.shape == (*shape[:-1], -(-shape[-1] // 8)) and indices.dtype == torch.uint8
+    assert indices.shape == (*shape[:-1], index_bytes(shape[-1])) and indices.dtype == torch.uint8
     dense = unpack24(values, indices)
     assert torch.equal(dense[keep], weight[keep]) and not dense[~keep].any()
     assert not torch.signbit(dense[~keep]).any()
@@ -35,13 +35,17 @@ def test_every_pair_of_columns_has_its_documented_nibble():
         keep = torch.zeros(1, 4, dtype=torch.bool)
         keep[0, [low, high]] = True
         values, indices = pack24(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), keep)
-        assert indices.item() == low | high << 2
+        assert indices[0].tolist() == [low | high << 2 | 0x40, *[0x44] * 7]  # filled up with the pair (0, 1)
         assert values.tolist() == [[low + 1.0, high + 1.0]]
 
 
-def test_the_second_group_of_a_byte_is_its_high_nibble():
-    keep = torch.tensor([[1, 1, 0, 0, 0, 0, 1, 1]], dtype=torch.bool)
-    assert pack24(torch.ones(1, 8), keep)[1].item() == (0 | 1 << 2) | (2 | 3 << 2) << 4
+def test_a_lanes_word_holds_every_fourth_group():
+    keep = random_mask(3, 192)
+    words = pack24(torch.ones(3, 192), keep)[1].view(torch.int16)
+    for row, group in itertools.product(range(3), range(48)):
+        block, j, t = group // 16, group % 16 // 4, group % 4
+        low, high = keep[row, 4 * group : 4 * group + 4].nonzero().flatten().tolist()
+        assert int(words[row, 4 * block + t]) >> 4 * j & 15 == low | high << 2
 
 
 def test_negative_zero_and_zero_are_values_like_any_other():
@@ -92,10 +96,8 @@ def test_widths_and_masks_that_do_not_fit_are_refused():
 
 def test_damaged_indices_are_counted():
     indices = pack24(torch.randn(4, 24), random_mask(4, 24))[1]
-    assert count_invalid24(indices, 24) == 0
+    assert count_invalid24(indices) == 0
     indices[1, 0] = 0
-    assert count_invalid24(indices, 24) == 2
-    odd = pack24(torch.randn(4, 12), random_mask(4, 12))[1]
-    assert count_invalid24(odd, 12) == 0
-    odd[0, -1] |= 0xF0
-    assert count_invalid24(odd, 12) == 1
+    assert count_invalid24(indices) == 2
+    indices[0, -1] |= 0xF0
+    assert count_invalid24(indices) == 3
