@@ -1,0 +1,140 @@
+"""2:4 products for few tokens on NVIDIA's sparse tensor cores: `mma.sp`, reached from plain Triton by inline assembly.
+
+The kernel reads a packed weight as it lies in the checkpoint. A warp takes 16 rows and 64 columns of the weight at a
+time: lane `l` holds of the rows `l // 4` and `l // 4 + 8` the 16 bytes with groups `4 t .. 4 t + 3`, `t = l % 4`, of
+the 16 groups there, and feeds them to two `m16n8k32` steps. Step s multiplies, as its group q < 4, group `4 q + 2 s`,
+and as q >= 4 group `4 (q - 4) + 2 s + 1`: any order will do, as long as activations and indices follow it. So lane
+`2 s + h` supplies the indices of groups `2 s + h, 4 + .., 8 + .., 12 + ..` for both rows, one nibble each.
+The weight is the 16-row operand and the tokens are the 8 columns, so that 1 to 8 tokens cost one instruction.
+The warps of a program split the columns, and their sums are added in a fixed order.
+
+Source of the fragment layouts: PTX ISA, "Matrix fragments for sparse mma.m16n8k32 with .f16/.bf16 types".
+"""
+
+import re
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@cache
+def mma_sp(dtype: str) -> str:
+    """Two `mma.sp` steps over 64 columns. Operands: 4 sums, 4 + 4 registers of weights, 4 + 4 of tokens, the sums
+    again, and the word of indices 4 times (Triton hands over 4 registers of everything; one is read)."""
+    step = f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{dtype}.{dtype}.f32 {{$0,$1,$2,$3}},"
+    return (
+        f"{step}{{$4,$8,$5,$9}},{{$12,$13,$14,$15}},{{$20,$21,$22,$23}},$24,0x0;"
+        f"{step}{{$6,$10,$7,$11}},{{$16,$17,$18,$19}},{{$0,$1,$2,$3}},$24,0x1;"
+    )
+
+
+# the outputs are written before the second step has read its operands: they must not share registers
+CONSTRAINTS = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 16 + ["f"] * 4 + ["r"] * 4))
+
+
+@triton.jit
+def sparse24_mma(
+    x_ptr, values_ptr, indices_ptr, bias_ptr, y_ptr, tokens, rows, columns,
+    ASM: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
+    ROW_TILES: tl.constexpr, TOKEN_TILES: tl.constexpr, WARPS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """x (tokens, columns) and values (rows, columns / 2) as int32 pairs, indices (rows, ceil(columns / 64) * 8) as int16;
+    EVEN: columns are divisible by 64 WARPS; y (tokens, rows). A program makes 16 ROW_TILES rows of 8 TOKEN_TILES tokens."""
+    thread = tl.arange(0, 32 * WARPS)[:, None].to(tl.int64)
+    slot = tl.arange(0, 4)[None, :].to(tl.int64)
+    warp, group, lane = thread // 32, thread % 32 // 4, thread % 4
+    first = tl.program_id(0) * (16 * ROW_TILES)
+    first_token = tl.program_id(1) * (8 * TOKEN_TILES)
+    blocks = tl.cdiv(columns, 64)
+    # register `slot` of lane t: columns t % 2 of group slot // 2 (+ 2 in the second step) of chunk 2 (slot % 2) + t // 2
+    pair = 8 * (lane // 2) + lane % 2 + 16 * (slot % 2) + 2 * (slot // 2)  # in units of two columns
+    chunk = 4 * lane + slot  # in units of a group's two values
+    sums = ()
+    for _ in tl.static_range(ROW_TILES * TOKEN_TILES):
+        sums += (tl.zeros((32 * WARPS, 4), tl.float32),)
+    for block in tl.range(0, blocks, WARPS, loop_unroll_factor=UNROLL):
+        k = block + warp
+        xs = ()
+        for t in tl.static_range(TOKEN_TILES):
+            token = tl.minimum(first_token + 8 * t + group, tokens - 1)  # tokens past the last, too
+            x = x_ptr + token * (columns // 2) + 32 * k + pair
+            if EVEN:
+                xs += (tl.load(x), tl.load(x + 4))
+            else:
+                here = 32 * k + pair < columns // 2
+                xs += (tl.load(x, here, other=0), tl.load(x + 4, 32 * k + pair + 4 < columns // 2, other=0))
+        new = ()
+        for r in tl.static_range(ROW_TILES):
+            upper = tl.minimum(first + 16 * r + group, rows - 1)  # rows past the last are computed and not stored
+            lower = tl.minimum(first + 16 * r + group + 8, rows - 1)
+            v0 = values_ptr + upper * (columns // 4) + 16 * k + chunk
+            v1 = values_ptr + lower * (columns // 4) + 16 * k + chunk
+            e0 = indices_ptr + upper * (4 * blocks) + 4 * k + lane
+            e1 = indices_ptr + lower * (4 * blocks) + 4 * k + lane
+            if EVEN:
+                a = tl.load(v0, eviction_policy="evict_first")
+                b = tl.load(v1, eviction_policy="evict_first")
+                e = (tl.load(e0).to(tl.int32) & 0xFFFF) | (tl.load(e1).to(tl.int32) << 16)
+            else:
+                a = tl.load(v0, 16 * k + chunk < columns // 4, other=0)
+                b = tl.load(v1, 16 * k + chunk < columns // 4, other=0)
+                e = (tl.load(e0, k < blocks, other=0x4444).to(tl.int32) & 0xFFFF) | (
+                    tl.load(e1, k < blocks, other=0x4444).to(tl.int32) << 16
+                )
+            e = tl.broadcast_to(e, (32 * WARPS, 4))
+            for t in tl.static_range(TOKEN_TILES):
+                new += (
+                    tl.inline_asm_elementwise(
+                        ASM, CONSTRAINTS, [a, b, xs[2 * t], xs[2 * t + 1], sums[r * TOKEN_TILES + t], e],
+                        dtype=tl.float32, is_pure=True, pack=4,
+                    ),
+                )  # fmt: skip
+        sums = new
+    for r in tl.static_range(ROW_TILES):
+        for t in tl.static_range(TOKEN_TILES):
+            total = tl.sum(tl.reshape(sums[r * TOKEN_TILES + t], (WARPS, 32, 4)), 0)
+            one = tl.arange(0, 32)[:, None]
+            row = first + 16 * r + one // 4 + 8 * (slot // 2)
+            token = first_token + 8 * t + 2 * (one % 4) + slot % 2
+            if BIAS:
+                total += tl.load(bias_ptr + row, row < rows, other=0).to(tl.float32)
+            tl.store(
+                y_ptr + token.to(tl.int64) * rows + row,
+                total.to(y_ptr.dtype.element_ty),
+                (row < rows) & (token < tokens),
+            )
+
+
+def matmul(
+    x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, y: Tensor,
+    *, row_tiles: int = 1, warps: int = 8, unroll: int = 4,
+) -> None:  # fmt: skip
+    """y = x @ weight.T + bias. x (tokens, in), values (out, in / 2), indices (out, index_bytes(in)), y (tokens, out);
+    all contiguous, x and values float16 or bfloat16. Made for at most 64 tokens; more are taken 64 at a time."""
+    tokens, columns = x.shape
+    token_tiles = min(8, triton.next_power_of_2(triton.cdiv(tokens, 8)))
+    sparse24_mma[(triton.cdiv(y.shape[1], 16 * row_tiles), triton.cdiv(tokens, 8 * token_tiles))](
+        x.view(torch.int32), values.view(torch.int32), indices.view(torch.int16), y if bias is None else bias, y,
+        tokens, y.shape[1], columns,
+        ASM=mma_sp("bf16" if x.dtype == torch.bfloat16 else "f16"), BIAS=bias is not None,
+        EVEN=columns % (64 * warps) == 0, ROW_TILES=row_tiles, TOKEN_TILES=token_tiles, WARPS=warps, UNROLL=unroll,
+        num_warps=warps, num_stages=1,
+    )  # fmt: skip
+
+
+def layout_fault(ttgir: str) -> str | None:
+    """What is wrong with the registers that a compiled kernel hands to `mma.sp`, or None.
+
+    Triton promises no layout: lane t % 32 must hold 4 neighbouring elements of its row of each operand. Checked where
+    the kernel is compiled (python -m paredown.kernels.aot) and before its first result is used.
+    """
+    layouts = dict(re.findall(r"(#\w+) = (#ttg\.blocked<\{.*?\}>)", ttgir))
+    used = re.findall(r"elementwise_inline_asm.*?-> tensor<\d+x4xf32, (#\w+)>", ttgir)
+    wanted = ("sizePerThread = [1, 4]", "threadsPerWarp = [32, 1]", "order = [1, 0]")
+    if not used:
+        return "no mma.sp in it"
+    odd = [layouts.get(name, name) for name in used if not all(part in layouts.get(name, "") for part in wanted)]
+    return f"mma.sp works on {odd[0]}" if odd else None

@@ -1,0 +1,100 @@
+"""What the interpreter lacks: inline assembly. An emulator of `mma.sp`, from the PTX ISA's fragment tables."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+HALVES = {"f16": lambda bits: bits.astype(np.uint16).view(np.float16).astype(np.float32),
+          "bf16": lambda bits: (bits.astype(np.uint32) << 16).view(np.float32)}  # fmt: skip
+LANE = np.arange(32)
+GROUP, T = LANE // 4, LANE % 4
+
+
+def pair(register, dtype):
+    """Both 16-bit numbers of a register (..., 32) as float32 (..., 32, 2)."""
+    return np.stack([HALVES[dtype](register & 0xFFFF), HALVES[dtype](register >> 16 & 0xFFFF)], axis=-1)
+
+
+def dense_operand(a, word, selector, dtype):
+    """A (warp, 16, 32) of mma.sp.m16n8k32: registers a (4 of (warp, 32)), indices from lanes 2 selector, + 1 of a quad."""
+    dense = np.zeros((len(word), 16, 32), np.float32)
+    for register, (row, chunk) in enumerate([(0, 0), (8, 0), (0, 4), (8, 4)]):
+        kept = pair(a[register], dtype)  # (warp, lane, 2)
+        for lane in LANE:
+            group, quad = lane // 4, lane % 4 + chunk  # the quad of columns that this lane's two values stand in
+            source = word[:, 4 * group + 2 * selector + quad // 4] >> (16 if row else 0)
+            nibble = source >> 4 * (quad % 4) & 15
+            warps = np.arange(len(word))
+            assert ((nibble & 3) < (nibble >> 2)).all(), "ordered metadata"
+            dense[warps, group + row, 4 * quad + (nibble & 3)] += kept[:, lane, 0]
+            dense[warps, group + row, 4 * quad + (nibble >> 2)] += kept[:, lane, 1]
+    return dense
+
+
+def token_operand(b, dtype):
+    """B (warp, 32, 8): register r of lane l holds rows 8 r + 2 (l % 4), + 1 of column l // 4."""
+    dense = np.zeros((len(b[0]), 32, 8), np.float32)
+    for register in range(4):
+        numbers = pair(b[register], dtype)
+        for half in (0, 1):
+            dense[:, 8 * register + 2 * T + half, GROUP] = numbers[..., half]
+    return dense
+
+
+def run(asm, operands):
+    """Executes every mma.sp of `asm` on registers {number: (warp, 32)}; returns the four outputs."""
+    pattern = r"mma\.sp::ordered_metadata\.sync\.aligned\.m16n8k32\.row\.col\.f32\.(b?f16)\.\1\.f32 "
+    found = re.findall(pattern + r"\{(.*?)\},\{(.*?)\},\{(.*?)\},\{(.*?)\},\$(\d+),0x([01]);", asm)
+    assert len(found) == asm.count("mma") > 0
+    registers = dict(operands)
+    for dtype, *fields, word, selector in found:
+        d, a, b, c = ([int(name[1:]) for name in field.split(",")] for field in fields)
+        indices = registers[int(word)].view(np.uint32).astype(np.int64)
+        bits = {i: registers[i].view(np.uint32).astype(np.int64) for i in (*a, *b)}
+        product = dense_operand([bits[i] for i in a], indices, int(selector), dtype) @ token_operand(
+            [bits[i] for i in b], dtype
+        )  # (warp, 16, 8)
+        before = [registers[i] for i in c]
+        for place, register in enumerate(d):
+            row, column = GROUP + 8 * (place // 2), 2 * T + place % 2
+            registers[register] = before[place] + product[:, row, column]
+    return [registers[i] for i in range(4)]
+
+
+@pytest.fixture
+def mma_sp_emulated(monkeypatch):
+    """Inline assembly of the interpreted kernels runs through the emulator; yields the list of assembly texts seen."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    seen = []
+
+    def create_inline_asm(self, asm, constraints, values, types, is_pure, pack):
+        seen.append(asm)
+        assert pack == 4 and constraints.count("=") == 4
+        warps = values[0].data.shape[0] // 32
+        columns = [np.ascontiguousarray(v.data.reshape(warps, 32, 4)[..., i]) for v in values for i in range(4)]
+        out = np.stack(run(asm, dict(enumerate(columns, start=4))), axis=-1).reshape(warps * 32, 4)
+        handle = interpreter.TensorHandle(out.astype(np.float32), tl.float32)
+        return type("Call", (), {"get_result": lambda self, i: handle})()
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", create_inline_asm, raising=False)
+    yield seen
+
+
+@pytest.fixture
+def random_24():
+    """`random_24(rows, columns, dtype)`: a random 2:4 weight, dense, and the mask of what is kept; some kept are -0.0."""
+
+    def make(rows, columns, dtype, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        keep = (
+            torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1).argsort(-1).lt(2).reshape(rows, columns)
+        )
+        weight = torch.randn(rows, columns, generator=generator)
+        weight[torch.rand(rows, columns, generator=generator) < 0.05] = -0.0
+        return (weight * keep).to(dtype), keep
+
+    return make
