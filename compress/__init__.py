@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from paredown.compress import loading
 from paredown.compress.errors import PareError
+from paredown.compress.fusing import fuse
 from paredown.compress.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 loading.register()
 
-__all__ = ["PareError", "Recipe", "compress"]
+__all__ = ["PareError", "Recipe", "compress", "fuse"]
 
 
 def __getattr__(name: str) -> Any:

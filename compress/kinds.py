@@ -15,6 +15,7 @@ from torch import Tensor
 from paredown.compress.errors import PareError, did_you_mean
 from paredown.kernels import bitmap as bitmaps
 from paredown.kernels import lowrank as lowranks
+from paredown.kernels import ops
 from paredown.kernels import sparse24 as sparse24s
 
 # 2: the indices of 2:4 weights lie in the order of sparse24.py. Format 1 was never released.
@@ -22,6 +23,7 @@ FORMAT_VERSION = 2
 Spec = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
 Sizes = dict[str, tuple[int, ...]]
+Parts = list[int] | None
 Dtypes = dict[str, torch.dtype | None]  # None: the model's own
 
 
@@ -31,6 +33,7 @@ class Kind(ABC):
     asks: ClassVar[tuple[str, ...]]  # what a spec must hold beside kind, layout and shape
     tensors: ClassVar[Dtypes]
     chain: ClassVar[bool] = False  # multiplies as it is stored, so that its dense product rounds differently
+    joins: ClassVar[bool] = False  # several weights of one input can be one product
 
     @staticmethod
     @abstractmethod
@@ -44,8 +47,13 @@ class Kind(ABC):
 
     @staticmethod
     @abstractmethod
-    def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
-        """x (..., in) times the transposed weight (out, in), plus bias."""
+    def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None, ranks: Parts = None, outs: Parts = None) -> Tensor:
+        """x (..., in) times the transposed weight (out, in), plus bias. Of weights that are joined, their ranks and outs."""
+
+    @staticmethod
+    def derive(tensors: Tensors) -> dict[str, Tensor]:
+        """What a kernel needs beside the stored tensors, made once."""
+        return {}
 
     @staticmethod
     def fault(tensors: Tensors, shape: tuple[int, ...]) -> str | None:
@@ -73,6 +81,7 @@ class Sparse24(Mask):
     """2 of every 4 weights along the input, with 2-bit columns."""
 
     tensors: ClassVar[Dtypes] = {"values": None, "indices": torch.uint8}
+    joins = True
 
     @staticmethod
     def pack(weight: Tensor, keep: Tensor) -> dict[str, Tensor]:
@@ -92,8 +101,8 @@ class Sparse24(Mask):
         return sparse24s.unpack24(tensors["values"], tensors["indices"])
 
     @staticmethod
-    def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
-        return sparse24s.sparse24_matmul(x, tensors["values"], tensors["indices"], bias)
+    def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None, ranks: Parts = None, outs: Parts = None) -> Tensor:
+        return ops.sparse24_matmul(x, tensors["values"], tensors["indices"], bias)
 
     @staticmethod
     def fault(tensors: Tensors, shape: tuple[int, ...]) -> str | None:
@@ -105,6 +114,7 @@ class Bitmap(Mask):
     """Any mask: one bit per weight and the kept values in a row."""
 
     tensors: ClassVar[Dtypes] = {"values": None, "bitmap": torch.uint8}
+    joins = True
 
     @staticmethod
     def pack(weight: Tensor, keep: Tensor) -> dict[str, Tensor]:
@@ -123,8 +133,12 @@ class Bitmap(Mask):
         return bitmaps.unpack_bitmap(tensors["values"], tensors["bitmap"], shape[-1])
 
     @staticmethod
-    def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
-        return bitmaps.bitmap_matmul(x, tensors["values"], tensors["bitmap"], bias)
+    def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None, ranks: Parts = None, outs: Parts = None) -> Tensor:
+        return ops.bitmap_matmul(x, tensors["values"], tensors["bitmap"], bias, tensors.get("starts"))
+
+    @staticmethod
+    def derive(tensors: Tensors) -> dict[str, Tensor]:
+        return {"starts": bitmaps.row_starts(tensors["bitmap"])} if tensors["bitmap"].is_cuda else {}
 
     @staticmethod
     def starts(tensors: Tensors) -> list[int]:
@@ -146,7 +160,7 @@ class LowRank(Kind):
 
     asks = ("rank",)
     tensors: ClassVar[Dtypes] = {"left": None, "right": None}
-    chain = True
+    chain = joins = True
 
     @staticmethod
     def sizes(spec: Spec) -> Sizes:
@@ -159,8 +173,8 @@ class LowRank(Kind):
         return lowranks.lowrank_dense(tensors["left"], tensors["right"])
 
     @staticmethod
-    def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
-        return lowranks.lowrank_matmul(x, tensors["left"], tensors["right"], bias)
+    def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None, ranks: Parts = None, outs: Parts = None) -> Tensor:
+        return ops.lowrank_matmul(x, tensors["left"], tensors["right"], bias, ranks, outs)
 
 
 class Pifa(Kind):
@@ -168,7 +182,7 @@ class Pifa(Kind):
 
     asks = ("rank",)
     tensors: ClassVar[Dtypes] = {"pivots": None, "coefficients": None, "order": torch.int32}
-    chain = True
+    chain = joins = True
 
     @staticmethod
     def sizes(spec: Spec) -> Sizes:
@@ -181,8 +195,9 @@ class Pifa(Kind):
         return lowranks.pifa_dense(tensors["pivots"], tensors["coefficients"], tensors["order"])
 
     @staticmethod
-    def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
-        return lowranks.pifa_matmul(x, tensors["pivots"], tensors["coefficients"], tensors["order"], bias)
+    def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None, ranks: Parts = None, outs: Parts = None) -> Tensor:
+        pivots, coefficients, order = tensors["pivots"], tensors["coefficients"], tensors["order"]
+        return ops.pifa_matmul(x, pivots, coefficients, order, bias, ranks, outs)
 
     @staticmethod
     def fault(tensors: Tensors, shape: tuple[int, ...]) -> str | None:
@@ -209,8 +224,8 @@ class Cur(Kind):
         return lowranks.cur_dense(tensors["columns"], tensors["link"], tensors["rows"])
 
     @staticmethod
-    def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
-        return lowranks.cur_matmul(x, tensors["columns"], tensors["link"], tensors["rows"], bias)
+    def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None, ranks: Parts = None, outs: Parts = None) -> Tensor:
+        return ops.cur_matmul(x, tensors["columns"], tensors["link"], tensors["rows"], bias)
 
 
 def _with_lowrank(mask: type[Mask]) -> type[Kind]:
@@ -231,8 +246,15 @@ def _with_lowrank(mask: type[Mask]) -> type[Kind]:
             return (sparse.float() + product.float()).to(sparse.dtype)
 
         @staticmethod
-        def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
+        def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None, ranks: Parts = None, outs: Parts = None) -> Tensor:
+            if mask is Sparse24:
+                values, indices, left, right = (tensors[n] for n in ("values", "indices", "left", "right"))
+                return ops.sparse24_lowrank_matmul(x, values, indices, left, right, bias)
             return mask.matmul(x, tensors, bias) + LowRank.matmul(x, tensors, None)
+
+        @staticmethod
+        def derive(tensors: Tensors) -> dict[str, Tensor]:
+            return mask.derive(tensors)
 
         @staticmethod
         def fault(tensors: Tensors, shape: tuple[int, ...]) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from paredown.compress import packed
 from paredown.compress.errors import PareError
+from paredown.compress.fusing import fuse
 from paredown.compress.kinds import FORMAT_VERSION
 from paredown.compress.tensor_files import all_finite
 
@@ -51,6 +52,10 @@ def register() -> None:
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
             packed.install(model, self.quantization_config.modules)
+
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+            fuse(model)
+            return model
 
         def is_serializable(self, *_: Any, **__: Any) -> bool:
             return True

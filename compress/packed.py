@@ -6,13 +6,16 @@ carry a bias that the dense model has none of: its spec then says `"bias": true`
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from paredown.compress.errors import PareError, did_you_mean
 from paredown.compress.kinds import MASKS, Spec, kind_of
+
+if TYPE_CHECKING:
+    from paredown.compress.fusing import Group
 
 Layout = Literal["linear", "conv1d", "experts"]
 
@@ -30,6 +33,7 @@ class _Packed(nn.Module):
         self._shape: tuple[int, ...] = tuple(spec["shape"])
         self._pack = kind_of(self.kind)
         self._asked = {key: spec[key] for key in self._pack.asks}
+        self._derived: dict[str, Tensor] = {}  # of the tensors as they are: forgotten when they change
         for name, size in self._pack.sizes(spec).items():
             own = self._pack.tensors[name]
             empty = torch.empty(size, device=device, dtype=own or dtype)
@@ -65,6 +69,31 @@ class _Packed(nn.Module):
     def _tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self._pack.tensors}
 
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., in) times the weight, plus bias (out,): (..., out)."""
+        tensors = self._tensors()
+        if not self._derived:
+            self._derived = self._pack.derive(tensors)
+        return self._pack.matmul(x, {**tensors, **self._derived}, bias)
+
+    def _changed(self) -> None:
+        """Forget what was made from other data, or on another device."""
+        self._derived = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, Tensor):
+            self._changed()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._changed()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        super()._apply(*args, **kwargs)
+        self._changed()
+        return self
+
     def _dense(self) -> Tensor:
         dense = self._pack.unpack(self._tensors(), self._shape)
         # some families' _init_weights draws random numbers into `layer.weight` unless it is marked as loaded
@@ -83,6 +112,8 @@ class PackedLinear(_Packed):
         self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         self.added_bias = bool(spec.get("bias", False))  # which the dense layer has not
         self.own_forward: Callable[[nn.Module, Tensor], Tensor] | None = None  # of a Linear that multiplies its own way
+        self.group: Group | None = None  # linears that share its input, multiplied together; it is number `place` there
+        self.place = 0
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -96,7 +127,15 @@ class PackedLinear(_Packed):
     def forward(self, x: Tensor) -> Tensor:
         if self.own_forward is not None:
             return self.own_forward(self, x)
-        return self._pack.matmul(x, self._tensors(), self.bias)  # (..., out)
+        if self.group is not None and not torch.is_grad_enabled():
+            return self.group.product(self.place, x)
+        return self._product(x, self.bias)  # (..., out)
+
+    def _changed(self) -> None:
+        super()._changed()
+        group = self.__dict__.get("group")
+        if group is not None and not group.holds(self):
+            group.dissolve()
 
 
 class PackedConv1D(_Packed):
@@ -117,8 +156,8 @@ class PackedConv1D(_Packed):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._pack.chain:
-            return self._pack.matmul(x, self._tensors(), self.bias)
+        if self._pack.chain or x.is_cuda:
+            return self._product(x, self.bias)
         # the same call on the same layout as Conv1D: another order of summation would change the last bit
         return torch.addmm(self.bias, x.reshape(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
 
@@ -180,14 +219,9 @@ class PackedExperts(_Packed):
             self._starts = self._pack.starts(self._tensors())
         return self._starts
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, Tensor):  # other data
-            self.__dict__["_starts"] = None
-        super().__setattr__(name, value)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _changed(self) -> None:
+        super()._changed()
         self._starts = None
-        super()._load_from_state_dict(*args, **kwargs)
 
 
 def install(model: nn.Module, modules: Mapping[str, Spec]) -> None:

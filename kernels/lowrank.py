@@ -30,6 +30,36 @@ def cur_matmul(x: Tensor, columns: Tensor, link: Tensor, rows: Tensor, bias: Ten
     return F.linear(F.linear(F.linear(x, rows), link), columns, bias)
 
 
+def grouped_lowrank_matmul(
+    x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, ranks: list[int], outs: list[int]
+) -> Tensor:  # (..., sum of outs)
+    """Several linears of one input: right (sum of ranks, in); left, the (out, k) of each, in one tensor of any shape."""
+    if len(ranks) == 1:
+        return lowrank_matmul(x, left.view(outs[0], ranks[0]), right, bias)
+    sizes = [out * rank for out, rank in zip(outs, ranks, strict=True)]
+    lefts = [part.view(-1, rank) for part, rank in zip(left.flatten().split(sizes), ranks, strict=True)]
+    hidden = F.linear(x, right).split(ranks, dim=-1)
+    both = torch.cat([F.linear(h, part) for h, part in zip(hidden, lefts, strict=True)], dim=-1)
+    return both if bias is None else both + bias
+
+
+def grouped_pifa_matmul(
+    x: Tensor,
+    pivots: Tensor,
+    coefficients: Tensor,
+    order: Tensor,
+    bias: Tensor | None,
+    ranks: list[int],
+    outs: list[int],
+) -> Tensor:  # (..., sum of outs)
+    """Several linears of one input: pivots (sum of ranks, in), coefficients as `left` above, each one's own order."""
+    others = [out - rank for out, rank in zip(outs, ranks, strict=True)]
+    sizes = [other * rank for other, rank in zip(others, ranks, strict=True)]
+    parts = zip(pivots.split(ranks), coefficients.flatten().split(sizes), order.split(outs), ranks, strict=True)
+    both = torch.cat([pifa_matmul(x, p, c.view(-1, rank), o) for p, c, o, rank in parts], dim=-1)
+    return both if bias is None else both + bias
+
+
 @torch.no_grad()
 def lowrank_dense(left: Tensor, right: Tensor) -> Tensor:  # (out, in)
     """The product in float32, rounded once to the factors' dtype."""

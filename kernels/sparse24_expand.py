@@ -43,11 +43,12 @@ def dense_tile(
 
 @triton.jit
 def sparse24_expand(
-    x_ptr, values_ptr, indices_ptr, bias_ptr, y_ptr, tokens, rows, columns,
-    BIAS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCKS: tl.constexpr,
-    INTERP: tl.constexpr,
+    x_ptr, values_ptr, indices_ptr, left_ptr, hidden_ptr, bias_ptr, y_ptr, tokens, rows, columns, rank, splits,
+    BIAS: tl.constexpr, RANKED: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
     """x (tokens, columns), values (rows, columns / 4) as int32 pairs, indices as int16 words, y (tokens, rows).
+    RANKED adds hidden @ left.T: left (rows, rank), hidden the sum of (splits, tokens, rank) float32.
     EVEN: columns are divisible by 64 BLOCKS. Rows and tokens past the last are computed as the last, and not stored."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
@@ -58,6 +59,18 @@ def sparse24_expand(
         xs = x_ptr + tl.minimum(token, tokens - 1)[None, :] * columns + column[:, None]
         x = tl.load(xs) if EVEN else tl.load(xs, column[:, None] < columns, other=0)
         total = dot(bits.to(x_ptr.dtype.element_ty, bitcast=True), x, total, INTERP)
+    if RANKED:
+        near = tl.minimum(token, tokens - 1)[None, :]
+        for first in range(0, rank, 32):
+            k = first + tl.arange(0, 32)
+            lefts = left_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * rank + k[None, :]
+            hidden = tl.zeros((32, TOKENS), tl.float32)
+            for split in range(splits):
+                sums = hidden_ptr + (split * tokens + near) * rank + k[:, None]
+                hidden += tl.load(sums, k[:, None] < rank, other=0)
+            if not INTERP:
+                hidden = hidden.to(x_ptr.dtype.element_ty)
+            total = dot(tl.load(lefts, k[None, :] < rank, other=0), hidden, total, INTERP)
     if BIAS:
         total += tl.load(bias_ptr + row, row < rows, other=0).to(tl.float32)[:, None]
     y = y_ptr + token[None, :] * rows + row[:, None]
@@ -79,14 +92,17 @@ def sparse24_dense(
 
 def matmul(
     x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, y: Tensor,
+    lowrank: tuple[Tensor, Tensor] | None = None,
     *, rows: int = 64, tokens: int = 16, blocks: int = 2, warps: int = 4, stages: int = 1,
 ) -> None:  # fmt: skip
     """y = x @ weight.T + bias. x (tokens, in), values (out, in / 2), indices (out, index_bytes(in)), y (tokens, out);
-    all contiguous, x and values float16 or bfloat16. Tile: `rows` x 64 `blocks` of the weight, `tokens` of x."""
+    all contiguous, x and values float16 or bfloat16. `lowrank`: left (out, rank) and x @ right.T as float32 partial
+    sums (splits, tokens, rank), whose product is added. Tile: `rows` x 64 `blocks` of the weight, `tokens` of x."""
     count, columns = x.shape
+    left, hidden = lowrank or (y, y)
     sparse24_expand[(triton.cdiv(y.shape[1], rows), triton.cdiv(count, tokens))](
-        x, values.view(torch.int32), indices.view(torch.int16), y if bias is None else bias, y,
-        count, y.shape[1], columns, BIAS=bias is not None,
+        x, values.view(torch.int32), indices.view(torch.int16), left, hidden, y if bias is None else bias, y,
+        count, y.shape[1], columns, hidden.shape[-1], len(hidden), BIAS=bias is not None, RANKED=lowrank is not None,
         EVEN=columns % (64 * blocks) == 0, ROWS=rows, TOKENS=tokens, BLOCKS=blocks,
         INTERP=INTERPRETED, num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -13,6 +13,7 @@ Source of the fragment layouts: PTX ISA, "Matrix fragments for sparse mma.m16n8k
 
 import re
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -31,18 +32,50 @@ def mma_sp(dtype: str) -> str:
     )
 
 
+@cache
+def mma(dtype: str) -> str:
+    """Two dense `m16n8k16` steps over 32 columns, of which a lane holds 8 neighbours. Operands as for `mma_sp`: 4 sums,
+    4 + 4 registers of weights, 4 of tokens, the sums again."""
+    step = f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 {{$0,$1,$2,$3}},"
+    return f"{step}{{$4,$8,$5,$9}},{{$12,$13}},{{$16,$17,$18,$19}};{step}{{$6,$10,$7,$11}},{{$14,$15}},{{$0,$1,$2,$3}};"
+
+
 # the outputs are written before the second step has read its operands: they must not share registers
 CONSTRAINTS = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 16 + ["f"] * 4 + ["r"] * 4))
+DENSE_CONSTRAINTS = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 12 + ["f"] * 4))
+
+
+@triton.jit
+def _rounded_bits(number, BF16: tl.constexpr):
+    """The 16 bits, in an int32, of float32 numbers rounded to nearest even (the interpreter's own cast truncates)."""
+    if BF16:
+        bits = number.to(tl.int32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
+    else:
+        return number.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def _hidden_pair(hidden_ptr, splits, size, place, inside, BF16: tl.constexpr):
+    """Elements `place` and `place + 1` of the partial sums, added up, rounded and packed."""
+    even = tl.load(hidden_ptr + place, inside, other=0)
+    odd = tl.load(hidden_ptr + place + 1, inside, other=0)
+    for split in range(1, splits):
+        even += tl.load(hidden_ptr + split * size + place, inside, other=0)
+        odd += tl.load(hidden_ptr + split * size + place + 1, inside, other=0)
+    return _rounded_bits(even, BF16) | (_rounded_bits(odd, BF16) << 16)
 
 
 @triton.jit
 def sparse24_mma(
-    x_ptr, values_ptr, indices_ptr, bias_ptr, y_ptr, tokens, rows, columns,
-    ASM: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
+    x_ptr, values_ptr, indices_ptr, left_ptr, hidden_ptr, bias_ptr, y_ptr, tokens, rows, columns, rank, splits,
+    ASM: tl.constexpr, DENSE_ASM: tl.constexpr, BF16: tl.constexpr,
+    BIAS: tl.constexpr, RANKED: tl.constexpr, EVEN: tl.constexpr,
     ROW_TILES: tl.constexpr, TOKEN_TILES: tl.constexpr, WARPS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """x (tokens, columns) and values (rows, columns / 2) as int32 pairs, indices (rows, ceil(columns / 64) * 8) as int16;
-    EVEN: columns are divisible by 64 WARPS; y (tokens, rows). A program makes 16 ROW_TILES rows of 8 TOKEN_TILES tokens."""
+    EVEN: columns are divisible by 64 WARPS; y (tokens, rows). A program makes 16 ROW_TILES rows of 8 TOKEN_TILES tokens.
+    RANKED adds hidden @ left.T: left (rows, rank) as int32 pairs, hidden the sum of (splits, tokens, rank) float32."""
     thread = tl.arange(0, 32 * WARPS)[:, None].to(tl.int64)
     slot = tl.arange(0, 4)[None, :].to(tl.int64)
     warp, group, lane = thread // 32, thread % 32 // 4, thread % 4
@@ -93,6 +126,28 @@ def sparse24_mma(
                     ),
                 )  # fmt: skip
         sums = new
+    if RANKED:
+        for block in range(0, tl.cdiv(rank, 32), WARPS):
+            place = 16 * (block + warp) + chunk  # in units of two columns, 4 a lane
+            inside = 2 * place < rank
+            hs = ()
+            for t in tl.static_range(TOKEN_TILES):
+                token = tl.minimum(first_token + 8 * t + group, tokens - 1)
+                hs += (_hidden_pair(hidden_ptr, splits, tokens * rank, token * rank + 2 * place, inside, BF16),)
+            new = ()
+            for r in tl.static_range(ROW_TILES):
+                upper = tl.minimum(first + 16 * r + group, rows - 1)
+                lower = tl.minimum(first + 16 * r + group + 8, rows - 1)
+                a = tl.load(left_ptr + upper * (rank // 2) + place, inside, other=0)
+                b = tl.load(left_ptr + lower * (rank // 2) + place, inside, other=0)
+                for t in tl.static_range(TOKEN_TILES):
+                    new += (
+                        tl.inline_asm_elementwise(
+                            DENSE_ASM, DENSE_CONSTRAINTS, [a, b, hs[t], sums[r * TOKEN_TILES + t]],
+                            dtype=tl.float32, is_pure=True, pack=4,
+                        ),
+                    )  # fmt: skip
+            sums = new
     for r in tl.static_range(ROW_TILES):
         for t in tl.static_range(TOKEN_TILES):
             total = tl.sum(tl.reshape(sums[r * TOKEN_TILES + t], (WARPS, 32, 4)), 0)
@@ -110,17 +165,23 @@ def sparse24_mma(
 
 def matmul(
     x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, y: Tensor,
+    lowrank: tuple[Tensor, Tensor] | None = None,
     *, row_tiles: int = 1, warps: int = 8, unroll: int = 4,
-) -> None:  # fmt: skip
+) -> Any:  # fmt: skip
     """y = x @ weight.T + bias. x (tokens, in), values (out, in / 2), indices (out, index_bytes(in)), y (tokens, out);
-    all contiguous, x and values float16 or bfloat16. Made for at most 64 tokens; more are taken 64 at a time."""
+    all contiguous, x and values float16 or bfloat16. Made for at most 64 tokens; more are taken 64 at a time.
+    `lowrank`: left (out, rank), rank even, and x @ right.T as float32 partial sums (splits, tokens, rank), whose
+    product is added. Returns the compiled kernel, for `layout_fault`."""
     tokens, columns = x.shape
+    left, hidden = (lowrank[0].view(torch.int32), lowrank[1]) if lowrank else (y, y)
+    dtype = "bf16" if x.dtype == torch.bfloat16 else "f16"
     token_tiles = min(8, triton.next_power_of_2(triton.cdiv(tokens, 8)))
-    sparse24_mma[(triton.cdiv(y.shape[1], 16 * row_tiles), triton.cdiv(tokens, 8 * token_tiles))](
-        x.view(torch.int32), values.view(torch.int32), indices.view(torch.int16), y if bias is None else bias, y,
-        tokens, y.shape[1], columns,
-        ASM=mma_sp("bf16" if x.dtype == torch.bfloat16 else "f16"), BIAS=bias is not None,
-        EVEN=columns % (64 * warps) == 0, ROW_TILES=row_tiles, TOKEN_TILES=token_tiles, WARPS=warps, UNROLL=unroll,
+    return sparse24_mma[(triton.cdiv(y.shape[1], 16 * row_tiles), triton.cdiv(tokens, 8 * token_tiles))](
+        x.view(torch.int32), values.view(torch.int32), indices.view(torch.int16), left, hidden,
+        y if bias is None else bias, y, tokens, y.shape[1], columns, hidden.shape[-1], len(hidden),
+        ASM=mma_sp(dtype), DENSE_ASM=mma(dtype), BF16=dtype == "bf16",
+        BIAS=bias is not None, RANKED=lowrank is not None, EVEN=columns % (64 * warps) == 0,
+        ROW_TILES=row_tiles, TOKEN_TILES=token_tiles, WARPS=warps, UNROLL=unroll,
         num_warps=warps, num_stages=1,
     )  # fmt: skip
 

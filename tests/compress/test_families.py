@@ -92,7 +92,7 @@ def test_packed_and_dense_load_to_equal_logits_and_the_streamed_loss(family, tmp
     assert abs(float(loss.exp()) / result.evaluation[0]["after"]["token_perplexity"] - 1) < 2e-3
     assert model.generate(IDS[:1], max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 27)
     stored = sum(e["bytes"] for e in writer.tensors.values() if e["kind"] == "sparse24")
-    assert stored <= 0.57 * 2 * result.targeted
+    assert stored <= 0.58 * 2 * result.targeted  # 9 / 16, and rows of 32 columns fill half a block of indices
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(packed, logits_of(tmp_path / "again")[1])
 

@@ -43,23 +43,52 @@ def token_operand(b, dtype):
     return dense
 
 
-def run(asm, operands):
-    """Executes every mma.sp of `asm` on registers {number: (warp, 32)}; returns the four outputs."""
+def sparse_step(text, registers):
+    """One mma.sp on registers {number: (warp, 32)}."""
     pattern = r"mma\.sp::ordered_metadata\.sync\.aligned\.m16n8k32\.row\.col\.f32\.(b?f16)\.\1\.f32 "
-    found = re.findall(pattern + r"\{(.*?)\},\{(.*?)\},\{(.*?)\},\{(.*?)\},\$(\d+),0x([01]);", asm)
-    assert len(found) == asm.count("mma") > 0
+    dtype, *fields, word, selector = re.fullmatch(pattern + FOUR + r",\$(\d+),0x([01])", text).groups()
+    d, a, b, c = numbers(fields)
+    dense = dense_operand(bits(registers, a), bits(registers, [int(word)])[0], int(selector), dtype)
+    return d, c, dense @ token_operand(bits(registers, b), dtype)
+
+
+def dense_step(text, registers):
+    """One dense mma: A's registers hold columns 2 t, 2 t + 1 (a0, a1) and those + 8 (a2, a3); B's rows the same."""
+    pattern = r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(b?f16)\.\1\.f32 "
+    dtype, *fields = re.fullmatch(pattern + FOUR, text).groups()
+    d, a, b, c = numbers(fields)
+    left, right = (
+        np.zeros((len(registers[a[0]]), 16, 16), np.float32),
+        np.zeros((len(registers[a[0]]), 16, 8), np.float32),
+    )
+    for place, register in enumerate(bits(registers, a)):
+        for half in (0, 1):
+            left[:, GROUP + 8 * (place % 2), 8 * (place // 2) + 2 * T + half] = pair(register, dtype)[..., half]
+    for place, register in enumerate(bits(registers, b)):
+        for half in (0, 1):
+            right[:, 8 * place + 2 * T + half, GROUP] = pair(register, dtype)[..., half]
+    return d, c, left @ right
+
+
+FOUR = r"\{(.*?)\},\{(.*?)\},\{(.*?)\},\{(.*?)\}"
+
+
+def numbers(fields):
+    return [[int(name[1:]) for name in field.split(",")] for field in fields]
+
+
+def bits(registers, names):
+    return [registers[name].view(np.uint32).astype(np.int64) for name in names]
+
+
+def run(asm, operands):
+    """Executes every instruction of `asm` on registers {number: (warp, 32)}; returns the four outputs."""
     registers = dict(operands)
-    for dtype, *fields, word, selector in found:
-        d, a, b, c = ([int(name[1:]) for name in field.split(",")] for field in fields)
-        indices = registers[int(word)].view(np.uint32).astype(np.int64)
-        bits = {i: registers[i].view(np.uint32).astype(np.int64) for i in (*a, *b)}
-        product = dense_operand([bits[i] for i in a], indices, int(selector), dtype) @ token_operand(
-            [bits[i] for i in b], dtype
-        )  # (warp, 16, 8)
+    for text in asm.rstrip(";").split(";"):
+        d, c, product = (sparse_step if "mma.sp" in text else dense_step)(text, registers)  # (warp, 16, 8)
         before = [registers[i] for i in c]
         for place, register in enumerate(d):
-            row, column = GROUP + 8 * (place // 2), 2 * T + place % 2
-            registers[register] = before[place] + product[:, row, column]
+            registers[register] = before[place] + product[:, GROUP + 8 * (place // 2), 2 * T + place % 2]
     return [registers[i] for i in range(4)]
 
 

@@ -22,6 +22,22 @@ def test_it_equals_the_float64_product(random_24, rows, columns, tokens, dtype, 
     assert float((y.double() - wanted).norm() / wanted.norm()) < 1e-6
 
 
+@pytest.mark.parametrize(("rows", "tokens", "rank", "splits"), [(1, 1, 1, 1), (40, 9, 64, 3), (33, 17, 71, 2)])
+def test_a_low_rank_product_is_added_to_the_same_sums(random_24, rows, tokens, rank, splits):
+    dense, keep = random_24(rows, 100, torch.bfloat16)
+    torch.manual_seed(1)
+    x, left, bias = (
+        torch.randn(tokens, 100).bfloat16(),
+        torch.randn(rows, rank).bfloat16(),
+        torch.randn(rows).bfloat16(),
+    )
+    hidden = torch.randn(splits, tokens, rank)
+    y = torch.full((tokens, rows), torch.nan)
+    sparse24_expand.matmul(x, *pack24(dense, keep), bias, y, (left, hidden), rows=32)
+    wanted = x.double() @ dense.double().T + hidden.double().sum(0) @ left.double().T + bias.double()
+    assert float((y.double() - wanted).norm() / wanted.norm()) < 1e-6
+
+
 @pytest.mark.parametrize("shape", [(1, 4), (70, 300), (33, 256)])
 def test_decompressing_is_exact_to_the_bit(random_24, shape):
     dense, keep = random_24(*shape, torch.bfloat16)

@@ -37,6 +37,20 @@ def test_it_equals_the_float64_product(mma_sp_emulated, random_24, rows, columns
     assert mma_sp_emulated
 
 
+@pytest.mark.parametrize(("rows", "tokens", "rank", "splits"), [(16, 1, 2, 1), (40, 9, 64, 3), (33, 17, 70, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_low_rank_product_is_added_to_the_same_sums(mma_sp_emulated, random_24, rows, tokens, rank, splits, dtype):
+    dense, keep = random_24(rows, 128, dtype)
+    torch.manual_seed(1)
+    x, left, bias = torch.randn(tokens, 128).to(dtype), torch.randn(rows, rank).to(dtype), torch.randn(rows).to(dtype)
+    hidden = torch.randn(splits, tokens, rank)
+    y = torch.full((tokens, rows), torch.nan)
+    sparse24_mma.matmul(x, *pack24(dense, keep), bias, y, (left, hidden), warps=2, row_tiles=2)
+    rounded = hidden.sum(0).to(dtype).double()  # what enters the tensor core is rounded, as between two products
+    wanted = x.double() @ dense.double().T + rounded @ left.double().T + bias.double()
+    assert float((y.double() - wanted).norm() / wanted.norm()) < 1e-4  # a sum may round the other way
+
+
 def test_a_kept_negative_zero_counts_as_zero(mma_sp_emulated):
     keep = torch.tensor([True, False, True, False]).repeat(2, 16)
     y = torch.full((1, 2), torch.nan)

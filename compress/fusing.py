@@ -1,0 +1,101 @@
+"""Packed linears that share an input, as one product: a launch costs as much as reading a megabyte of weights.
+
+q, k and v of an attention and gate and up of an MLP get their tensors laid one after another, and keep views into them:
+names, shapes and what is saved stay as they were. The first that is called multiplies for all and hands the others
+their part when they are called with the same input.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from paredown.compress.kinds import kind_of
+from paredown.compress.packed import PackedLinear
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
+
+
+class Group:
+    """Packed linears of one kind, dtype and device that take the same input."""
+
+    def __init__(self, members: Sequence[PackedLinear]) -> None:
+        self.outs = [member.out_features for member in members]
+        self.ranks = [int(member.spec["rank"]) for member in members] if "rank" in members[0].spec else []
+        self.kind = kind_of(members[0].kind)
+        self.joined = {name: _join([getattr(m, name) for m in members]) for name in members[0].parts}
+        self.bias = _join_bias(members)
+        self.joined |= self.kind.derive(self.joined)
+        self.members = list(members)
+        self.waiting: tuple[Tensor, dict[int, Tensor]] | None = None
+        for index, member in enumerate(members):
+            member.group, member.place = self, index
+
+    def product(self, index: int, x: Tensor) -> Tensor:
+        """The output of member `index` for x (..., in)."""
+        if self.waiting is not None and self.waiting[0] is x and index in self.waiting[1]:
+            part = self.waiting[1].pop(index)
+            if not self.waiting[1]:
+                self.waiting = None  # x and the parts are not kept longer than they are needed
+            return part
+        parts = list(self.kind.matmul(x, self.joined, self.bias, self.ranks, self.outs).split(self.outs, dim=-1))
+        mine = parts[index]
+        self.waiting = (x, {i: part for i, part in enumerate(parts) if i != index})
+        return mine
+
+    def holds(self, member: PackedLinear) -> bool:
+        """Whether the member's tensors are still views into the joined ones."""
+        pairs = ((getattr(member, name), self.joined[name]) for name in member.parts)
+        return all(t.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() for t, whole in pairs)
+
+    def dissolve(self) -> None:
+        """Every member multiplies for itself again."""
+        for member in self.members:
+            member.group = None
+
+
+def fuse(model: nn.Module, device_type: str = "cuda") -> int:
+    """Group what can be grouped in a model whose packed weights lie on `device_type`; how many groups there are.
+
+    Models loaded onto a GPU are fused already; call this after `model.to("cuda")`. Moving or replacing a fused weight
+    undoes its group.
+    """
+    made = 0
+    for module in list(model.modules()):
+        for names in SIBLINGS:
+            found = [getattr(module, name, None) for name in names]
+            members = [m for m in found if isinstance(m, PackedLinear) and _can_join(m, device_type)]
+            alike = [m for m in members if _traits(m) == _traits(members[0])]
+            if len(alike) > 1:
+                Group(alike)
+                made += 1
+    return made
+
+
+def _can_join(member: PackedLinear, device_type: str) -> bool:
+    on_device = all(getattr(member, name).device.type == device_type for name in member.parts)
+    return on_device and kind_of(member.kind).joins and member.group is None and member.own_forward is None
+
+
+def _traits(member: PackedLinear) -> tuple[object, ...]:
+    tensors = [getattr(member, name) for name in member.parts]
+    return (member.kind, member.in_features, *((tensor.dtype, tensor.device) for tensor in tensors))
+
+
+@torch.no_grad()
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    """One tensor of all rows, or of all numbers where rows differ in length; the given ones become views into it."""
+    flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.data = part.view(tensor.shape)
+    widths = {tensor.shape[1:] for tensor in tensors}
+    return flat.view(-1, *widths.pop()) if len(widths) == 1 else flat
+
+
+@torch.no_grad()
+def _join_bias(members: Sequence[PackedLinear]) -> Tensor | None:
+    biases = [member.bias for member in members]
+    if all(bias is None for bias in biases):
+        return None
+    like = next(bias for bias in biases if bias is not None)
+    return _join([like.new_zeros(m.out_features) if b is None else b for m, b in zip(members, biases, strict=True)])
