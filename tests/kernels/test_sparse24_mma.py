@@ -64,5 +64,7 @@ def test_the_layout_guard_reads_the_compilers_text():
     good = "#blocked = #ttg.blocked<{sizePerThread = [1, 4], threadsPerWarp = [32, 1], warpsPerCTA = [4, 1], order = [1, 0]}>\n"
     asm = "%d = tt.elementwise_inline_asm ... -> tensor<128x4xf32, #blocked> loc(1)"
     assert sparse24_mma.layout_fault(good + asm) is None
-    assert "[1, 2]" in sparse24_mma.layout_fault(good.replace("[1, 4]", "[1, 2]") + asm)
+    assert sparse24_mma.layout_fault(good.replace("[1, 4]", "[1, 1]") + asm) is None  # the same registers
+    assert "[16, 2]" in sparse24_mma.layout_fault(good.replace("[32, 1]", "[16, 2]") + asm)
+    assert "[2, 4]" in sparse24_mma.layout_fault(good.replace("[1, 4]", "[2, 4]") + asm)
     assert sparse24_mma.layout_fault(good) == "no mma.sp in it"

@@ -1,0 +1,269 @@
+"""What the kernels compile to, on any machine: no GPU is needed, only Triton's own compiler and disassembler.
+
+    python -m paredown.kernels.aot [--arch 80 90] [--kernel NAME]
+
+Prints a row per kernel and architecture: registers, spills, shared memory, tensor core instructions (HMMA.SP: sparse
+ones), instructions of the main loop per weight and thread. A row over its budget is a fault and the exit status is 1:
+spills; no HMMA.SP, or a layout that Triton promises nobody, where the kernel needs them; too many instructions. At full
+bandwidth an H100 can afford 9.9 instructions per weight and thread for 2:4 weights of 9 bits, an H200 6.9.
+Where the compiler's parts are missing it says so and stops with status 0.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+SHAPE = (4096, 4096)
+TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
+    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.int8: "i8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch to compile: `launch()` calls a launcher with tensors on `meta`; the launch number `which` is taken."""
+
+    name: str
+    launch: Callable[[], object]
+    weights: Callable[[dict[str, Any]], float] = lambda options: 0.0  # that one turn of the main loop takes
+    budget: float = 0.0  # instructions per weight and thread; 0: not counted
+    which: int = 0
+    mma_sp: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    arch: int
+    registers: int
+    spills: int
+    shared: int
+    sparse_mma: int
+    mma: int
+    per_weight: float
+    fault: str | None
+
+
+def cases() -> list[Case]:
+    """Decode sizes at the tiles that the default table takes, and the kernels that write dense weights."""
+    from paredown.kernels import bitmap_expand, lowrank_chain, sparse24_expand, sparse24_mma
+    from paredown.kernels.sparse24 import index_bytes
+
+    out, inner = SHAPE
+
+    def half(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    def of(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, y, values, dense = half(1, inner), half(1, out), half(out, inner // 2), half(out, inner)
+    x64, y64, bias = half(64, inner), half(64, out), half(out)
+    indices = of(torch.uint8, out, index_bytes(inner))
+    kept, bitmap, starts = half(out * inner // 2), of(torch.uint8, out, inner // 8), of(torch.int32, out + 1)
+    left, right = half(out, 1024), half(1024, inner)
+    pivots, coefficients, order = half(1024, inner), half(out - 1024, 1024), of(torch.int32, out)
+    summed = (half(out, 64), of(torch.float32, 4, 1, 64))
+
+    def mma_weights(o: dict[str, Any]) -> float:
+        return 16 * o["ROW_TILES"] * 64 * o["WARPS"] * o["UNROLL"]
+
+    def expand_weights(o: dict[str, Any]) -> float:
+        return o["ROWS"] * 64 * o["BLOCKS"]
+
+    def mma(tokens: torch.Tensor, result: torch.Tensor, lowrank: Any = None, **tile: int) -> Callable[[], object]:
+        return lambda: sparse24_mma.matmul(tokens, values, indices, bias, result, lowrank, **tile)
+
+    return [
+        Case("sparse24 mma.sp, 1 token", mma(x, y), mma_weights, 1.0, mma_sp=True),
+        Case("sparse24 mma.sp, 1 token, 2 row tiles", mma(x, y, row_tiles=2), mma_weights, 1.0, mma_sp=True),
+        Case("sparse24 mma.sp, 64 tokens", mma(x64, y64, row_tiles=2, warps=4, unroll=1), mma_weights, 4.0, mma_sp=True),
+        Case("sparse24 + low rank mma.sp", mma(x, y, summed), mma_sp=True),
+        Case("sparse24 expand", lambda: sparse24_expand.matmul(x, values, indices, bias, y), expand_weights, 6.0),
+        Case("sparse24 decompress", lambda: sparse24_expand.decompress(values, indices, dense)),
+        Case(
+            "bitmap expand", lambda: bitmap_expand.matmul(x, kept, bitmap, starts, bias, y),
+            lambda o: 8 * o["OCTETS"] * 128 * o["WARPS"], 12.0,
+        ),
+        Case("bitmap decompress", lambda: bitmap_expand.decompress(kept, bitmap, starts, dense)),
+        Case("low rank down", lambda: lowrank_chain.lowrank_matmul(x, left, right, bias, y, [1024], [out])),
+        Case("low rank up", lambda: lowrank_chain.lowrank_matmul(x, left, right, bias, y, [1024], [out]), which=1),
+        Case(
+            "pifa up", which=1,
+            launch=lambda: lowrank_chain.pifa_matmul(x, pivots, coefficients, order, bias, y, [1024], [out]),
+        ),
+    ]  # fmt: skip
+
+
+def compile_case(case: Case, arch: int) -> Row:
+    """Raises what Triton raises where a kernel does not compile."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    kernel, arguments, options = _launches(case.launch)[case.which]
+    source = _source(kernel, arguments)
+    settings = {key: value for key, value in options.items() if key in ("num_warps", "num_stages")}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=settings)
+    lines, resources = _disassembled(compiled.asm["cubin"])
+    loop = max(_loops(lines), key=len, default=[])
+    if case.mma_sp:  # the loop over weights is the one with sparse products; another adds up partial sums
+        loop = max((body for body in _loops(lines) if any("HMMA.SP" in line for line in body)), key=len, default=[])
+    weights = case.weights(arguments)
+    row = Row(
+        case.name, arch, resources["REG"], _count(lines, r"\b(STL|LDL)\b") + resources["LOCAL"], compiled.metadata.shared,
+        _count(lines, r"\bHMMA\.SP"), _count(lines, r"\bH?G?MMA(?!\.SP)"),
+        len(loop) * 32 * settings["num_warps"] / weights if weights else 0.0, None,
+    )  # fmt: skip
+    return Row(**{**row.__dict__, "fault": _fault(case, row, compiled.asm["ttgir"])})
+
+
+def _fault(case: Case, row: Row, ttgir: str) -> str | None:
+    from paredown.kernels.sparse24_mma import layout_fault
+
+    if row.spills:
+        return f"{row.spills} spills"
+    if case.mma_sp and not row.sparse_mma:
+        return "no HMMA.SP"
+    if case.mma_sp and (fault := layout_fault(ttgir)):
+        return fault
+    if case.budget and row.per_weight > case.budget:
+        return f"{row.per_weight:.2f} instructions per weight, more than {case.budget}"
+    return None
+
+
+@contextmanager
+def _recording() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Launches are written down instead of run."""
+    from triton.runtime.jit import JITFunction
+
+    seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        seen.append((self, args, options))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield seen
+
+
+def _launches(launch: Callable[[], object]) -> list[tuple[Any, dict[str, Any], dict[str, Any]]]:
+    """(kernel, its arguments by name, launch options) of every launch."""
+    with _recording() as seen:
+        launch()
+    found = []
+    for kernel, args, options in seen:
+        names = [parameter.name for parameter in kernel.params]
+        arguments = dict(zip(names, args, strict=False)) | {k: v for k, v in options.items() if k in names}
+        # what a launcher decides by the device it finds: a dependent launch from sm_90 on, never the interpreter
+        found.append((kernel, arguments | {"INTERP": False} if "INTERP" in names else arguments, options))
+    return found
+
+
+def _source(kernel: Any, arguments: dict[str, Any]) -> Any:
+    """As a launch specialises it: aligned pointers, and numbers that are divisible by 16."""
+    from triton.compiler import ASTSource
+
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for place, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        fixed = parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize)
+        if fixed:
+            signature[parameter.name], constants[(place,)] = "constexpr", value
+        elif isinstance(value, tuple):
+            signature[parameter.name] = tuple("i32" for _ in value)
+        else:
+            signature[parameter.name] = "*" + TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            if isinstance(value, torch.Tensor) or (value % 16 == 0 and not parameter.do_not_specialize):
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _disassembled(cubin: bytes) -> tuple[list[str], dict[str, int]]:
+    """Labels and instructions, and what cuobjdump says of resources."""
+    tools = _tools()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tools["nvdisasm"], "-c", file.name], check=True, capture_output=True, text=True).stdout
+        used = subprocess.run([tools["cuobjdump"], "-res-usage", file.name], check=True, capture_output=True, text=True)
+    found = re.findall(r"\b(REG|LOCAL):(\d+)", used.stdout + used.stderr)
+    lines = [m[1] or m[2] for m in re.finditer(r"^\s*(?:(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(.*?);)", text, re.MULTILINE)]
+    return lines, {name: int(number) for name, number in found}
+
+
+def _loops(lines: list[str]) -> list[list[str]]:
+    """The instructions between each label and a jump back to it."""
+    places = {line: place for place, line in enumerate(lines) if line.startswith(".L_x_")}
+    found = []
+    for place, line in enumerate(lines):
+        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        if target and places.get(target[1], place) < place:
+            found.append([one for one in lines[places[target[1]] : place + 1] if not one.startswith(".L_x_")])
+    return found
+
+
+def _count(lines: list[str], pattern: str) -> int:
+    return sum(bool(re.search(pattern, line)) for line in lines)
+
+
+def _tools() -> dict[str, Path]:
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    return {name: folder / name for name in ("ptxas", "nvdisasm", "cuobjdump")}
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as fault:
+        return f"triton cannot be imported ({fault})"
+    from paredown.kernels.primitives import INTERPRETED
+
+    if INTERPRETED:
+        return "TRITON_INTERPRET is set: kernels are interpreted and not compiled"
+    absent = [name for name, path in _tools().items() if not path.exists()]
+    return f"this Triton comes without {', '.join(absent)}" if absent else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--kernel", default="", help="only those whose name holds this")
+    chosen = parser.parse_args()
+    # Triton 3.9 warns that its default will change; said here, so that versions compile alike
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    if reason := missing():
+        print(f"skipped: {reason}")
+        return 0
+    print(f"{'kernel':<40} arch  registers  spills  shared  HMMA.SP  other MMA  per weight")
+    faults = 0
+    for case in (case for case in cases() if chosen.kernel in case.name):
+        for arch in chosen.arch:
+            row = compile_case(case, arch)
+            per_weight = f"{row.per_weight:.2f}" if row.per_weight else ""
+            print(
+                f"{row.name:<40} {arch:>4}  {row.registers:>9}  {row.spills:>6}  {row.shared:>6}  {row.sparse_mma:>7}  "
+                f"{row.mma:>9}  {per_weight:>10}{'  FAULT: ' + row.fault if row.fault else ''}",
+                flush=True,
+            )
+            faults += row.fault is not None
+    return min(faults, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
