@@ -1,0 +1,45 @@
+"""The GPU's self-test, run in the interpreter: it passes what is right, and names what is not."""
+
+import pytest
+import torch
+
+from paredown.kernels import selftest, sparse24_expand
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch, mma_sp_emulated):
+    monkeypatch.setattr(selftest, "ONCE", {torch.float16: 4e-4})  # the interpreter truncates to bfloat16
+    monkeypatch.setattr(selftest, "TOKENS", (1, 9))
+    monkeypatch.setattr(selftest, "_has_mma", lambda device: True)
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("shape", [(33, 100), (1, 4)])
+def test_every_subject_passes(shape):
+    assert {s.name for s in selftest.subjects(33, 100, torch.float16, CPU)} == {
+        "sparse24 mma.sp", "sparse24 + low rank mma.sp", "sparse24 expand", "sparse24 + low rank expand",
+        "sparse24 dense", "bitmap", "low rank", "pifa", "cur",
+    }  # fmt: skip
+    assert selftest.check_shape(*shape, CPU) == []
+
+
+def test_a_wrong_result_an_unwritten_one_and_an_unsteady_one_are_named(monkeypatch):
+    right = sparse24_expand.matmul
+
+    def wrong(x, values, indices, bias, y, lowrank=None):
+        right(x, values, indices, bias, y, lowrank)
+        y[0, 3] += 1
+
+    def unwritten(x, values, indices, bias, y, lowrank=None):
+        right(x, values, indices, bias, y[:, :].clone(), lowrank)
+
+    def unsteady(x, values, indices, bias, y, lowrank=None):
+        right(x, values, indices, bias, y, lowrank)
+        y += 1e-4 * torch.rand_like(y)
+
+    for broken, words in ((wrong, "relative error"), (unwritten, "not finite"), (unsteady, "other bits")):
+        monkeypatch.setattr(sparse24_expand, "matmul", broken)
+        faults = selftest.check_shape(16, 64, CPU)
+        assert faults and all("sparse24" in fault and "expand" in fault and words in fault for fault in faults)
