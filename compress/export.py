@@ -13,6 +13,7 @@ from paredown.compress.edits import Masked
 from paredown.compress.errors import PareError
 from paredown.compress.source import ModelSource
 from paredown.compress.sparsity import NofM, keep_mask
+from paredown.compress.tensor_files import TensorFiles
 from paredown.compress.writer import RECORD, CheckpointWriter
 from paredown.compress.writing import Edited, Format, write_block, write_rest
 
@@ -20,11 +21,15 @@ PATTERN = NofM(2, 4)
 
 
 @torch.no_grad()
-def export(source: ModelSource, out: Path, format: Format, progress: Callable[[int, int], None]) -> dict[str, Any]:
+def export(
+    source: ModelSource, out: Path, format: Format | None, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
     """Write `source` to `out` in `format`. Any checkpoint with zeros can be packed, whoever pruned it.
 
+    Without a format, a packed checkpoint becomes dense, and any other packed.
     Returns bytes before and after. Raises PareError as the writer does.
     """
+    format = format or ("dense" if source.modules else "packed")
     if source.modules and format == "packed":
         raise PareError(f"{source.id} is packed already. Name another --format, or copy the folder.")
     added = [name for name, spec in source.modules.items() if spec.get("bias")]
@@ -53,7 +58,7 @@ def export(source: ModelSource, out: Path, format: Format, progress: Callable[[i
         writer.finish({**record, "format": format, "layers": layers})
         write_config(writer, source, format, modules)
         writer.copy(source.companions())
-        before = sum(entry.bytes for entry in source.files.entries.values())
+        before = sum(entry.bytes for entry in TensorFiles(source.folder).entries.values())  # as they lie on disk
         writer.commit()
     return {"model": source.id, "out": str(out), "format": format, "bytes": {"before": before, "after": writer.bytes}}
 

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from paredown.compress import packed
+from paredown.compress import importers, packed
 from paredown.compress.errors import PareError
 from paredown.compress.fusing import fuse
 from paredown.compress.kinds import FORMAT_VERSION
@@ -81,7 +81,12 @@ def packed_modules(config: Any) -> dict[str, Any]:
 
     Raises PareError for a checkpoint that is quantised by others: its weights cannot be edited.
     """
-    settings = getattr(config, "quantization_config", None)
+    settings, stored = getattr(config, "quantization_config", None), importers.stranded_format(config)
+    if stored in importers.PARTS or (stored is not None and settings is not None):
+        raise PareError(
+            f"the checkpoint carries compressed-tensors' removed sparsity settings (format {stored}). "
+            "Convert it first with: paredown export OLD -o NEW"
+        )
     if settings is None:
         return {}
     settings = settings if isinstance(settings, dict) else settings.to_dict()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paredown.compress import loading, packed
+from paredown.compress import importers, loading, packed
 from paredown.compress.errors import PareError
 from paredown.compress.tensor_files import Entry, TensorFiles
 
@@ -43,10 +43,13 @@ class ModelSource:
     revision: str | None = None
     dtype: torch.dtype | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    stranded: bool = False  # read compressed-tensors' removed formats too, as if they were dense
 
     def __post_init__(self) -> None:
         self.files = TensorFiles(self.folder)
         self.config = load_config(self.folder)
+        if self.stranded:
+            self.config, self.files = importers.as_dense(self.config, self.files)
         self.modules: dict[str, Any] = loading.packed_modules(self.config)
         self.dtype = self.dtype or stored_dtype(self.config, self.files.entries)
         self.model = skeleton(self.config, self.modules, self.dtype)
