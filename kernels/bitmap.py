@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 1 << 19  # elements of the dense matrix that are built at a time: small enough for a core's cache
+MOST_VALUES = 2**31 - 1
 
 
 @torch.no_grad()
@@ -74,6 +75,18 @@ def count_bits(bitmap: Tensor) -> Tensor:
     pairs = bitmap - ((bitmap >> 1) & 0x55)
     nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return ((nibbles + (nibbles >> 4)) & 0x0F).sum(-1, dtype=torch.int64)
+
+
+@torch.no_grad()
+def row_starts(bitmap: Tensor) -> Tensor:
+    """Where each row's values begin, and their number: (out, bytes) uint8 -> (out + 1,) int32. Built once, at load.
+
+    Raises ValueError if there are more values than int32 counts to.
+    """
+    ends = count_bits(bitmap).cumsum(0)
+    if len(ends) and not ends.is_meta and int(ends[-1]) > MOST_VALUES:
+        raise ValueError(f"{int(ends[-1])} values are stored, and kernels count up to {MOST_VALUES}")
+    return F.pad(ends, (1, 0)).to(torch.int32)
 
 
 def _blocks(rows: int, inner: int) -> list[slice]:
