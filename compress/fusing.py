@@ -5,13 +5,15 @@ names, shapes and what is saved stay as they were. The first that is called mult
 their part when they are called with the same input.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from paredown.compress.kinds import kind_of
+from paredown.compress.kinds import Spec, kind_of
 from paredown.compress.packed import PackedLinear
+from paredown.kernels.ops import PATHS
+from paredown.kernels.tuning import Product
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
 
@@ -38,10 +40,10 @@ class Group:
             if not self.waiting[1]:
                 self.waiting = None  # x and the parts are not kept longer than they are needed
             return part
-        parts = list(self.kind.matmul(x, self.joined, self.bias, self.ranks, self.outs).split(self.outs, dim=-1))
-        mine = parts[index]
+        both = self.kind.matmul(x, self.joined, self.bias, self.ranks, self.outs)
+        parts: list[Tensor] = list(both.split(self.outs, dim=-1))
         self.waiting = (x, {i: part for i, part in enumerate(parts) if i != index})
-        return mine
+        return parts[index]
 
     def holds(self, member: PackedLinear) -> bool:
         """Whether the member's tensors are still views into the joined ones."""
@@ -99,3 +101,32 @@ def _join_bias(members: Sequence[PackedLinear]) -> Tensor | None:
         return None
     like = next(bias for bias in biases if bias is not None)
     return _join([like.new_zeros(m.out_features) if b is None else b for m, b in zip(members, biases, strict=True)])
+
+
+def products(modules: Mapping[str, Spec]) -> set[Product]:
+    """What a packed checkpoint multiplies with, fused as `fuse` does: `modules` are the specs of its config by name."""
+    found, joined = set[Product](), set[str]()
+    for name in modules:
+        parent, _, leaf = name.rpartition(".")
+        names = next((names for names in SIBLINGS if leaf in names), (leaf,))
+        specs = {f"{parent}.{n}": modules[f"{parent}.{n}"] for n in names if f"{parent}.{n}" in modules}
+        alike = {n: spec for n, spec in specs.items() if _fuse_together(spec, modules[name])} | {name: modules[name]}
+        if name in joined or modules[name]["layout"] == "experts":
+            continue
+        joined |= alike.keys()
+        if alike[name]["kind"] in PATHS:  # a bitmap and factors are two products, each tuned where it stands alone
+            found.add(_product(list(alike.values())))
+    return found
+
+
+def _fuse_together(spec: Spec, other: Spec) -> bool:
+    same = all(spec[key] == other[key] for key in ("kind", "layout")) and spec["shape"][1] == other["shape"][1]
+    return same and kind_of(spec["kind"]).joins and spec["layout"] == "linear"
+
+
+def _product(specs: Sequence[Spec]) -> Product:
+    kind, columns = specs[0]["kind"], specs[0]["shape"][1]
+    rows, ranks = sum(spec["shape"][0] for spec in specs), [spec.get("rank", 0) for spec in specs]
+    kept = sum(spec.get("kept", 0) for spec in specs) / (rows * columns)
+    # a group reads about as much as one weight of all rows with the mean rank
+    return Product(kind, rows, columns, round(sum(ranks) / len(ranks)), round(kept, 2) if kind == "bitmap" else 0.5)

@@ -90,7 +90,7 @@ class _Packed(nn.Module):
         self._changed()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._changed()
         return self
 

@@ -78,10 +78,10 @@ def cases() -> list[Case]:
     summed = (half(out, 64), of(torch.float32, 4, 1, 64))
 
     def mma_weights(o: dict[str, Any]) -> float:
-        return 16 * o["ROW_TILES"] * 64 * o["WARPS"] * o["UNROLL"]
+        return float(16 * o["ROW_TILES"] * 64 * o["WARPS"] * o["UNROLL"])
 
     def expand_weights(o: dict[str, Any]) -> float:
-        return o["ROWS"] * 64 * o["BLOCKS"]
+        return float(o["ROWS"] * 64 * o["BLOCKS"])
 
     def mma(tokens: torch.Tensor, result: torch.Tensor, lowrank: Any = None, **tile: int) -> Callable[[], object]:
         return lambda: sparse24_mma.matmul(tokens, values, indices, bias, result, lowrank, **tile)

@@ -12,15 +12,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from importlib.resources import files
 from math import log2
 from pathlib import Path
-from typing import Any
 
 import torch
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)  # tokens; a choice holds up to its bucket
-OPS = ("sparse24", "bitmap", "lowrank", "pifa", "cur", "sparse24_lowrank")
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,10 @@ class DispatchTable:
         return min(near, key=lambda c: abs(log2(c.rows / rows)) + abs(log2(c.columns / columns)))
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        """One choice per line."""
+        head = {key: value for key, value in asdict(self).items() if key != "choices"}
+        lines = ",\n".join(json.dumps(asdict(choice)) for choice in self.choices)
+        return json.dumps(head)[:-1] + ', "choices": [\n' + lines + "\n]}\n"
 
     @classmethod
     def parse(cls, text: str) -> "DispatchTable":
@@ -91,7 +91,7 @@ def default(op: str, tokens: int) -> tuple[str, dict[str, int]]:
 @cache
 def table_of(index: int) -> DispatchTable:
     """The table of CUDA device `index`: the user's own, else the shipped one of this device, else of its architecture."""
-    name, arch = _name(index), _arch(index)
+    name, arch = torch.cuda.get_device_name(index), arch_of(torch.device("cuda", index))
     own = cache_file(name)
     if own.exists():
         return DispatchTable.parse(own.read_text())
@@ -116,19 +116,15 @@ def cache_file(device: str) -> Path:
     return Path(folder) / "kernels" / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 
-def _shipped() -> list[Any]:
-    folder = files("paredown.kernels") / "tables"
-    return sorted((p for p in folder.iterdir() if p.name.endswith(".json")), key=lambda p: p.name)
+def _shipped() -> list[Path]:
+    return sorted((Path(__file__).parent / "tables").glob("*.json"))
 
 
 def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _name(index: int) -> str:
-    return torch.cuda.get_device_name(index)
-
-
-def _arch(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
+def arch_of(device: torch.device) -> int:
+    """90 for compute capability 9.0; 0 for a GPU that is not NVIDIA's."""
+    major, minor = torch.cuda.get_device_capability(device)
     return 0 if torch.version.hip else 10 * major + minor

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """Low-rank weights for few tokens: the chain in two kernels, for one linear or for several that share their input.
 
 `down` writes `x @ right.T` as partial sums over the columns, so that there are enough programs to read at full bandwidth

@@ -10,7 +10,7 @@ linears: `right` or `pivots` (sum of ranks, in), `left` or `coefficients` flat, 
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -34,29 +34,7 @@ def _sparse24_matmul(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | 
     _expect(x, columns, indices.shape == (rows, sparse24s.index_bytes(columns)), "indices", indices, bias, rows)
     if not _on_gpu(x, values):
         return sparse24s.sparse24_matmul(x, values, indices, bias)
-    return _launch("sparse24", x, rows, lambda choice, flat, y: _sparse24(choice, flat, values, indices, bias, y, None))
-
-
-def _sparse24(
-    choice: Choice, x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, y: Tensor,
-    lowrank: tuple[Tensor, Tensor] | None,
-) -> Tensor:  # fmt: skip
-    """`lowrank`: left factor and partial sums of `x @ right.T`, for the paths that add them to the same sums."""
-    from paredown.kernels import sparse24_cusparselt, sparse24_expand, sparse24_mma
-
-    if choice.path == "mma" and (lowrank is None or lowrank[0].shape[1] % 2 == 0):
-        kernel = sparse24_mma.matmul(x, values, indices, bias, y, lowrank, **choice.tile)
-        if _mma_is_sound(kernel):
-            return y
-    if choice.path in ("mma", "portable"):
-        tile = choice.tile if choice.path == "portable" else {}
-        sparse24_expand.matmul(x, values, indices, bias, y, lowrank, **tile)
-        return y
-    if choice.path == "cusparselt" and sparse24_cusparselt.is_available(y.shape[1], x.shape[1]):
-        return sparse24_cusparselt.matmul(x, values, indices, bias)
-    weight = x.new_empty(y.shape[1], x.shape[1])
-    sparse24_expand.decompress(values, indices, weight)
-    return F.linear(x, weight, bias)
+    return _launch(sparse24_path, "sparse24", x, (values, indices), bias, rows)
 
 
 @torch.library.custom_op("paredown::sparse24_lowrank_matmul", mutates_args=())
@@ -68,16 +46,7 @@ def _sparse24_lowrank_matmul(
     _expect(x, right.shape[1], left.shape == (rows, right.shape[0]), "left", left, bias, rows)
     if not _on_gpu(x, values, left, right):
         return sparse24s.sparse24_matmul(x, values, indices, bias) + lowranks.lowrank_matmul(x, left, right)
-
-    def run(choice: Choice, flat: Tensor, y: Tensor) -> Tensor:
-        from paredown.kernels import lowrank_chain
-
-        if choice.path not in ("mma", "portable"):
-            product = _sparse24(choice, flat, values, indices, bias, y, None)
-            return product + lowranks.lowrank_matmul(flat, left, right)
-        return _sparse24(choice, flat, values, indices, bias, y, (left, lowrank_chain.partial_sums(flat, right)))
-
-    return _launch("sparse24_lowrank", x, rows, run)
+    return _launch(sparse24_lowrank_path, "sparse24_lowrank", x, (values, indices, left, right), bias, rows)
 
 
 @torch.library.custom_op("paredown::bitmap_matmul", mutates_args=())
@@ -87,18 +56,7 @@ def _bitmap_matmul(x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor | N
     if not _on_gpu(x, values):
         return bitmaps.bitmap_matmul(x, values, bitmap, bias)
     begins = bitmaps.row_starts(bitmap) if starts is None else starts
-
-    def run(choice: Choice, flat: Tensor, y: Tensor) -> Tensor:
-        from paredown.kernels import bitmap_expand
-
-        if choice.path == "portable":
-            bitmap_expand.matmul(flat, values, bitmap, begins, bias, y, **choice.tile)
-            return y
-        weight = flat.new_empty(rows, columns)
-        bitmap_expand.decompress(values, bitmap, begins, weight)
-        return F.linear(flat, weight, bias)
-
-    return _launch("bitmap", x, rows, run)
+    return _launch(bitmap_path, "bitmap", x, (values, bitmap, begins), bias, rows)
 
 
 @torch.library.custom_op("paredown::lowrank_matmul", mutates_args=())
@@ -110,16 +68,7 @@ def _lowrank_matmul(
     _expect(x, right.shape[1], fits, "left", left, bias, sum(outs))
     if not _on_gpu(x, left, right):
         return lowranks.grouped_lowrank_matmul(x, left, right, bias, ranks, outs)
-
-    def run(choice: Choice, flat: Tensor, y: Tensor) -> Tensor:
-        from paredown.kernels import lowrank_chain
-
-        if choice.path != "portable":
-            return lowranks.grouped_lowrank_matmul(flat, left, right, bias, ranks, outs)
-        lowrank_chain.lowrank_matmul(flat, left, right, bias, y, ranks, outs, **choice.tile)
-        return y
-
-    return _launch("lowrank", x, sum(outs), run)
+    return _launch(lowrank_path, "lowrank", x, (left, right, ranks, outs), bias, sum(outs))
 
 
 @torch.library.custom_op("paredown::pifa_matmul", mutates_args=())
@@ -137,16 +86,7 @@ def _pifa_matmul(
     _expect(x, pivots.shape[1], fits, "coefficients", coefficients, bias, sum(outs))
     if not _on_gpu(x, pivots, coefficients):
         return lowranks.grouped_pifa_matmul(x, pivots, coefficients, order, bias, ranks, outs)
-
-    def run(choice: Choice, flat: Tensor, y: Tensor) -> Tensor:
-        from paredown.kernels import lowrank_chain
-
-        if choice.path != "portable":
-            return lowranks.grouped_pifa_matmul(flat, pivots, coefficients, order, bias, ranks, outs)
-        lowrank_chain.pifa_matmul(flat, pivots, coefficients, order, bias, y, ranks, outs, **choice.tile)
-        return y
-
-    return _launch("pifa", x, sum(outs), run)
+    return _launch(pifa_path, "pifa", x, (pivots, coefficients, order, ranks, outs), bias, sum(outs))
 
 
 @torch.library.custom_op("paredown::cur_matmul", mutates_args=())
@@ -155,16 +95,94 @@ def _cur_matmul(x: Tensor, columns: Tensor, link: Tensor, rows: Tensor, bias: Te
     _expect(x, rows.shape[1], fits, "link", link, bias, columns.shape[0])
     if not _on_gpu(x, columns, link, rows):
         return lowranks.cur_matmul(x, columns, link, rows, bias)
+    return _launch(cur_path, "cur", x, (columns, link, rows), bias, columns.shape[0])
 
-    def run(choice: Choice, flat: Tensor, y: Tensor) -> Tensor:
-        from paredown.kernels import lowrank_chain
 
-        if choice.path != "portable":
-            return lowranks.cur_matmul(flat, columns, link, rows, bias)
-        lowrank_chain.cur_matmul(flat, columns, link, rows, bias, y, **choice.tile)
+# On a GPU: x (tokens, in), the tensors of the operator, and y (tokens, out) to fill where a kernel does. What a choice
+# does not name, a path that is not there, falls through to one that is.
+
+
+def sparse24_path(
+    choice: Choice, x: Tensor, tensors: Sequence[Any], bias: Tensor | None, y: Tensor,
+    lowrank: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """`lowrank`: left factor and partial sums of `x @ right.T`, for the paths that add them to the same sums."""
+    from paredown.kernels import sparse24_cusparselt, sparse24_expand, sparse24_mma
+
+    values, indices = tensors
+    pairs = lowrank is None or lowrank[0].shape[1] % 2 == 0  # the factor's numbers are loaded two at a time
+    if choice.path == "mma" and pairs:
+        kernel = sparse24_mma.matmul(x, values, indices, bias, y, lowrank, **choice.tile)
+        if _mma_is_sound(kernel):
+            return y
+    if choice.path in ("mma", "portable"):
+        tile = choice.tile if choice.path == "portable" else {}
+        sparse24_expand.matmul(x, values, indices, bias, y, lowrank, **tile)
         return y
+    if choice.path == "cusparselt" and sparse24_cusparselt.is_available(y.shape[1], x.shape[1]):
+        return sparse24_cusparselt.matmul(x, values, indices, bias)
+    weight = x.new_empty(y.shape[1], x.shape[1])
+    sparse24_expand.decompress(values, indices, weight)
+    return F.linear(x, weight, bias)
 
-    return _launch("cur", x, columns.shape[0], run)
+
+def sparse24_lowrank_path(choice: Choice, x: Tensor, tensors: Sequence[Any], bias: Tensor | None, y: Tensor) -> Tensor:
+    from paredown.kernels import lowrank_chain
+
+    values, indices, left, right = tensors
+    if choice.path in ("mma", "portable"):
+        sums = lowrank_chain.partial_sums(x, right)
+        return sparse24_path(choice, x, (values, indices), bias, y, (left, sums))
+    return sparse24_path(choice, x, (values, indices), bias, y) + lowranks.lowrank_matmul(x, left, right)
+
+
+def bitmap_path(choice: Choice, x: Tensor, tensors: Sequence[Any], bias: Tensor | None, y: Tensor) -> Tensor:
+    from paredown.kernels import bitmap_expand
+
+    values, bitmap, starts = tensors
+    if choice.path == "portable":
+        bitmap_expand.matmul(x, values, bitmap, starts, bias, y, **choice.tile)
+        return y
+    weight = x.new_empty(y.shape[1], x.shape[1])
+    bitmap_expand.decompress(values, bitmap, starts, weight)
+    return F.linear(x, weight, bias)
+
+
+def lowrank_path(choice: Choice, x: Tensor, tensors: Sequence[Any], bias: Tensor | None, y: Tensor) -> Tensor:
+    from paredown.kernels import lowrank_chain
+
+    left, right, ranks, outs = tensors
+    if choice.path != "portable":
+        return lowranks.grouped_lowrank_matmul(x, left, right, bias, ranks, outs)
+    lowrank_chain.lowrank_matmul(x, left, right, bias, y, ranks, outs, **choice.tile)
+    return y
+
+
+def pifa_path(choice: Choice, x: Tensor, tensors: Sequence[Any], bias: Tensor | None, y: Tensor) -> Tensor:
+    from paredown.kernels import lowrank_chain
+
+    pivots, coefficients, order, ranks, outs = tensors
+    if choice.path != "portable":
+        return lowranks.grouped_pifa_matmul(x, pivots, coefficients, order, bias, ranks, outs)
+    lowrank_chain.pifa_matmul(x, pivots, coefficients, order, bias, y, ranks, outs, **choice.tile)
+    return y
+
+
+def cur_path(choice: Choice, x: Tensor, tensors: Sequence[Any], bias: Tensor | None, y: Tensor) -> Tensor:
+    from paredown.kernels import lowrank_chain
+
+    columns, link, rows = tensors
+    if choice.path != "portable":
+        return lowranks.cur_matmul(x, columns, link, rows, bias)
+    lowrank_chain.cur_matmul(x, columns, link, rows, bias, y, **choice.tile)
+    return y
+
+
+Path = Callable[..., Tensor]
+PATHS: dict[str, Path] = {
+    "sparse24": sparse24_path, "sparse24_lowrank": sparse24_lowrank_path, "bitmap": bitmap_path,
+    "lowrank": lowrank_path, "pifa": pifa_path, "cur": cur_path,
+}  # fmt: skip
 
 
 @_sparse24_matmul.register_fake
@@ -209,7 +227,8 @@ def sparse24_matmul(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | N
     """values (out, in / 2), indices (out, index_bytes(in)) uint8. Raises ValueError where sizes do not fit, as all do."""
     if _wants_gradients(x, values, bias):
         return sparse24s.sparse24_matmul(x, values, indices, bias)
-    return _sparse24_matmul(x, values, indices, bias)
+    product: Tensor = _sparse24_matmul(x, values, indices, bias)
+    return product
 
 
 def sparse24_lowrank_matmul(
@@ -218,7 +237,8 @@ def sparse24_lowrank_matmul(
     """As `sparse24_matmul`, with left (out, k) @ right (k, in) added to the weight; k's products are rounded once."""
     if _wants_gradients(x, values, left, right, bias):
         return sparse24s.sparse24_matmul(x, values, indices, bias) + lowranks.lowrank_matmul(x, left, right)
-    return _sparse24_lowrank_matmul(x, values, indices, left, right, bias)
+    product: Tensor = _sparse24_lowrank_matmul(x, values, indices, left, right, bias)
+    return product
 
 
 def bitmap_matmul(
@@ -227,7 +247,8 @@ def bitmap_matmul(
     """values (kept,), bitmap (out, ceil(in / 8)) uint8, starts (out + 1,) int32 from `row_starts`, counted anew without."""
     if _wants_gradients(x, values, bias):
         return bitmaps.bitmap_matmul(x, values, bitmap, bias)
-    return _bitmap_matmul(x, values, bitmap, starts, bias)
+    product: Tensor = _bitmap_matmul(x, values, bitmap, starts, bias)
+    return product
 
 
 def lowrank_matmul(
@@ -238,7 +259,8 @@ def lowrank_matmul(
         ranks, outs = [right.shape[0]], [left.shape[0]]
     if _wants_gradients(x, left, right, bias):
         return lowranks.grouped_lowrank_matmul(x, left, right, bias, ranks, outs)
-    return _lowrank_matmul(x, left, right, bias, ranks, outs)
+    product: Tensor = _lowrank_matmul(x, left, right, bias, ranks, outs)
+    return product
 
 
 def pifa_matmul(
@@ -250,25 +272,27 @@ def pifa_matmul(
         ranks, outs = [pivots.shape[0]], [order.shape[0]]
     if _wants_gradients(x, pivots, coefficients, bias):
         return lowranks.grouped_pifa_matmul(x, pivots, coefficients, order, bias, ranks, outs)
-    return _pifa_matmul(x, pivots, coefficients, order, bias, ranks, outs)
+    product: Tensor = _pifa_matmul(x, pivots, coefficients, order, bias, ranks, outs)
+    return product
 
 
 def cur_matmul(x: Tensor, columns: Tensor, link: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
     """columns (out, c), link (c, r), rows (r, in)."""
     if _wants_gradients(x, columns, link, rows, bias):
         return lowranks.cur_matmul(x, columns, link, rows, bias)
-    return _cur_matmul(x, columns, link, rows, bias)
+    product: Tensor = _cur_matmul(x, columns, link, rows, bias)
+    return product
 
 
-def _launch(op: str, x: Tensor, rows: int, run: Callable[[Choice, Tensor, Tensor], Tensor]) -> Tensor:
-    """`run` with what the table chooses, x as an aligned matrix (tokens, in), and a place for the result."""
+def _launch(path: Path, op: str, x: Tensor, tensors: Sequence[Any], bias: Tensor | None, rows: int) -> Tensor:
+    """`path` by what the table chooses, with x as an aligned matrix (tokens, in) and a place for the result."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if flat.data_ptr() % 16:
         flat = flat.clone()
     y = flat.new_empty(len(flat), rows)
     if y.numel():
         with torch.cuda.device(x.device):
-            y = run(choose(op, x.device, len(flat), rows, x.shape[-1]), flat, y)
+            y = path(choose(op, x.device, len(flat), rows, x.shape[-1]), flat, tensors, bias, y)
     return y.view(*x.shape[:-1], rows)
 
 

@@ -105,7 +105,8 @@ def count_invalid24(indices: Tensor) -> int:
 
 def _turned(nibbles: Tensor) -> Tensor:
     """From the order of groups to that of the words, and back: the 16 of a block as a 4 x 4 matrix, transposed."""
-    return nibbles.unflatten(-1, (-1, 4, 4)).transpose(-1, -2).flatten(-3)
+    squares: Tensor = nibbles.unflatten(-1, (-1, 4, 4))
+    return squares.transpose(-1, -2).flatten(-3)
 
 
 def _nibble_of_mask(device: torch.device) -> Tensor:

@@ -41,7 +41,7 @@ def dense_tile(
     return tl.reshape(tl.permute(whole, (0, 1, 5, 6, 2, 3, 4)), (ROWS, 64 * BLOCKS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # one kernel for every number of tokens of a bucket
 def sparse24_expand(
     x_ptr, values_ptr, indices_ptr, left_ptr, hidden_ptr, bias_ptr, y_ptr, tokens, rows, columns, rank, splits,
     BIAS: tl.constexpr, RANKED: tl.constexpr, EVEN: tl.constexpr,

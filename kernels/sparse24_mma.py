@@ -66,7 +66,7 @@ def _hidden_pair(hidden_ptr, splits, size, place, inside, BF16: tl.constexpr):
     return _rounded_bits(even, BF16) | (_rounded_bits(odd, BF16) << 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # one kernel for every number of tokens of a bucket
 def sparse24_mma(
     x_ptr, values_ptr, indices_ptr, left_ptr, hidden_ptr, bias_ptr, y_ptr, tokens, rows, columns, rank, splits,
     ASM: tl.constexpr, DENSE_ASM: tl.constexpr, BF16: tl.constexpr,

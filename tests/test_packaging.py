@@ -4,8 +4,8 @@ import json
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from importlib.metadata import entry_points, requires, version
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ PINS = dict(
     if line and not line.startswith("#")
 )
 DATA = [
-    *ROOT.glob("recipes/*.yaml"), *ROOT.glob("evaluation/tasks/*.yaml"), *ROOT.glob("evaluation/reference/model/*"),
+    *ROOT.glob("kernels/tables/*.json"), *ROOT.glob("recipes/*.yaml"), *ROOT.glob("evaluation/tasks/*.yaml"), *ROOT.glob("evaluation/reference/model/*"),
     ROOT / "compress/py.typed",
 ]  # fmt: skip
 
@@ -43,8 +43,10 @@ def test_kernels_holds_no_init_so_that_it_cannot_shadow_hugging_faces_kernels():
 
 @pytest.mark.parametrize("path", DATA, ids=lambda path: path.name)
 def test_every_data_file_of_the_checkout_is_installed(path):
-    installed = files(package_of(path.parent if path.parent.name != "model" else path.parent.parent))
-    inside = "model/" if path.parent.name == "model" else ""
+    below = path.parent.name in ("model", "tables")  # folders of data inside a package
+    package = import_module(package_of(path.parent.parent if below else path.parent))
+    installed = Path(next(iter(package.__path__)))
+    inside = f"{path.parent.name}/" if below else ""
     assert (installed / f"{inside}{path.name}").read_bytes() == path.read_bytes()
 
 

@@ -1,0 +1,160 @@
+"""How fast the kernels are on this GPU beside dense products, and whether the bars are met. One command.
+
+    python -m paredown.kernels.benchmark [--quick] [--write TABLE.json] [--dtype bfloat16]
+
+Per row the fastest path and tile of all that are there (see tuning.py for how is timed), microseconds as the median with
+the range, bytes of the packed weight per second, and the ratio dense time / ours with its bar. The last row multiplies
+with all linears of a model of Llama-3-8B's shape in one CUDA graph, lm_head dense; attention and norms are not in it
+(`paredown bench` times whole models). Prints Markdown for BENCHMARKS.md; --write keeps what was measured as a dispatch
+table. The exit status is 1 if a bar is missed.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from paredown.kernels import ops
+from paredown.kernels.dispatch import Choice, DispatchTable, arch_of
+from paredown.kernels.timing import Timing, interleaved
+from paredown.kernels.tuning import Measured, Product, best, random_product
+
+MLP = [(14336, 4096), (4096, 14336)]
+QKV = (6144, 4096)
+HALF_RANK = 1584  # of 4096 x 14336 at half of its parameters, a multiple of 16
+LAYERS, LM_HEAD = 32, (128256, 4096)
+BLOCK = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]  # grouped q/k/v, o, grouped gate/up, down
+
+
+@dataclass(frozen=True)
+class Line:
+    """A product at some numbers of tokens, and what is asked of dense time / ours (None: only told)."""
+
+    product: Product
+    tokens: Sequence[int]
+    bar: float | None
+
+
+LINES = [
+    *(Line(Product("sparse24", *shape), (1, 8, 16), 1.5) for shape in MLP),
+    Line(Product("sparse24", *QKV), (1, 8, 16), 1.4),
+    *(Line(Product("sparse24", *shape), (64,), 1.3) for shape in (*MLP, QKV)),
+    *(Line(Product("sparse24", *shape), (256, 1024, 4096), 1.2) for shape in (*MLP, QKV)),
+    Line(Product("lowrank", 4096, 14336, HALF_RANK), (1, 8, 16), 1.7),
+    Line(Product("pifa", 4096, 14336, 1792), (1, 16), None),
+    Line(Product("sparse24_lowrank", 4096, 14336, 128), (1, 16), None),
+    Line(Product("bitmap", 4096, 14336, density=0.5), (1, 16), None),
+    Line(Product("bitmap", 4096, 14336, density=0.3), (1, 16), None),
+]
+MODEL_BAR = 1.45
+
+
+def packed_bytes(wanted: Product, dtype: torch.dtype) -> float:
+    """What the memory must deliver: the packed weight, without activations."""
+    rows, columns, rank, size = wanted.rows, wanted.columns, wanted.rank, dtype.itemsize
+    factors = rank * (rows + columns) * size
+    return {
+        "sparse24": rows * columns * (size / 2 + 1 / 8), "sparse24_lowrank": rows * columns * (size / 2 + 1 / 8) + factors,
+        "bitmap": rows * columns * (size * wanted.density + 1 / 8), "lowrank": factors,
+        "pifa": rank * (rows + columns - rank) * size, "cur": factors + rank * rank * size,
+    }[wanted.op]  # fmt: skip
+
+
+@torch.no_grad()
+def model_times(
+    device: torch.device, dtype: torch.dtype, tokens: int, choices: dict[tuple[int, int], Choice]
+) -> dict[str, Timing]:
+    """All linears of the model once, packed and dense; every layer has weights of its own."""
+    one = {shape: random_product(Product("sparse24", *shape), device, dtype) for shape in BLOCK}
+    layers = [
+        {shape: (tuple(t.clone() for t in tensors), dense.clone()) for shape, (tensors, dense) in one.items()}
+        for _ in range(LAYERS)
+    ]
+    head = torch.randn(LM_HEAD, device=device, dtype=dtype)
+    inputs = {columns: torch.randn(tokens, columns, device=device, dtype=dtype) for columns in (4096, 14336)}
+    places = {rows: inputs[4096].new_empty(tokens, rows) for rows, _ in BLOCK}
+
+    def run(
+        multiply: Callable[[Tensor, tuple[int, int], tuple[tuple[Tensor, ...], Tensor]], object],
+    ) -> Callable[[], None]:
+        def call() -> None:
+            for layer in layers:
+                for shape, weight in layer.items():
+                    multiply(inputs[shape[1]], shape, weight)
+            F.linear(inputs[4096], head)
+
+        return call
+
+    ours = run(lambda x, shape, weight: ops.sparse24_path(choices[shape], x, weight[0], None, places[shape[0]]))
+    return interleaved({"ours": ours, "dense": run(lambda x, shape, weight: F.linear(x, weight[1]))}, device, 20)
+
+
+def line_of(wanted: Product, tokens: int, bar: float | None, found: Measured, dtype: torch.dtype) -> str:
+    what = (
+        wanted.op
+        + (f" rank {wanted.rank}" if wanted.rank else "")
+        + (f" {wanted.density:.0%}" if wanted.op == "bitmap" else "")
+    )
+    tile = " ".join(f"{key}={value}" for key, value in found.choice.tile.items())
+    rate = packed_bytes(wanted, dtype) / found.time.median / 1e9
+    return (
+        f"| {what} | {wanted.rows}x{wanted.columns} | {tokens} | {found.choice.path} {tile} | {_us(found.time)} | "
+        f"{_us(found.dense)} | {rate:.0f} | {_verdict(found.dense.median / found.time.median, bar)} |"
+    )
+
+
+def _us(time: Timing) -> str:
+    return f"{time.median * 1e6:.1f} ({time.low * 1e6:.1f} to {time.high * 1e6:.1f})"
+
+
+def _verdict(ratio: float, bar: float | None) -> str:
+    return f"{ratio:.2f}x" if bar is None else f"{ratio:.2f}x, bar {bar:.2f}x {'met' if ratio >= bar else 'MISSED'}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one number of tokens per line, and no model")
+    parser.add_argument("--write", type=Path, default=None)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    chosen = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU here: there is nothing to time. What the kernels compile to: python -m paredown.kernels.aot")
+        return 1
+    import triton
+
+    device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, chosen.dtype)
+    torch.manual_seed(0)
+    name, versions = torch.cuda.get_device_name(device), {"torch": torch.__version__, "triton": triton.__version__}
+    print(
+        f"{name}, torch {versions['torch']}, triton {versions['triton']}, {date.today().isoformat()}, {chosen.dtype}\n"
+    )
+    print("| what | weight | tokens | path | us, median (range) | dense us | GB/s | dense / ours |\n|" + " --- |" * 8)
+    choices, missed = [], 0
+    for line in LINES:
+        for tokens in line.tokens[:1] if chosen.quick else line.tokens:
+            found = best(line.product, tokens, device, dtype)
+            print(line_of(line.product, tokens, line.bar, found, dtype), flush=True)
+            choices.append(found.choice)
+            missed += line.bar is not None and found.dense.median / found.time.median < line.bar
+    if not chosen.quick:
+        per_shape = {shape: best(Product("sparse24", *shape), 1, device, dtype).choice for shape in BLOCK}
+        choices += per_shape.values()
+        timed = model_times(device, dtype, 1, per_shape)
+        ratio = timed["dense"].median / timed["ours"].median
+        times = f"{_us(timed['ours'])} | {_us(timed['dense'])}"
+        print(f"| linears of Llama-3-8B, 2:4 | all | 1 | as above | {times} | | {_verdict(ratio, MODEL_BAR)} |")
+        missed += ratio < MODEL_BAR
+    if chosen.write:
+        table = DispatchTable(name, arch_of(device), "measured", tuple(choices), versions, date.today().isoformat())
+        chosen.write.write_text(table.to_json())
+    return min(missed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

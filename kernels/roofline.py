@@ -1,0 +1,121 @@
+"""What a product can take at best, from bytes, instructions and launches; and the tables for GPUs nobody measured yet.
+
+    python -m paredown.kernels.roofline [--write]
+
+A time is the largest of bytes / bandwidth, operations / tensor throughput and instructions / issue rate, plus 2 us for
+every launch inside a CUDA graph. Bandwidth is taken at 90%, tensor cores at 70% of their peak. Prints the ratio to a
+dense product that is just as efficient; --write makes kernels/tables/*.json, marked "modelled", one path per shape
+and number of tokens. A table that `paredown tune` or kernels/benchmark.py measured takes its place.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from paredown.kernels.dispatch import BUCKETS, Choice, DispatchTable
+
+LAUNCH = 2e-6
+
+
+@dataclass(frozen=True)
+class Device:
+    """Bytes, 16-bit dense tensor operations and thread instructions per second, from the vendor's data sheets."""
+
+    name: str
+    arch: int
+    bandwidth: float
+    tensor: float
+    issue: float
+
+
+DEVICES = {
+    "a100": Device("NVIDIA A100-SXM4-80GB", 80, 2.039e12, 312e12, 19.5e12),
+    "h100": Device("NVIDIA H100 80GB HBM3", 90, 3.35e12, 989e12, 29.6e12),
+    "h200": Device("NVIDIA H200", 90, 4.8e12, 989e12, 29.6e12),
+}
+SHAPES = [(1024, 4096), (4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (2048, 2048)]
+# thread instructions per weight (python -m paredown.kernels.aot), with 64 tokens where they grow with tokens
+MMA, EXPAND, BITMAP = {8: 0.9, 16: 1.4, 32: 2.3, 64: 3.5}, 5.3, 10.3
+
+
+def seconds(
+    device: Device, weights: int, tokens: int, sizes: tuple[int, int], bits: float, *,
+    instructions: float = 0.0, sparse: bool = False, launches: int = 1,
+) -> float:  # fmt: skip
+    """`weights` of `bits` bits each, read once, times `tokens` tokens of sizes (out, in)."""
+    read = weights * bits / 8 + 2 * tokens * sum(sizes)
+    operations = 2 * tokens * weights / (2 if sparse else 1)
+    return launches * LAUNCH + max(
+        read / (0.9 * device.bandwidth),
+        operations / (0.7 * device.tensor),
+        instructions * weights / (0.6 * device.issue),
+    )
+
+
+def dense(device: Device, tokens: int, shape: tuple[int, int]) -> float:
+    return seconds(device, shape[0] * shape[1], tokens, shape, 16)
+
+
+def paths(device: Device, op: str, tokens: int, shape: tuple[int, int]) -> Iterator[tuple[float, str, dict[str, int]]]:
+    """(seconds, path, tile) of everything that runs an op at these sizes. Factors: half of the parameters."""
+    weights = shape[0] * shape[1]
+    turns = -(-tokens // 64)
+    if op in ("sparse24", "sparse24_lowrank"):
+        if tokens <= 64:
+            per_weight = next(cost for most, cost in MMA.items() if tokens <= most)
+            tile = {"row_tiles": 1 if shape[0] < 8192 else 2, "warps": 8, "unroll": 4 if tokens <= 8 else 2}
+            if tokens > 16:
+                tile |= {"warps": 4, "unroll": 1}
+            yield seconds(device, weights, tokens, shape, 9, instructions=per_weight, sparse=True), "mma", tile
+        wide = {"rows": 64, "tokens": min(64, max(16, 1 << (tokens - 1).bit_length()))}
+        yield turns * seconds(device, weights, min(tokens, 64), shape, 9, instructions=EXPAND), "portable", wide
+        yield _written_first(device, tokens, shape, 9), "dense", {}
+    elif op == "bitmap":
+        yield turns * seconds(device, weights, min(tokens, 64), shape, 9, instructions=BITMAP), "portable", {}
+        yield _written_first(device, tokens, shape, 9), "dense", {}
+    else:
+        time = seconds(device, weights // 2, tokens, shape, 16, launches=2)
+        # with a dependent launch the second kernel begins before the first one ends
+        yield time - (LAUNCH / 2 if device.arch >= 90 else 0) if tokens <= 64 else 2 * time, "portable", {}
+        yield time, "torch", {}
+
+
+def _written_first(device: Device, tokens: int, shape: tuple[int, int], bits: float) -> float:
+    """The dense weight is written to memory, and multiplied with."""
+    weights = shape[0] * shape[1]
+    return seconds(device, weights, 0, shape, bits + 16) + dense(device, tokens, shape)
+
+
+def table(device: Device) -> DispatchTable:
+    choices = []
+    for op in ("sparse24", "sparse24_lowrank", "bitmap", "lowrank", "pifa", "cur"):
+        for shape in SHAPES:
+            for tokens in BUCKETS:
+                _, path, tile = min(paths(device, op, tokens, shape), key=lambda one: one[0])
+                choices.append(Choice(op, *shape, tokens, path, tile))
+    return DispatchTable(device.name, device.arch, "modelled", tuple(choices))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    chosen = parser.parse_args()
+    for file, device in DEVICES.items():
+        affordable = device.issue / (device.bandwidth / (9 / 8))  # at 9 bits a weight and full bandwidth
+        print(f"{device.name}: {affordable:.1f} instructions per weight and thread; tokens: dense time / ours")
+        for shape in SHAPES:
+            ratios = []
+            for tokens in (1, 16, 64, 1024):
+                of = {op: min(paths(device, op, tokens, shape))[0] for op in ("sparse24", "lowrank")}
+                ratios.append(
+                    f"{tokens}: "
+                    + ", ".join(f"{op} {dense(device, tokens, shape) / time:.2f}x" for op, time in of.items())
+                )
+            print(f"  {shape[0]:>6} x {shape[1]:<6}", " | ".join(ratios))
+        if chosen.write:
+            (Path(__file__).parent / "tables" / f"{file}.json").write_text(table(device).to_json())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Tables: found, parsed, nearest; the user's own before the shipped ones, and what is shipped is what the model says."""
+
+import json
+
+import pytest
+import torch
+
+from paredown.kernels import dispatch, roofline
+from paredown.kernels.dispatch import Choice, DispatchTable
+
+TABLE = DispatchTable(
+    "Some GPU", 90, "measured",
+    (
+        Choice("sparse24", 4096, 4096, 8, "mma", {"warps": 8}, 1.5),
+        Choice("sparse24", 4096, 4096, 64, "portable"),
+        Choice("sparse24", 14336, 4096, 8, "mma", {"warps": 4}, 1.6),
+        Choice("bitmap", 4096, 4096, 8, "dense"),
+    ),
+)  # fmt: skip
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch, tmp_path):
+    """`a_gpu(name, capability)`: a machine with such a device, and an empty cache folder."""
+
+    def make(name, capability=(9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setenv("PAREDOWN_CACHE", str(tmp_path))
+        dispatch.forget()
+
+    yield make
+    dispatch.forget()
+
+
+@pytest.mark.parametrize(
+    ("op", "tokens", "rows", "columns", "path", "tile"),
+    [
+        ("sparse24", 1, 4096, 4096, "mma", {"warps": 8}),
+        ("sparse24", 8, 12000, 4096, "mma", {"warps": 4}),
+        ("sparse24", 9, 12000, 4096, "portable", {}),
+        ("sparse24", 5000, 4096, 4096, "portable", {}),
+        ("bitmap", 3, 1, 1, "dense", {}),
+    ],
+)
+def test_the_smallest_bucket_that_holds_the_tokens_and_the_nearest_shape_decide(op, tokens, rows, columns, path, tile):
+    found = TABLE.find(op, tokens, rows, columns)
+    assert (found.path, found.tile) == (path, tile)
+
+
+def test_a_table_survives_being_written():
+    assert DispatchTable.parse(TABLE.to_json()) == TABLE
+    assert len(TABLE.to_json().splitlines()) == len(TABLE.choices) + 2  # a line each, to be read and compared
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"device": "x", "choices": [{"op": "sparse24"}]}', '{"choices": 3}'])
+def test_what_is_no_table_is_refused(text):
+    with pytest.raises(ValueError, match="not a dispatch table"):
+        DispatchTable.parse(text)
+
+
+def test_the_users_own_table_comes_before_the_shipped_one(a_gpu):
+    a_gpu("NVIDIA H100 80GB HBM3")
+    assert dispatch.table_of(0).basis == "modelled"
+    own = dispatch.cache_file("NVIDIA H100 80GB HBM3")
+    own.parent.mkdir(parents=True)
+    own.write_text(TABLE.to_json())
+    dispatch.forget()
+    assert dispatch.choose("sparse24", GPU, 2, 14336, 4096) == TABLE.choices[2]
+
+
+def test_an_unknown_gpu_takes_the_table_of_its_architecture_and_a_strange_one_the_portable_kernel(a_gpu):
+    a_gpu("NVIDIA H100 PCIe")
+    assert dispatch.table_of(0).arch == 90 and dispatch.choose("sparse24", GPU, 1, 4096, 4096).path == "mma"
+    a_gpu("NVIDIA GeForce GTX 1080", (6, 1))
+    assert dispatch.choose("sparse24", GPU, 1, 4096, 4096).path == "portable"
+    assert dispatch.choose("sparse24", GPU, 1000, 4096, 4096).path == "dense"
+
+
+def test_shipped_tables_are_what_the_roofline_says_and_only_name_launch_parameters():
+    assert {json.loads(path.read_text())["device"] for path in dispatch._shipped()} == {
+        device.name for device in roofline.DEVICES.values()
+    }
+    for path in dispatch._shipped():
+        table = DispatchTable.parse(path.read_text())
+        if table.basis == "modelled":
+            assert table == roofline.table(next(d for d in roofline.DEVICES.values() if d.name == table.device))
+            assert all(choice.ratio is None for choice in table.choices)
+
+
+def test_the_roofline_repeats_the_ceilings_counted_by_hand():
+    h100 = roofline.DEVICES["h100"]
+    for shape, ratio in (((1024, 4096), 1.34), ((4096, 4096), 1.59), ((14336, 4096), 1.71)):
+        found = min(roofline.paths(h100, "sparse24", 1, shape))[0]
+        assert abs(roofline.dense(h100, 1, shape) / found - ratio) < 0.01
+    # 16 bits a weight at 90% of 3.35 TB/s and one launch
+    assert abs(roofline.dense(h100, 1, (4096, 4096)) - (4096 * 4096 * 2 + 2 * 8192) / (0.9 * 3.35e12) - 2e-6) < 1e-12
+
+
+def test_a_cache_files_name_is_safe(monkeypatch, tmp_path):
+    monkeypatch.setenv("PAREDOWN_CACHE", str(tmp_path))
+    assert dispatch.cache_file("../NVIDIA / H100 (80GB)").relative_to(tmp_path).parts == (
+        "kernels",
+        "nvidia-h100-80gb.json",
+    )
