@@ -128,9 +128,22 @@ def evaluate(
 
 @app.command()
 def export(
-    folder: Annotated[str, typer.Argument(help="A packed checkpoint, or a dense one with zeros in it.", metavar="DIR")],
+    folder: Annotated[
+        str,
+        typer.Argument(
+            help="A packed checkpoint, a dense one with zeros in it, or one in compressed-tensors' removed formats "
+            "sparse-24-bitmask and sparse-bitmask.",
+            metavar="OLD",
+        ),
+    ],
     out: Out,
-    format: Annotated[Format, typer.Option("--format")],
+    format: Annotated[
+        Format | None,
+        typer.Option(
+            "--format",
+            help="packed is smaller; dense loads everywhere. Without it a packed OLD becomes dense, any other packed.",
+        ),
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Convert a checkpoint between packed and dense, without the original model."""
@@ -141,10 +154,58 @@ def export(
 
     path, revision = resolve(folder)
     with step_bar("exporting") as bar:
-        result = run(ModelSource(path, folder, revision), out, format.value, bar)
+        source = ModelSource(path, folder, revision, stranded=True)
+        result = run(source, out, format.value if format else None, bar)
     sizes = result["bytes"]
-    told = f"{out}: {format.value}, {sizes['before'] / 1e6:.1f} MB -> {sizes['after'] / 1e6:.1f} MB of weights"
+    told = f"{out}: {result['format']}, {sizes['before'] / 1e6:.1f} MB -> {sizes['after'] / 1e6:.1f} MB of weights"
     print(json.dumps(result, indent=2)) if json_output else out_console.print(told)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="A checkpoint, packed or dense: a folder or a hub id.", metavar="DIR")],
+    against: Annotated[str | None, typer.Option("--against", help="The dense model to time in turn with it.")] = None,
+    batch: Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas.")] = "1,8,32",
+    context: Annotated[
+        int, typer.Option("--context", help="Tokens of prefill; capped by what the model allows.")
+    ] = 512,
+    decode: Annotated[int, typer.Option("--decode", help="Tokens to decode one by one.")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", help="How often; the median and the range are told.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for bench.json, bench.md and bench.svg.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    json_output: Json = False,
+) -> None:
+    """Measure how fast a checkpoint runs, end to end and per layer; beside its dense original with --against."""
+    from paredown.commands.bench import bench as run
+    from paredown.commands.bench import parse_batches
+    from paredown.commands.display import out_console, show_note, step_bar
+    from paredown.evaluation.speed import Settings
+    from paredown.evaluation.speed_report import render_bench
+
+    settings = Settings(parse_batches(batch), context, decode, repeats)
+    with step_bar("measuring") as bar:
+        result = run(model, against, settings, out, device, dtype, revision, bar, show_note)
+    print(json.dumps(result, indent=2)) if json_output else out_console.print(render_bench(result))
+
+
+@app.command()
+def tune(
+    folders: Annotated[list[Path], typer.Argument(help="Packed checkpoints whose products to time.", metavar="DIR...")],
+    device: Device = "auto",
+    json_output: Json = False,
+) -> None:
+    """Time every kernel on this GPU for the sizes of these checkpoints, and keep the table that products are chosen by."""
+    from paredown.commands.display import out_console, step_bar
+    from paredown.commands.tune import tune as run
+
+    with step_bar("tuning") as bar:
+        table, file = run(folders, device, bar)
+    told = f"{file}: {len(table.choices)} choices for {table.device}"
+    print(table.to_json()) if json_output else out_console.print(told)
 
 
 @app.command()

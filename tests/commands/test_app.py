@@ -61,8 +61,8 @@ def test_compress_eval_export_and_verify_one_model(paredown, arguments, tiny_mod
         assert entry[side]["token_perplexity"] == pytest.approx(before[side]["token_perplexity"], rel=2e-3)
 
     dense, again = tmp_path / "dense", tmp_path / "again"
-    assert paredown("export", out, "-o", dense, "--format", "dense")[0] == 0
-    assert paredown("export", dense, "-o", again, "--format", "packed")[0] == 0
+    assert f"{dense}: dense, " in paredown("export", out, "-o", dense, "--format", "dense")[1].replace("\n", "")
+    assert f"{again}: packed, " in paredown("export", dense, "-o", again, "--format", "packed")[1].replace("\n", "")
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         first, *others = (loading.load(folder).eval()(ids).logits for folder in (out, dense, again))
@@ -70,6 +70,20 @@ def test_compress_eval_export_and_verify_one_model(paredown, arguments, tiny_mod
     for folder in (out, dense, again):
         assert paredown("verify", folder)[:2] == (0, f"{folder}: sound\n")
     assert paredown("compress", out, "-r", "wanda-2of4", "-o", tmp_path / "twice", *arguments)[0] == 1
+
+
+def test_export_without_a_format_turns_packed_into_dense_and_all_else_into_packed(
+    paredown, arguments, tiny_model, tmp_path
+):
+    assert paredown("compress", tiny_model, "-r", "wanda-2of4", "-o", tmp_path / "a", *arguments)[0] == 0
+    told = [
+        json.loads(paredown("export", tmp_path / old, "-o", tmp_path / new, "--json")[1])
+        for old, new in [("a", "b"), ("b", "c"), ("c", "d")]
+    ]
+    assert [one["format"] for one in told] == ["dense", "packed", "dense"]
+    packed, dense, again = (load_file(tmp_path / name / "model.safetensors") for name in ("c", "b", "d"))
+    assert any(name.endswith(".indices") for name in packed)
+    assert dense.keys() == again.keys() and all(torch.equal(dense[name], again[name]) for name in dense)
 
 
 def test_python_does_the_same(arguments, tiny_model, text_file, tmp_path):
