@@ -98,7 +98,7 @@ class Sparse24(Mask):
 
     @staticmethod
     def unpack(tensors: Tensors, shape: tuple[int, ...]) -> Tensor:
-        return sparse24s.unpack24(tensors["values"], tensors["indices"])
+        return ops.sparse24_dense(tensors["values"], tensors["indices"])
 
     @staticmethod
     def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None, ranks: Parts = None, outs: Parts = None) -> Tensor:
@@ -130,7 +130,7 @@ class Bitmap(Mask):
 
     @staticmethod
     def unpack(tensors: Tensors, shape: tuple[int, ...]) -> Tensor:
-        return bitmaps.unpack_bitmap(tensors["values"], tensors["bitmap"], shape[-1])
+        return ops.bitmap_dense(tensors["values"], tensors["bitmap"], shape[-1])
 
     @staticmethod
     def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None, ranks: Parts = None, outs: Parts = None) -> Tensor:

@@ -284,6 +284,32 @@ def cur_matmul(x: Tensor, columns: Tensor, link: Tensor, rows: Tensor, bias: Ten
     return product
 
 
+def sparse24_dense(values: Tensor, indices: Tensor) -> Tensor:
+    """The dense weight (..., out, in), bit for bit, as `unpack24` makes it."""
+    if not _on_gpu(values):
+        return sparse24s.unpack24(values, indices)
+    from paredown.kernels import sparse24_expand
+
+    dense = values.new_empty(*values.shape[:-1], 2 * values.shape[-1])
+    if dense.numel():
+        with torch.cuda.device(values.device):
+            sparse24_expand.decompress(values.flatten(0, -2), indices.flatten(0, -2), dense.flatten(0, -2))
+    return dense
+
+
+def bitmap_dense(values: Tensor, bitmap: Tensor, in_features: int) -> Tensor:
+    """The dense weight (..., out, in), bit for bit, as `unpack_bitmap` makes it."""
+    if not _on_gpu(values):
+        return bitmaps.unpack_bitmap(values, bitmap, in_features)
+    from paredown.kernels import bitmap_expand
+
+    rows, dense = bitmap.flatten(0, -2), values.new_empty(*bitmap.shape[:-1], in_features)
+    if dense.numel():
+        with torch.cuda.device(values.device):
+            bitmap_expand.decompress(values, rows, bitmaps.row_starts(rows), dense.flatten(0, -2))
+    return dense
+
+
 def _launch(path: Path, op: str, x: Tensor, tensors: Sequence[Any], bias: Tensor | None, rows: int) -> Tensor:
     """`path` by what the table chooses, with x as an aligned matrix (tokens, in) and a place for the result."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()

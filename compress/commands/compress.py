@@ -3,7 +3,8 @@
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -30,7 +31,7 @@ from paredown.evaluation.schema import SCHEMA, check_report
 Note = Callable[[str], None]
 UNLIMITED = 1 << 30
 RECORDED = ("kept", "sparsity", "kind", "rank", "relative_error")  # of each layer, in paredown.json
-VERSIONED = ("paredown", "torch", "transformers", "safetensors", "datasets", "lm-eval")
+VERSIONED = ("paredown", "torch", "triton", "transformers", "safetensors", "datasets", "lm-eval")
 
 
 def compress(
@@ -153,7 +154,7 @@ def make_report(
         "seconds": {key: round(value, 3) for key, value in result.seconds.items()},
         "peak_memory_bytes": peak_memory(),
         "fallbacks": result.fallbacks,
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in VERSIONED}},
+        "versions": {"python": sys.version.split()[0], **_versions()},
     }
 
 
@@ -210,7 +211,7 @@ def _write_checkpoint(
                     layer["name"]: {key: layer[key] for key in RECORDED if key in layer} for layer in result.layers
                 },
                 "probe": result.probe,
-                "versions": {name: version(name) for name in VERSIONED},
+                "versions": _versions(),
             }
         )
         write_config(writer, source, format, result.modules)
@@ -252,3 +253,12 @@ def _verify(folder: Path) -> None:
             f"what was written did not pass verification, and was removed:\n{done.stderr.strip()}\n"
             "This is a fault of paredown or of the disk: please report it with the lines above."
         )
+
+
+def _versions() -> dict[str, str]:
+    """Of what is installed: a run that needs no task and no data set needs no lm-eval and no datasets."""
+    found = {}
+    for name in VERSIONED:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

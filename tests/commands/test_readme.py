@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 README = Path(__file__).parents[2] / "README.md"
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README.read_text(), re.S)
@@ -39,8 +40,13 @@ def run(arguments, folder):
 def test_every_command_and_every_python_block_runs_in_order(workplace):
     assert len(COMMANDS) >= 7
     for command in COMMANDS:
-        if not command.startswith("paredown demo"):
+        if not command.startswith(("paredown demo", "paredown tune")):
             run([sys.executable, "-m", "paredown.commands.app", *shlex.split(command, comments=True)[1:]], workplace)
+    needs_a_gpu = next(command for command in COMMANDS if command.startswith("paredown tune"))
+    if not torch.cuda.is_available():
+        tuned = [sys.executable, "-m", "paredown.commands.app", *shlex.split(needs_a_gpu, comments=True)[1:]]
+        done = subprocess.run(tuned, capture_output=True, text=True, cwd=workplace)
+        assert done.returncode == 1 and "this machine has none" in done.stderr
     for kind, text in BLOCKS:
         if kind == "python":
             run([sys.executable, "-c", text], workplace)

@@ -1,11 +1,14 @@
 """The operators on a CPU: the reference behind them, and what torch.compile and torch.export ask of an operator."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from paredown.kernels import lowrank, ops
 from paredown.kernels.bitmap import pack_bitmap
+from paredown.kernels.dispatch import Choice
 from paredown.kernels.sparse24 import pack24
 
 OUT, IN = 24, 40
@@ -131,3 +134,31 @@ def test_the_reference_stands_behind_the_operator_bit_for_bit():
     assert torch.equal(ops.sparse24_matmul(x, values, indices), F.linear(x, dense))
     (left, right), _ = factors()
     assert torch.equal(ops.lowrank_matmul(x, left, right), lowrank.lowrank_matmul(x, left, right))
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_unpacking_on_a_gpu_goes_through_the_kernels_and_gives_the_same_bits(lead, monkeypatch):
+    weight = torch.randn(*lead, 10, 24).bfloat16()
+    keep = torch.rand(*lead, 10, 6, 4).argsort(-1).argsort(-1).lt(2).flatten(-2)
+    packed, loose = pack24(weight, keep), pack_bitmap(weight, keep)
+    monkeypatch.setattr(ops, "_on_gpu", lambda *tensors: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for dense in (ops.sparse24_dense(*packed), ops.bitmap_dense(*loose, 24)):
+        assert torch.equal(dense, weight * keep)
+
+
+def test_what_a_gpu_would_launch_is_what_the_table_says(monkeypatch):
+    (values, indices), dense = sparse24()
+    asked = []
+
+    def choose(op, device, tokens, rows, columns):
+        asked.append((op, tokens, rows, columns))
+        return Choice(op, rows, columns, tokens, "portable")
+
+    monkeypatch.setattr(ops, "_on_gpu", lambda *tensors: True)
+    monkeypatch.setattr(ops, "choose", choose)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    x = torch.randn(IN, 6).bfloat16().t()[1:].unflatten(0, (5, 1))  # neither contiguous nor aligned
+    y, wanted = ops.sparse24_matmul(x, values, indices), x.double() @ dense.double().T
+    assert asked == [("sparse24", 5, OUT, IN)] and y.shape == (5, 1, OUT)
+    assert float((y.double() - wanted).norm() / wanted.norm()) < 2e-2  # the interpreter truncates to bfloat16
