@@ -90,15 +90,15 @@ def default(op: str, tokens: int) -> tuple[str, dict[str, int]]:
 
 @cache
 def table_of(index: int) -> DispatchTable:
-    """The table of CUDA device `index`: the user's own, else the shipped one of this device, else of its architecture."""
+    """The table of CUDA device `index`: the user's own, else the shipped one of this device or of the newest architecture
+    that is not newer than its own."""
     name, arch = torch.cuda.get_device_name(index), arch_of(torch.device("cuda", index))
     own = cache_file(name)
     if own.exists():
         return DispatchTable.parse(own.read_text())
-    shipped = [DispatchTable.parse(path.read_text()) for path in _shipped()]
-    rank = {True: 0, False: 1}
-    fitting = sorted((t for t in shipped if t.arch == arch), key=lambda t: rank[t.device == name])
-    return fitting[0] if fitting else DispatchTable(name, arch, "modelled", ())
+    shipped = [table for path in _shipped() if (table := DispatchTable.parse(path.read_text())).arch <= arch]
+    nearest = max(shipped, key=lambda table: (table.arch, table.device == name), default=None)
+    return nearest or DispatchTable(name, arch, "modelled", ())
 
 
 def forget() -> None:

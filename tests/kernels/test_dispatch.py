@@ -70,9 +70,17 @@ def test_the_users_own_table_comes_before_the_shipped_one(a_gpu):
     assert dispatch.choose("sparse24", GPU, 2, 14336, 4096) == TABLE.choices[2]
 
 
-def test_an_unknown_gpu_takes_the_table_of_its_architecture_and_a_strange_one_the_portable_kernel(a_gpu):
+def test_an_unknown_gpu_takes_the_nearest_older_table_and_a_strange_one_the_portable_kernel(a_gpu, monkeypatch):
     a_gpu("NVIDIA H100 PCIe")
     assert dispatch.table_of(0).arch == 90 and dispatch.choose("sparse24", GPU, 1, 4096, 4096).path == "mma"
+    a_gpu("NVIDIA GeForce RTX 4090", (8, 9))
+    assert dispatch.table_of(0).arch == 80
+    a_gpu("NVIDIA H200")
+    assert dispatch.table_of(0).device == "NVIDIA H200"
+    a_gpu("AMD Instinct MI300X", (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    assert dispatch.table_of(0).choices == ()
+    monkeypatch.setattr(torch.version, "hip", None)
     a_gpu("NVIDIA GeForce GTX 1080", (6, 1))
     assert dispatch.choose("sparse24", GPU, 1, 4096, 4096).path == "portable"
     assert dispatch.choose("sparse24", GPU, 1000, 4096, 4096).path == "dense"
