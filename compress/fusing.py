@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from paredown.compress.kinds import Spec, kind_of
 from paredown.compress.packed import PackedLinear
-from paredown.kernels.ops import PATHS
+from paredown.kernels.paths import PATHS
 from paredown.kernels.tuning import Product
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))

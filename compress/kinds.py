@@ -15,7 +15,7 @@ from torch import Tensor
 from paredown.compress.errors import PareError, did_you_mean
 from paredown.kernels import bitmap as bitmaps
 from paredown.kernels import lowrank as lowranks
-from paredown.kernels import ops
+from paredown.kernels import ops, paths
 from paredown.kernels import sparse24 as sparse24s
 
 # 2: the indices of 2:4 weights lie in the order of sparse24.py. Format 1 was never released.
@@ -98,7 +98,7 @@ class Sparse24(Mask):
 
     @staticmethod
     def unpack(tensors: Tensors, shape: tuple[int, ...]) -> Tensor:
-        return ops.sparse24_dense(tensors["values"], tensors["indices"])
+        return paths.sparse24_dense(tensors["values"], tensors["indices"])
 
     @staticmethod
     def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None, ranks: Parts = None, outs: Parts = None) -> Tensor:
@@ -130,7 +130,7 @@ class Bitmap(Mask):
 
     @staticmethod
     def unpack(tensors: Tensors, shape: tuple[int, ...]) -> Tensor:
-        return ops.bitmap_dense(tensors["values"], tensors["bitmap"], shape[-1])
+        return paths.bitmap_dense(tensors["values"], tensors["bitmap"], shape[-1])
 
     @staticmethod
     def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None, ranks: Parts = None, outs: Parts = None) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from paredown.kernels import ops
+from paredown.kernels import paths
 from paredown.kernels.dispatch import Choice, DispatchTable, arch_of
 from paredown.kernels.timing import Timing, interleaved
 from paredown.kernels.tuning import Measured, Product, best, random_product
@@ -91,7 +91,7 @@ def model_times(
 
         return call
 
-    ours = run(lambda x, shape, weight: ops.sparse24_path(choices[shape], x, weight[0], None, places[shape[0]]))
+    ours = run(lambda x, shape, weight: paths.sparse24(choices[shape], x, weight[0], None, places[shape[0]]))
     return interleaved({"ours": ours, "dense": run(lambda x, shape, weight: F.linear(x, weight[1]))}, device, 20)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from paredown.kernels import bitmap as bitmaps
 from paredown.kernels import lowrank as lowranks
-from paredown.kernels import ops
+from paredown.kernels import ops, paths
 from paredown.kernels import sparse24 as sparse24s
 from paredown.kernels.dispatch import Choice
 
@@ -82,7 +82,7 @@ def subjects(out: int, inner: int, dtype: torch.dtype, device: torch.device) -> 
 
     def path(name: str) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:
         choice = Choice("sparse24", out, inner, 1, name)
-        return lambda x, bias, y: ops.sparse24_path(choice, x, (values, indices), bias, y)
+        return lambda x, bias, y: paths.sparse24(choice, x, (values, indices), bias, y)
 
     if _has_mma(device):
         yield Subject("sparse24 mma.sp", dense, into_y(sparse24_mma.matmul, values, indices), most_tokens=128)

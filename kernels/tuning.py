@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from paredown.kernels import bitmap as bitmaps
 from paredown.kernels import lowrank as lowranks
-from paredown.kernels import ops
+from paredown.kernels import paths
 from paredown.kernels import sparse24 as sparse24s
 from paredown.kernels.dispatch import BUCKETS, Choice, DispatchTable, arch_of
 from paredown.kernels.timing import Timing, interleaved
@@ -27,7 +27,7 @@ DECODE = 64  # tokens up to which kernels that read packed weights are tried
 
 @dataclass(frozen=True, order=True)
 class Product:
-    """A weight (rows, columns) of an op of `ops.PATHS`; `rank` where it has one, `density` of a bitmap."""
+    """A weight (rows, columns) of an op of `paths.PATHS`; `rank` where it has one, `density` of a bitmap."""
 
     op: str
     rows: int
@@ -116,7 +116,7 @@ def tune(
 
 
 def random_product(wanted: Product, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], Tensor]:
-    """The op's tensors of a random weight, as `ops.PATHS` takes them, and the dense weight."""
+    """The op's tensors of a random weight, as `paths.PATHS` takes them, and the dense weight."""
     rows, columns, rank = wanted.rows, wanted.columns, wanted.rank
     weight = (torch.randn(rows, columns, device=device) / columns**0.5).to(dtype)
     left = (torch.randn(rows, max(rank, 1), device=device) / max(rank, 1) ** 0.5).to(dtype)
@@ -156,7 +156,7 @@ def _calls(choice: Choice, x: Tensor, weights: list[tuple[Any, ...]]) -> Callabl
 
     def call() -> None:
         for tensors in weights:
-            ops.PATHS[choice.op](choice, x, tensors, None, y)
+            paths.PATHS[choice.op](choice, x, tensors, None, y)
 
     return call
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from paredown.kernels import lowrank, ops
+from paredown.kernels import lowrank, ops, paths
 from paredown.kernels.bitmap import pack_bitmap
 from paredown.kernels.dispatch import Choice
 from paredown.kernels.sparse24 import pack24
@@ -141,9 +141,9 @@ def test_unpacking_on_a_gpu_goes_through_the_kernels_and_gives_the_same_bits(lea
     weight = torch.randn(*lead, 10, 24).bfloat16()
     keep = torch.rand(*lead, 10, 6, 4).argsort(-1).argsort(-1).lt(2).flatten(-2)
     packed, loose = pack24(weight, keep), pack_bitmap(weight, keep)
-    monkeypatch.setattr(ops, "_on_gpu", lambda *tensors: True)
+    monkeypatch.setattr(paths, "on_gpu", lambda *tensors: True)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    for dense in (ops.sparse24_dense(*packed), ops.bitmap_dense(*loose, 24)):
+    for dense in (paths.sparse24_dense(*packed), paths.bitmap_dense(*loose, 24)):
         assert torch.equal(dense, weight * keep)
 
 
@@ -155,7 +155,7 @@ def test_what_a_gpu_would_launch_is_what_the_table_says(monkeypatch):
         asked.append((op, tokens, rows, columns))
         return Choice(op, rows, columns, tokens, "portable")
 
-    monkeypatch.setattr(ops, "_on_gpu", lambda *tensors: True)
+    monkeypatch.setattr(ops, "on_gpu", lambda *tensors: True)
     monkeypatch.setattr(ops, "choose", choose)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     x = torch.randn(IN, 6).bfloat16().t()[1:].unflatten(0, (5, 1))  # neither contiguous nor aligned

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from paredown.kernels import benchmark, ops, tuning
+from paredown.kernels import benchmark, paths, tuning
 from paredown.kernels.dispatch import Choice
 from paredown.kernels.timing import Timing
 from paredown.kernels.tuning import Product
@@ -18,7 +18,7 @@ PRODUCTS = [
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch):
     monkeypatch.setattr(tuning, "arch_of", lambda device: 90)
-    monkeypatch.setattr(ops, "_mma_is_sound", lambda kernel: True)  # the interpreter compiles nothing to look at
+    monkeypatch.setattr(paths, "_mma_is_sound", lambda kernel: True)  # the interpreter compiles nothing to look at
     torch.manual_seed(0)
 
 
@@ -32,7 +32,7 @@ def test_every_candidate_multiplies_right(wanted, tokens, mma_sp_emulated):
     assert {path for path, _ in tried} >= {"portable"} and len({str(one) for one in tried}) == len(tried)
     for path, tile in tried[:: 1 if len(tried) < 8 else 3]:
         choice = Choice(wanted.op, wanted.rows, wanted.columns, tokens, path, tile)
-        y = ops.PATHS[wanted.op](choice, x, tensors, None, torch.full((tokens, wanted.rows), torch.nan).half())
+        y = paths.PATHS[wanted.op](choice, x, tensors, None, torch.full((tokens, wanted.rows), torch.nan).half())
         assert float((y.double() - exact).norm() / exact.norm()) < 5e-3, choice
 
 
@@ -41,9 +41,9 @@ def test_a_kernel_whose_registers_lie_otherwise_is_not_believed(monkeypatch, mma
     text = "#b = #ttg.blocked<{sizePerThread = [1, 4], threadsPerWarp = [%s], warpsPerCTA = [4, 1], order = [1, 0]}>\ntt.elementwise_inline_asm -> tensor<128x4xf32, #b>"
     sound = type("Kernel", (), {"hash": "sound", "asm": {"ttgir": text % "32, 1"}})
     other = type("Kernel", (), {"hash": "other", "asm": {"ttgir": text % "16, 2"}})
-    assert ops._mma_is_sound(sound)
+    assert paths._mma_is_sound(sound)
     with pytest.warns(UserWarning, match="the portable 2:4 kernel runs instead"):
-        assert not ops._mma_is_sound(other)
+        assert not paths._mma_is_sound(other)
     tensors, dense = tuning.random_product(PRODUCTS[0], CPU, torch.float16)
     x, y = torch.randn(1, 128).half(), torch.full((1, 40), torch.nan).half()
 
@@ -53,7 +53,7 @@ def test_a_kernel_whose_registers_lie_otherwise_is_not_believed(monkeypatch, mma
 
     monkeypatch.setattr("paredown.kernels.sparse24_mma.matmul", spoilt)
     with pytest.warns(UserWarning):
-        found = ops.sparse24_path(Choice("sparse24", 40, 128, 1, "mma"), x, tensors, None, y)
+        found = paths.sparse24(Choice("sparse24", 40, 128, 1, "mma"), x, tensors, None, y)
     wanted = x.double() @ dense.double().T
     assert float((found.double() - wanted).norm() / wanted.norm()) < 5e-3
 
