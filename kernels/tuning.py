@@ -47,9 +47,11 @@ def candidates(op: str, tokens: int, device: torch.device) -> Iterator[tuple[str
     """Every path and tile worth timing."""
     if op in ("sparse24", "sparse24_lowrank"):
         if arch_of(device) >= 80 and tokens <= DECODE:
-            token_tiles = math.ceil(tokens / 8)
+            token_tiles = _power(math.ceil(tokens / 8))
             for row_tiles, warps, unroll in product((1, 2, 4), (4, 8, 16), (1, 2, 4)):
-                if row_tiles * token_tiles <= 16 and row_tiles * unroll <= 8 and token_tiles * unroll <= 8:
+                # sums, what is loaded ahead, and addresses: fitted to what ptxas takes, so that nothing spills
+                registers = 4 * row_tiles * token_tiles + unroll * (8 * token_tiles + 9 * row_tiles) + 56
+                if registers <= min(255, 2048 // warps) and row_tiles * unroll <= 8:
                     yield "mma", {"row_tiles": row_tiles, "warps": warps, "unroll": unroll}
         for rows, warps, stages in product((32, 64, 128), (4, 8), (1, 2)):
             yield (
@@ -61,7 +63,7 @@ def candidates(op: str, tokens: int, device: torch.device) -> Iterator[tuple[str
             yield "cusparselt", {}
     elif op == "bitmap":
         if tokens <= DECODE:
-            for octets, warps in product((2, 4, 8), (4, 8, 16)):
+            for octets, warps in ((2, 8), (2, 16), *(((4, 4), (4, 8)) if tokens <= 8 else ())):  # others spill
                 yield "portable", {"row_octets": octets, "warps": warps}
         yield "dense", {}
     else:
