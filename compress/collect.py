@@ -117,14 +117,16 @@ def silenced(views: list[View]) -> Iterator[None]:
 def observe_writer(
     stream: Stream, dense: Stream, block: Block, twin: Block, view: View, later: list[View], needs: frozenset[str]
 ) -> InputStats | None:
-    """As `observe_paired`, of a layer that writes to the residual stream, and what that stream has lost before it.
+    """Statistics of the input of a layer that writes to the residual stream, and what that stream misses behind it.
 
-    `residual` E[r y^T] (out, in) and `residual_mean` E[r] (out,): r is the dense residual stream minus the compressed one
-    where the layer's output is added to it, y the compressed input.
+    `missing` E[z y^T] (out, in) and `missing_mean` E[z] (out,): z is the dense residual stream minus the compressed one
+    once each has got the output of the dense weight, y the compressed input. Of a wide weight that is all that "cross"
+    could tell, and smaller.
     """
     theirs = {v.name: v for v in twin.views()}
-    stats = InputStats(view.shape[1], needs, stream.device)
-    cross = torch.zeros(view.shape, dtype=torch.float64, device=stream.device)
+    stats = InputStats(view.shape[1], needs - {"cross"}, stream.device)
+    weight = view.weight.float()  # (out, in)
+    missing = torch.zeros(view.shape, dtype=torch.float64, device=stream.device)
     total = torch.zeros(view.shape[0], dtype=torch.float64, device=stream.device)
     with silenced(later), silenced([theirs[v.name] for v in later]):
         for i in range(len(stream.hidden)):
@@ -132,14 +134,16 @@ def observe_writer(
             dense_x, dense_rest = _beside(dense, twin, theirs[view.name], i)
             if x is None or dense_x is None:
                 return None
-            lost = (dense_rest - rest).reshape(-1, view.shape[0])  # (tokens, out)
             try:
-                stats.update(x, dense_x)
+                stats.update(x)
             except PareError as fault:
                 raise PareError(f"{view.name}: {fault}") from fault
-            cross += lost.T @ x.reshape(-1, view.shape[1]).float()
-            total += lost.sum(0)
-    return stats.with_residual({"residual": cross / stats.count, "residual_mean": total / stats.count})
+            flat, dense_flat = (t.reshape(-1, view.shape[1]).float() for t in (x, dense_x))  # (tokens, in)
+            z = (dense_rest - rest).reshape(-1, view.shape[0])  # (tokens, out)
+            z = torch.addmm(z, dense_flat - flat, weight.T)
+            missing += z.T @ flat
+            total += z.sum(0)
+    return stats.with_residual({"missing": missing.div_(stats.count), "missing_mean": total / stats.count})
 
 
 def _beside(stream: Stream, block: Block, view: View, i: int) -> tuple[Tensor | None, Tensor]:

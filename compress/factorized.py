@@ -18,7 +18,7 @@ from paredown.compress.lowrank import (
     factorize,
     largest_rank,
     pivoted,
-    share_lost,
+    spectrum,
 )
 from paredown.compress.solvers import narrowed
 from paredown.compress.statistics import InputStats
@@ -108,22 +108,27 @@ class Factorized:
 
     def losses(self, weight: Tensor, stats: InputStats) -> Tensor:
         """All squared singular values, largest first: the loss at rank k is the sum of those past the k-th."""
-        return factorize(self.target(weight, stats), self.metric(stats), lambda losses: 0).losses
+        return spectrum(self.target(weight, stats), self.metric(stats))
 
     def compress(self, weight: Tensor, stats: InputStats) -> LowRank | None:
         """None where factors would store no less than the weight."""
-        shape = (weight.shape[0], weight.shape[1])
-        if self.planned_rank(shape) == 0:
+        if self.planned_rank((weight.shape[0], weight.shape[1])) == 0:
             return None
         target, metric = self.target(weight, stats), self.metric(stats)
+        edit = self.approximate(target, metric, weight.dtype)
+        if edit is None:
+            return None
+        made = dense64(edit, weight.dtype)
+        loss = target.lost(target.seen(made, metric), metric) / max(target.dropped(metric), 1e-300)
+        return replace(edit, shift=self.shift(weight, made, stats), loss=loss)
+
+    def approximate(self, target: Target, metric: Metric, dtype: torch.dtype) -> LowRank | None:
+        """The best that the rank allows; None where factors would store no less. Without its loss and shift."""
+        shape = (target.weight.shape[0], target.weight.shape[1])
         factors = factorize(target, metric, lambda losses: self._choose(shape, losses))
         if not factors.rank:
             return None
-        tensors = self.store(factors, metric, weight.dtype)
-        edit = LowRank(self.kind, shape, factors.rank, tensors)
-        made = narrowed(edit.dense(), weight.dtype).double()  # raises where the product overflows
-        loss = share_lost(target.value, made, metric, weight.double())
-        return replace(edit, shift=self.shift(weight, made, stats), loss=loss)
+        return LowRank(self.kind, shape, factors.rank, self.store(factors, metric, dtype))
 
     def store(self, factors: Factors, metric: Metric, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors to write. Narrowed from float64 here and nowhere else."""
@@ -142,6 +147,11 @@ class Factorized:
         held = losses.cumsum(0)
         rank = int((held < self.energy * held[-1]).sum()) + 1
         return rank if rank <= len(losses) and self.numbers(shape, rank) < shape[0] * shape[1] else 0
+
+
+def dense64(edit: LowRank, dtype: torch.dtype) -> Tensor:  # (out, in)
+    """What stands for the weight, float64. Raises PareError where the product overflows."""
+    return narrowed(edit.dense(), dtype).double()
 
 
 def centred(stats: InputStats) -> Tensor:  # (in, in)

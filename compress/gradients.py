@@ -15,6 +15,7 @@ from torch import Tensor
 
 from paredown.compress.blocks import Block, View, blocks
 from paredown.compress.errors import PareError
+from paredown.compress.machine import return_freed_memory
 from paredown.compress.observe import Observer
 from paredown.compress.perplexity import target_nll
 from paredown.compress.source import ModelSource
@@ -76,12 +77,18 @@ class GradientObserver(Observer):
         sums = self.gradients.setdefault(view.name, {})
         weight = view.weight
         for name, value in moments(self._gradient_needs, weight, x.flatten(0, -2).float(), delta, self.sequences):
-            sums[name] = sums[name] + value if name in sums else value.double()
+            if name in sums:
+                sums[name] += value
+            else:
+                sums[name] = value.double()
 
-    def gradient(self, name: str) -> dict[str, Tensor]:
-        """Means over the tokens that reached the layer."""
-        count = max(self.stats[name].count, 1)
-        return {key: total / count for key, total in self.gradients.get(name, {}).items()}
+    def taken(self) -> dict[str, InputStats]:
+        """The moments of each layer's input and output gradient, means over the tokens that reached it. Asked for once."""
+        found = {}
+        for name, stats in self.stats.items():
+            means = {key: total.div_(max(stats.count, 1)) for key, total in self.gradients.pop(name, {}).items()}
+            found[name] = stats.with_gradient(means)
+        return found
 
 
 def backward(
@@ -118,7 +125,8 @@ def backward(
         views = [v for v in block.views() if v.name in chosen]
         observer = GradientObserver(views, inputs, needs, source.device)
         upstream = _through(block, stream, upstream, observer)
-        yield block, {name: s.with_gradient(observer.gradient(name)) for name, s in observer.stats.items()}
+        return_freed_memory()
+        yield block, observer.taken()
         source.release(block.prefix, block.names)
         progress(f"survey, backward: block {block.index + 1} of {len(all_blocks)}")
 

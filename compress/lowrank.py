@@ -7,6 +7,8 @@ weight, or what regression towards the dense model's output asks for instead. Wh
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from paredown.compress.errors import PareError
 from paredown.compress.kinds import stored_numbers
 
 FLOOR = 1e-10  # eigenvalues of an input moment below this share of the largest count as this much: it may be singular
+UNFACTORED = "a moment of its data cannot be factored: raise damping, or calibrate on more text."
 OUTPUT_DAMPING = 1e-3  # of the mean diagonal of G: output directions that no gradient saw still count a little
 
 
@@ -22,13 +25,19 @@ OUTPUT_DAMPING = 1e-3  # of the mean diagonal of G: output directions that no gr
 class Metric:
     """What weighs an error D (out, in): `tr(G D A D^T)`. None means the identity.
 
-    input A: (in, in), or (in,) for a diagonal. output G: (out, out) where out <= in, and (in, in) holding W^T G W where
-    out > in, which then comes with diag G in `output_diagonal`; or (out,) for a diagonal.
+    input A: (in, in), or (in,) for a diagonal; a full one counts from `mean` (in,), as A - mean mean^T, if that is given.
+    output G: (out, out) where out <= in, and (in, in) holding W^T G W where out > in, which then comes with diag G in
+    `output_diagonal`; or (out,) for a diagonal.
     """
 
     input: Tensor | None = None
     output: Tensor | None = None
     output_diagonal: Tensor | None = None
+    mean: Tensor | None = None
+
+    def folded(self, shape: tuple[int, ...]) -> bool:
+        """Whether G of a weight of this shape (out, in) is only known as W^T G W."""
+        return self.output is not None and self.output.dim() == 2 and shape[0] > shape[1]
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,36 @@ class Target:
 
     @property
     def value(self) -> Tensor:  # (out, in)
-        value = self.weight if self.correction is None else self.weight + self.weight @ self.correction
+        value = self.weight if self.correction is None else torch.addmm(self.weight, self.weight, self.correction)
         return value if self.added is None else value + self.added
+
+    @cached_property
+    def square(self) -> Tensor:  # (in, in)
+        return self.weight.T @ self.weight
+
+    def within(self, made: Tensor) -> Tensor:  # (in, in)
+        """E of `weight @ E`, the part of a matrix (out, in) that lies within the weight's columns."""
+        return torch.cholesky_solve(self.weight.T @ made, _cholesky(_damped(self.square)))
+
+    def seen(self, made: Tensor, metric: Metric) -> Tensor:
+        """What the metric sees of what was made (out, in) of the target; to be measured by `lost`."""
+        return self.within(made) if metric.folded(self.weight.shape) else made
+
+    def lost(self, seen: Tensor, metric: Metric) -> float:
+        """The error, towards the target, of what is `seen` of a matrix."""
+        if not metric.folded(self.weight.shape):
+            return measured(self.value - seen, metric)
+        wrong = -seen if self.correction is None else self.correction - seen  # (in, in)
+        wrong.diagonal().add_(1.0)
+        return measured(wrong, metric)
+
+    def dropped(self, metric: Metric) -> float:
+        """The error of nothing in place of the weight."""
+        if not metric.folded(self.weight.shape) or metric.input is None or metric.input.dim() == 1:
+            return error(self.weight, metric, self.weight)
+        assert metric.output is not None  # and E is the identity
+        total = (metric.output * metric.input).sum()
+        return float(total if metric.mean is None else total - metric.mean @ metric.output @ metric.mean)
 
 
 @dataclass(frozen=True)
@@ -58,15 +95,18 @@ class Factors:
         return self.left.shape[1]
 
 
-def regressed(cross: Tensor, gram: Tensor, damping: float) -> Tensor:  # (rows, in)
+def regressed(cross: Tensor, gram: Tensor, damping: float, mean: Tensor | None = None) -> Tensor:  # (rows, in)
     """Ridge regression on y of z, by their moments `cross` E[z y^T] (rows, in) and `gram` A = E[y y^T].
 
     `cross (A + damping * mean(diag A) I)^-1`. With x the dense input and y the compressed one, z = x - y gives the
-    correction E of the linear map W (I + E) from y that is nearest to W x.
+    correction E of the linear map W (I + E) from y that is nearest to W x. With `mean` of y, A counts from it.
     """
-    damped = gram.clone()
-    damped.diagonal().add_(damping * gram.diagonal().mean().clamp_min(1e-12))  # inputs may never vary
-    return torch.cholesky_solve(cross.T, _cholesky(damped)).T
+    damped = gram.clone() if mean is None else gram.addr(mean, mean, alpha=-1.0)  # (in, in)
+    damped.diagonal().add_(damping * damped.diagonal().mean().clamp_min(1e-12))  # inputs may never vary
+    lower = _cholesky_(damped)
+    solved: Tensor = torch.linalg.solve_triangular(lower.T, cross, upper=True, left=False)  # (rows, in)
+    torch.linalg.solve_triangular(lower, solved, upper=False, left=False, out=solved)
+    return solved
 
 
 def factorize(target: Target, metric: Metric, choose: Callable[[Tensor], int]) -> Factors:
@@ -74,73 +114,90 @@ def factorize(target: Target, metric: Metric, choose: Callable[[Tensor], int]) -
 
     Singular moments are ordinary input. Raises PareError if a decomposition fails.
     """
+    product, factors = _problem(target, metric)
+    losses, vectors = _eigh(product)
+    return Factors(*factors(vectors[:, : choose(losses)]), losses)
+
+
+def spectrum(target: Target, metric: Metric) -> Tensor:
+    """The losses that `factorize` finds, without what else it needs to make factors."""
+    values: Tensor = _decomposed(torch.linalg.eigvalsh, _problem(target, metric)[0])
+    return values.flip(0).clamp_min(0)
+
+
+# the symmetric matrix whose eigenvalues are the losses, and what makes factors of its leading eigenvectors (size, k)
+Problem = tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]
+
+
+def _problem(target: Target, metric: Metric) -> Problem:
     wide = target.weight.shape[0] <= target.weight.shape[1]
-    return _wide(target, metric, choose) if wide else _tall(target, metric, choose)
+    return _wide(target, metric) if wide else _tall(target, metric)
 
 
-def _wide(target: Target, metric: Metric, choose: Callable[[Tensor], int]) -> Factors:
+def _wide(target: Target, metric: Metric) -> Problem:
     """P = eigenvectors of S A S^T with S = L B; W' = L^-1 P P^T S: no inverse of the input's moment."""
-    value = target.value
     if metric.output is None:
-        scaled, unscale = value, None
+        scaled, unscale = target.value, None
     elif metric.output.dim() == 1:
         root = _floored(metric.output).sqrt()  # (out,)
-        scaled, unscale = root[:, None] * value, root
+        scaled, unscale = root[:, None] * target.value, root
     else:
         unscale = _cholesky(_damped(metric.output, OUTPUT_DAMPING * metric.output.diagonal().mean()))  # (out, out)
-        scaled = unscale.T @ value
-    losses, vectors = _eigh(_weighed(scaled, metric.input) @ scaled.T)
-    top = vectors[:, : choose(losses)]  # (out, k)
-    right = top.T @ scaled  # (k, in)
-    if unscale is None:
-        left = top
-    elif unscale.dim() == 1:
-        left = top / unscale[:, None]
-    else:
-        left = torch.linalg.solve_triangular(unscale.T, top, upper=True)
-    return Factors(left, right, losses)
+        scaled = unscale.T @ target.value
+
+    def factors(top: Tensor) -> tuple[Tensor, Tensor]:
+        right = top.T @ scaled  # (k, in)
+        if unscale is None:
+            return top, right
+        if unscale.dim() == 1:
+            return top / unscale[:, None], right
+        return torch.linalg.solve_triangular(unscale.T, top, upper=True), right
+
+    return _weighed(scaled, metric) @ scaled.T, factors
 
 
-def _tall(target: Target, metric: Metric, choose: Callable[[Tensor], int]) -> Factors:
+def _tall(target: Target, metric: Metric) -> Problem:
     """V = eigenvectors of R^T B^T G B R, (in, in); W' = B R V V^T R^-1: nothing of size (out, out)."""
-    value, moment = target.value, metric.input
-    if metric.output is None:
-        product = value.T @ value  # (in, in)
-    elif metric.output.dim() == 1:
-        product = value.T @ (metric.output[:, None] * value)
+    if metric.output is None or metric.output.dim() == 1:
+        value = target.value
+        scaled = value if metric.output is None else metric.output[:, None] * value
+        product = value.T @ scaled  # (in, in)
+
+        def reached(right: Tensor) -> Tensor:  # (out, k)
+            return value @ right
     else:
         assert metric.output_diagonal is not None
         assert target.added is None
-        product, correction = metric.output, target.correction
+        correction = target.correction
+        product = metric.output + OUTPUT_DAMPING * metric.output_diagonal.mean() * target.square
         if correction is not None:
-            product = product + product @ correction
-            product = product + correction.T @ product
-        product = product + OUTPUT_DAMPING * metric.output_diagonal.mean() * (value.T @ value)
+            product = torch.addmm(product, product, correction)
+            product = torch.addmm(product, correction.T, product)
+
+        def reached(right: Tensor) -> Tensor:  # (out, k)
+            return target.weight @ (right if correction is None else torch.addmm(right, correction, right))
+
+    moment = metric.input
     if moment is None:
-        losses, vectors = _eigh(product)
-        top = vectors[:, : choose(losses)]
-        return Factors(value @ top, top.T, losses)
+        return product, lambda top: (reached(top), top.T)
     if moment.dim() == 1:
         root = _floored(moment).sqrt()  # (in,)
-        losses, vectors = _eigh(root[:, None] * product * root)
-        top = vectors[:, : choose(losses)]
-        return Factors(value @ (root[:, None] * top), top.T / root, losses)
-    root = _root(moment)
-    losses, vectors = _eigh(root.T @ product @ root)
-    top = vectors[:, : choose(losses)]
-    return Factors(value @ (root @ top), torch.linalg.solve(root.T, top).T, losses)
+        return root[:, None] * product * root, lambda top: (reached(root[:, None] * top), top.T / root)
+    root, unroot = _root(moment if metric.mean is None else moment.addr(metric.mean, metric.mean, alpha=-1.0))
+    return root.T @ product @ root, lambda top: (reached(root @ top), unroot(top.T))
 
 
 def error(difference: Tensor, metric: Metric, weight: Tensor) -> float:
     """`tr(G D A D^T)` of D (out, in), float64; where G is only known as W^T G W, of the part of D within W's columns."""
-    if metric.output is not None and metric.output.dim() == 2 and weight.shape[0] > weight.shape[1]:
-        # D = W E
-        small = torch.cholesky_solve(weight.T @ difference, _cholesky(_damped(weight.T @ weight)))  # (in, in)
-        return float(((metric.output @ _weighed(small, metric.input)) * small).sum())
-    weighed = _weighed(difference, metric.input)  # (out, in)
+    return measured(Target(weight).seen(difference, metric), metric)
+
+
+def measured(wrong: Tensor, metric: Metric) -> float:
+    """`tr(G D A D^T)` of what a metric sees of D."""
+    weighed = _weighed(wrong, metric)
     if metric.output is not None:
         weighed = metric.output[:, None] * weighed if metric.output.dim() == 1 else metric.output @ weighed
-    return float((weighed * difference).sum())
+    return float(weighed.flatten().dot(wrong.flatten()))
 
 
 def share_lost(aim: Tensor, made: Tensor, metric: Metric, weight: Tensor) -> float:
@@ -161,16 +218,15 @@ def pivoted(factors: Factors, metric: Metric, dtype: torch.dtype) -> dict[str, T
     Rows are chosen by LU with partial pivoting, so that no coefficient of the triangle exceeds 1; coefficients are then
     fitted to the rows as they are stored, in `dtype`. Zhao et al., ICML 2025 (arXiv 2501.19090).
     """
-    left, right, rank = factors.left, factors.right, factors.rank
-    permutation = _pivot_rows(left)  # (out,): which row stands at each place
-    pivots = (left[permutation[:rank]] @ right).to(dtype)  # (k, in)
-    chosen, others = left[permutation[:rank]], left[permutation[rank:]]
-    exact = torch.linalg.solve(chosen.T, others.T).T  # (out - k, k): of the rows before they are rounded
-    stored = pivots.to(left.dtype)
-    weighed = _weighed(stored, metric.input)  # (k, in)
+    rank = factors.rank
+    permutation, exact = _pivot_rows(factors.left)
+    rows = factors.left[permutation[:rank]] @ factors.right  # (k, in)
+    pivots = rows.to(dtype)
+    stored = pivots.to(rows.dtype)
+    weighed = _weighed(stored, metric)  # (k, in)
     inner = _damped(weighed @ stored.T, FLOOR * float((weighed * stored).sum()) / rank)
-    missed = (others @ right - exact @ stored) @ weighed.T  # (out - k, k)
-    coefficients = exact + torch.cholesky_solve(missed.T, _cholesky(inner)).T
+    rounded = (rows - stored) @ weighed.T  # (k, k)
+    coefficients = torch.addmm(exact, exact, torch.cholesky_solve(rounded.T, _cholesky(inner)).T)
     return {"pivots": pivots, "coefficients": coefficients.to(dtype), "order": permutation.argsort().int()}
 
 
@@ -186,51 +242,74 @@ def cost(kind: str, shape: tuple[int, int], rank: int, bias: bool = False, kept:
     return stored_numbers(spec)
 
 
-def _pivot_rows(left: Tensor) -> Tensor:  # (out,) int64
-    rows = list(range(len(left)))
-    for place, other in enumerate(torch.linalg.lu_factor(left)[1].tolist()):  # LAPACK counts from 1
+def _pivot_rows(left: Tensor) -> tuple[Tensor, Tensor]:
+    """Which row of (out, k) stands at each place (out,), and what the last ones are made of the first k (out - k, k)."""
+    lower, swaps = torch.linalg.lu_factor(left)  # (out, k), (k,)
+    rows, rank = list(range(len(left))), left.shape[1]
+    for place, other in enumerate(swaps.tolist()):  # LAPACK counts from 1
         rows[place], rows[other - 1] = rows[other - 1], rows[place]
-    return torch.tensor(rows, device=left.device)
+    # left = L U in this order, so that the others are L2 U = (L2 L1^-1) L1 U
+    made_of = torch.linalg.solve_triangular(lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True)
+    return torch.tensor(rows, device=left.device), made_of
 
 
-def _weighed(rows: Tensor, moment: Tensor | None) -> Tensor:
+def _weighed(rows: Tensor, metric: Metric) -> Tensor:
     """`rows @ A`, (rows, in)."""
+    moment, mean = metric.input, metric.mean
     if moment is None:
         return rows
-    return rows * moment if moment.dim() == 1 else rows @ moment
+    if moment.dim() == 1:
+        return rows * moment
+    weighed = rows @ moment
+    return weighed if mean is None else weighed.addr_(rows @ mean, mean, alpha=-1.0)
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, largest first and not below zero, with their vectors as columns."""
-    try:
-        values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    except RuntimeError as fault:
-        raise PareError(f"its eigenvalue decomposition failed ({fault}). Calibrate on more text.") from fault
+    values, vectors = _decomposed(torch.linalg.eigh, matrix)
     return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
-def _root(moment: Tensor) -> Tensor:  # (in, in)
-    """R with R R^T = A and an inverse: by Cholesky, and by the eigenvalues, floored, where A is singular."""
-    root: Tensor
-    root, failed = torch.linalg.cholesky_ex(moment)
-    pivots = root.diagonal()
+def _decomposed(by: Callable[[Tensor], Any], matrix: Tensor) -> Any:
+    try:
+        return by((matrix + matrix.T) / 2)
+    except RuntimeError as fault:
+        raise PareError(f"its eigenvalue decomposition failed ({fault}). Calibrate on more text.") from fault
+
+
+def _root(moment: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """R (in, in) with R R^T = A, and `rows @ R^-1`: by Cholesky, or by the eigenvalues, floored, where A is singular."""
+    lower: Tensor
+    lower, failed = torch.linalg.cholesky_ex(moment)
+    pivots = lower.diagonal()
     if not bool(failed) and bool(pivots.min() > FLOOR**0.5 * pivots.max()):
-        return root
+        return lower, lambda rows: torch.linalg.solve_triangular(lower, rows, upper=False, left=False)
     values, basis = _eigh(moment)
-    return basis * _floored(values).sqrt()
+    sizes = _floored(values).sqrt()  # (in,)
+    return basis * sizes, lambda rows: rows / sizes @ basis.T
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if bool(failed):
-        raise PareError("a moment of its data cannot be factored: raise damping, or calibrate on more text.")
+        raise PareError(UNFACTORED)
     return factor
 
 
+def _cholesky_(matrix: Tensor) -> Tensor:
+    """The lower factor of a symmetric matrix, in its memory: transposed, because LAPACK works on columns."""
+    lower, failed = matrix.T, torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    if bool(failed):
+        raise PareError(UNFACTORED)
+    return lower
+
+
 def _damped(matrix: Tensor, added: Tensor | float | None = None) -> Tensor:
-    added = FLOOR * matrix.diagonal().mean() if added is None else added
-    return matrix + (added + 1e-300) * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    damped = matrix.clone()
+    damped.diagonal().add_((FLOOR * matrix.diagonal().mean() if added is None else added) + 1e-300)
+    return damped
 
 
 def _floored(values: Tensor) -> Tensor:

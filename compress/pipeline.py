@@ -179,8 +179,10 @@ class Run:
                         paired = observe_writer(stream, dense, block, twin, group[0], later, needs)
                     else:
                         paired = observe_paired(stream, dense, block, twin, group, needs)
+                return_freed_memory()
                 with result.timed("compress"):
                     editor.edit(block, group, dict.fromkeys([v.name for v in group], paired) if paired else {})
+                del paired  # before the next group's are collected
         if dense is not None and twin is not None:
             with result.timed("calibration"):
                 dense.advance(twin)

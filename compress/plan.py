@@ -17,7 +17,7 @@ from paredown.compress.methods import Method
 from paredown.compress.recipe import Recipe
 from paredown.compress.source import ModelSource
 from paredown.compress.sparsity import check_width, kept_count
-from paredown.compress.statistics import GRADIENT_NEEDS
+from paredown.compress.statistics import GRADIENT_NEEDS, RESIDUAL_NEEDS
 from paredown.compress.stream import BATCH_TOKENS, name_of
 from paredown.compress.survey import share_of_model
 from paredown.compress.writer import FLUSH_BYTES
@@ -154,13 +154,18 @@ def _memory(
     largest = max((prod(v.shape) for v in in_block), default=0)
     inputs = {v.shape[1] for v in in_block}
     widest = max(inputs, default=0)
-    grams = sum(8 * n * n for n in inputs) + 3 * 8 * widest**2 if "gram" in method.needs else 0
+    factored = isinstance(method, Factorized)
+    # of the widest one in float64: a factorizer reads a copy and regresses in another; a sweep factors and inverts it
+    copies = 1 + ("cross" in method.needs) if factored else 3
+    grams = sum(8 * n * n for n in inputs) + copies * 8 * widest**2 if "gram" in method.needs else 0
     small = [min(v.shape) for v in in_block]
     if hasattr(method, "spec"):  # float64: copies of the largest weight, and of the smaller side's moments
         grams += 8 * (4 * largest + 4 * max(small, default=0) ** 2)
-    if "cross" in method.needs:  # the second moment's sums, and what regression makes of the two
-        grams += 5 * 8 * widest**2
-    gradients = 8 * sum(n * n for n in small) if method.needs & GRADIENT_NEEDS else 0
+    if "cross" in method.needs and not method.needs & RESIDUAL_NEEDS:
+        # its sums and a copy; with a residual the widest layer is a writer, of which no cross moment is collected
+        grams += 2 * 8 * widest**2
+    # float32
+    gradients = 4 * sum(n * n for n in small) if method.needs & GRADIENT_NEEDS else 0
     rest = [prod(t.shape) for n, t in source.parameters.items() if not n.startswith(inside)]
     vocabulary = source.config.get_text_config().vocab_size
     calibration, evaluations = tokens
@@ -171,8 +176,8 @@ def _memory(
         "block": element * (block_weights + edited),
         # one shard is filled while another is written, and saving makes one more copy
         "pending": 3 * (FLUSH_BYTES + edited * 9 // 8 * element // 2),
-        # float32 scores, their columns and the mask of the largest layer
-        "solver": 10 * largest + grams + gradients,
+        # float32 scores, their columns and the mask of the largest layer, beside what is counted above
+        "solver": (0 if factored else 10 * largest) + grams + gradients,
         "activations": element * width * (calibration * (2 if followed else 1) + 2 * sum(evaluations)),
         "batch": element * batch * (4 * width + 3 * max((v.shape[0] for v in in_block), default=0)),
         # at the start and at the end: embedding or head, and the logits of a few positions

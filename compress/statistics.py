@@ -12,7 +12,7 @@ from paredown.compress.errors import PareError
 NEEDS = frozenset({"second_moment_diagonal", "gram", "mean", "absolute_mean"})
 # and between the dense model's input and the compressed one's
 PAIRED_NEEDS = NEEDS | {"cross"}
-# and, of layers that write to the residual stream, between what that stream has lost and the layer's input: collect.py
+# and, of layers that write to the residual stream, between what that stream misses and the layer's input: collect.py
 RESIDUAL_NEEDS = frozenset({"residual"})
 # of the gradient of the loss with respect to a layer's output: see gradients.py
 GRADIENT_NEEDS = frozenset(
@@ -85,7 +85,12 @@ class InputStats:
                 if dense is None:
                     raise ValueError("'cross' needs the dense model's inputs beside the compressed one's")
                 flat = dense.reshape(-1, self.in_features).float()  # (tokens, in)
-                total += flat.T @ x.float() if name == "cross" else flat.sum(0)
+                if name == "dense_mean":
+                    total += flat.sum(0)
+                    continue
+                wide = x.float()  # (tokens, in)
+                for i in range(0, self.in_features, STRIP):
+                    total[i : i + STRIP] += flat[:, i : i + STRIP].T @ wide
             else:
                 total += squares if name == "second_moment_diagonal" else _BATCH_SUMS[name](x.float())
         self.count += len(x)
@@ -137,17 +142,17 @@ class InputStats:
         mine._gradient = {**self._gradient, **gradient}
         return mine
 
-    with_residual = with_gradient  # "residual" (out, in) and "residual_mean" (out,): see `collect.observe_writer`
+    with_residual = with_gradient  # "missing" (out, in) and "missing_mean" (out,): see `collect.observe_writer`
 
     def has(self, name: str) -> bool:
         """Whether a moment that belongs to one layer was collected."""
         return name in self._gradient
 
     def gradient(self, name: str) -> Tensor:
-        """`output_gradient` and the others: see `gradients.moments`."""
+        """`output_gradient` and the others: see `gradients.moments`. float64."""
         if name not in self._gradient:
             raise RuntimeError(f"{name!r} was not collected: add it to the method's `needs`")
-        return self._gradient[name]
+        return self._gradient[name].double()
 
     def energy(self, rows: Tensor) -> float:
         """`tr(R H R^T)` of some rows (rows, in): the mean square of what they make of this input, summed over rows.

@@ -29,6 +29,7 @@ from paredown.compress.errors import PareError
 from paredown.compress.factorized import Factorized
 from paredown.compress.gradients import Labels, backward
 from paredown.compress.lowrank import largest_rank
+from paredown.compress.machine import return_freed_memory
 from paredown.compress.observe import Observer
 from paredown.compress.sensitivity import Probe, Sensitivities
 from paredown.compress.source import ModelSource
@@ -51,12 +52,12 @@ class Survey:
     sensitivities: Sensitivities = field(default_factory=dict)
 
     def gradients(self, block: Block, device: torch.device) -> dict[str, dict[str, Tensor]]:
-        """Gradient moments of the block's layers, float64, by layer and by name out of GRADIENT_NEEDS."""
+        """Gradient moments of the block's layers, float32, by layer and by name out of GRADIENT_NEEDS."""
         path = self._path(block)
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in (load_file(path) if path.exists() else {}).items():
             layer, _, need = key.rpartition("|")
-            found.setdefault(layer, {})[need] = tensor.to(device).double()
+            found.setdefault(layer, {})[need] = tensor.to(device)
         return found
 
     def keep_gradients(self, block: Block, stats: dict[str, InputStats], needs: frozenset[str]) -> None:
@@ -152,6 +153,8 @@ def _walk(
                 if view.name in stats:
                     losses = _losses(method, view, stats[view.name])
                     made.curves[view.name] = Curve(view.name, view.shape, losses.tolist())
+        del stats  # before the next block's are collected
+        return_freed_memory()
     if probe is not None:
         made.sensitivities = probe.losses()
 

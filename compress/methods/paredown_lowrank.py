@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from paredown.compress.edits import LowRank
-from paredown.compress.factorized import Factorized, affine_shift, centred
-from paredown.compress.lowrank import Metric, Target, error, largest_rank, regressed
+from paredown.compress.factorized import Factorized, affine_shift, dense64
+from paredown.compress.lowrank import Metric, Target, largest_rank, measured, regressed
 from paredown.compress.methods import Damping, register
 from paredown.compress.statistics import InputStats
 
@@ -39,58 +39,73 @@ class ParedownLowRank(Factorized):
         }
         return frozenset(name for name, wanted in asked.items() if wanted)
 
-    def metric(self, stats: InputStats) -> Metric:
-        moment = centred(stats) if self.affine else stats.gram
+    def metric(self, stats: InputStats, gram: Tensor | None = None) -> Metric:
+        """`gram`, here and below: that of `stats`, where it is at hand; each one made is a large copy."""
+        metric = Metric(stats.gram if gram is None else gram, mean=stats.mean if self.affine else None)
         if not self.two_sided:
-            return Metric(moment)
-        return Metric(moment, stats.gradient("output_gradient"), stats.gradient("output_gradient_diagonal"))
+            return metric
+        output, diagonal = stats.gradient("output_gradient"), stats.gradient("output_gradient_diagonal")
+        return replace(metric, output=output, output_diagonal=diagonal)
 
-    def target(self, weight: Tensor, stats: InputStats) -> Target:
+    def target(self, weight: Tensor, stats: InputStats, gram: Tensor | None = None) -> Target:
         """Towards the dense output: the correction of the input for a tall weight, for a wide one what it adds up to."""
-        wide = weight.double()
-        if not self.regression or "cross" not in stats.needs:  # a survey of the dense model has one stream
-            return Target(wide)
-        gram, change = stats.gram, stats.cross
-        if self.affine:
-            gram, change = centred(stats), change.addr_(stats.dense_mean, stats.mean, alpha=-1.0)
-        change -= gram
-        if weight.shape[0] > weight.shape[1]:
-            return Target(wide, correction=regressed(change, gram, self.damping))
-        wanted = wide @ change  # (out, in)
-        if self._makes_up(stats):
-            wanted += stats.gradient("residual")
-            if self.affine:
-                wanted.addr_(stats.gradient("residual_mean"), stats.mean, alpha=-1.0)
-        return Target(wide, added=regressed(wanted, gram, self.damping))
+        makes_up = self._makes_up(stats)
+        if not self.regression or not (makes_up or "cross" in stats.needs):
+            return Target(weight.double())  # a survey of the dense model has one stream
+        gram, mean = stats.gram if gram is None else gram, stats.mean if self.affine else None
+        if makes_up:
+            wanted = stats.gradient("missing")  # (out, in)
+            if mean is not None:
+                wanted = wanted.addr(stats.gradient("missing_mean"), mean, alpha=-1.0)
+        else:
+            change = stats.cross.sub_(gram)  # (in, in)
+            if mean is not None:
+                change.addr_(stats.dense_mean - mean, mean, alpha=-1.0)
+            if weight.shape[0] > weight.shape[1]:
+                return Target(weight.double(), correction=regressed(change, gram, self.damping, mean))
+            wanted = weight.double() @ change
+            del change
+        added = regressed(wanted, gram, self.damping, mean)
+        return Target(weight.double(), added=added)
 
     def shift(self, weight: Tensor, made: Tensor, stats: InputStats) -> Tensor | None:
         if not self.affine:
             return None
-        lost = stats.gradient("residual_mean") if self._makes_up(stats) else 0.0
-        return affine_shift(weight, made, stats) + lost
+        if self._makes_up(stats):
+            return (weight.double() - made) @ stats.mean + stats.gradient("missing_mean")
+        return affine_shift(weight, made, stats)
 
     def compress(self, weight: Tensor, stats: InputStats) -> LowRank | None:
         """With a bias only where that loses less than a few more components for the same numbers."""
-        if not self.affine:
+        shape = (weight.shape[0], weight.shape[1])
+        if not self.affine or self.planned_rank(shape) == 0:
             return super().compress(weight, stats)
-        plain = replace(self, affine=False)
-        without = plain.compress(weight, stats)
+        plain, gram = replace(self, affine=False), stats.gram
+        target, metric = plain.target(weight, stats, gram), plain.metric(stats, gram)
+        without = plain.approximate(target, metric, weight.dtype)
         if without is None:
             return None
-        shape = (weight.shape[0], weight.shape[1])
+        made = dense64(without, weight.dtype)  # (out, in)
+        seen, missed = target.seen(made, metric), self.shift(weight, made, stats)
+        without = replace(without, loss=target.lost(seen, metric) / max(target.dropped(metric), 1e-300))
         rank = largest_rank(self.kind, shape, plain.numbers(shape, without.rank), bias=True)
-        shifted = Factorized.compress(self.with_rank(rank), weight, stats) if rank else None
-        if shifted is None:
+        if not rank:
             return without
-        aim, metric = self.target(weight, stats).value, self.metric(stats)
-        return min(without, shifted, key=lambda edit: self._lost(edit, aim, metric, weight, stats))
-
-    def _lost(self, edit: LowRank, aim: Tensor, metric: Metric, weight: Tensor, stats: InputStats) -> float:
-        """Of what varies and, without a bias, of the mean output: the two forms differ in both."""
-        wide, made = weight.double(), edit.dense().double()
-        varying = error(aim - made, metric, wide)
-        missed = self.shift(weight, made, stats) if edit.shift is None else None  # (out,)
-        return varying if missed is None else varying + error(missed[:, None], replace(metric, input=None), wide)
+        del made, target
+        target, metric = self.target(weight, stats, gram), self.metric(stats, gram)
+        shifted = self.with_rank(rank).approximate(target, metric, weight.dtype)
+        if shifted is None or missed is None:
+            return without
+        # the two forms differ in what varies and, without a bias, in the mean output
+        means = target.seen(missed[:, None], metric)
+        lost = target.lost(seen, metric) + measured(means, replace(metric, input=None, mean=None))
+        del seen
+        made = dense64(shifted, weight.dtype)
+        varying = target.lost(target.seen(made, metric), metric)
+        if lost <= varying:
+            return without
+        loss = varying / max(target.dropped(metric), 1e-300)
+        return replace(shifted, shift=self.shift(weight, made, stats), loss=loss)
 
     def _makes_up(self, stats: InputStats) -> bool:
-        return self.regression and self.residual and stats.has("residual")
+        return self.regression and self.residual and stats.has("missing")

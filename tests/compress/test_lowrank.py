@@ -1,5 +1,6 @@
 """The factorizer against slow references: roots and inverses of the moments, outputs token by token, brute-force optima."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -21,6 +22,7 @@ from paredown.compress.lowrank import (
     largest_rank,
     pivoted,
     regressed,
+    spectrum,
 )
 from paredown.compress.statistics import InputStats
 
@@ -316,6 +318,52 @@ def test_a_target_is_regressed_as_a_whole_or_by_a_correction_of_its_input():
     torch.testing.assert_close(made(found), made(factorize(Target(both), Metric(gram), lambda losses: 3)))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("output_side", ["none", "diagonal", "full"])
+def test_a_moment_that_counts_from_the_mean_is_the_covariance(shape, output_side):
+    weight, x, delta = data(*SHAPES[shape])
+    y, out, inner = x + torch.linspace(0, 3, x.shape[1]), *weight.shape
+    plain, _, _ = weighed_by(weight, y, delta, "full", output_side)
+    mean, difference = y.mean(0), torch.randn(out, inner, generator=torch.Generator().manual_seed(1)).double()
+    from_mean = replace(plain, mean=mean)
+    covariance = replace(plain, input=moment(y - mean))
+    one, two = (factorize(Target(weight), m, lambda losses: 4) for m in (from_mean, covariance))
+    torch.testing.assert_close(one.losses, two.losses, rtol=1e-8, atol=1e-9 * float(two.losses[0]))
+    torch.testing.assert_close(made(one), made(two), rtol=1e-7, atol=1e-7)
+    assert error(difference, from_mean, weight) == pytest.approx(error(difference, covariance, weight), rel=1e-8)
+    for key, wanted in pivoted(two, covariance, torch.bfloat16).items():
+        torch.testing.assert_close(pivoted(two, from_mean, torch.bfloat16)[key], wanted)
+    cross, before = torch.randn(3, inner, generator=torch.Generator().manual_seed(2)).double(), plain.input.clone()
+    added = 0.01 * covariance.input.diagonal().mean() * torch.eye(inner).double()
+    wanted = cross @ torch.linalg.inv(covariance.input + added)
+    torch.testing.assert_close(regressed(cross, plain.input, 0.01, mean), wanted, rtol=1e-8, atol=1e-9)
+    assert torch.equal(plain.input, before)
+
+
+@pytest.mark.parametrize(("shape", "input_side", "output_side"), COMBINATIONS)
+def test_the_spectrum_is_the_losses_of_the_factors(shape, input_side, output_side):
+    weight, x, delta = data(*SHAPES[shape])
+    metric, _, _ = weighed_by(weight, x, delta, input_side, output_side)
+    losses = factorize(Target(weight), metric, lambda losses: 3).losses
+    torch.testing.assert_close(spectrum(Target(weight), metric), losses, rtol=1e-9, atol=1e-9 * float(losses[0]))
+
+
+@pytest.mark.parametrize(("shape", "input_side", "output_side"), COMBINATIONS)
+def test_a_target_measures_what_is_seen_as_the_error_itself_is(shape, input_side, output_side):
+    weight, x, delta = data(*SHAPES[shape])
+    metric, _, _ = weighed_by(weight, x, delta, input_side, output_side)
+    draw = torch.Generator().manual_seed(3)
+    stands, change = (
+        0.1 * torch.randn(*size, generator=draw).double() for size in (weight.shape, 2 * weight.shape[1:])
+    )
+    for target in (Target(weight), Target(weight, correction=change)):
+        wanted = error(target.value - stands, metric, weight)
+        assert target.lost(target.seen(stands, metric), metric) == pytest.approx(wanted, rel=1e-6)
+        assert target.dropped(metric) == pytest.approx(error(weight, metric, weight), rel=1e-6)
+    from_mean = replace(metric, mean=x.mean(0) if input_side == "full" else None)
+    assert target.dropped(from_mean) == pytest.approx(error(weight, from_mean, weight), rel=1e-6)
+
+
 def test_without_a_shift_the_regression_changes_nothing():
     weight, x, _ = data(9, 14)
     change = regression(moment(x), moment(x), 0.01)
@@ -584,10 +632,10 @@ def test_a_rank_costs_the_numbers_of_its_tensors(kind, out, inner, bias, drawn):
     st.floats(0, 1.2),
 )
 def test_the_largest_rank_is_found_by_trying_them_all(kind, out, inner, bias, share):
-    fits = [
-        k for k in range(1, min(out, inner) + 1) if stored_slowly(kind, out, inner, k, bias, 0) <= share * out * inner
-    ]
-    assert largest_rank(kind, (out, inner), share * out * inner, bias) == (max(fits) if fits else 0)
+    numbers = share * out * inner
+    # shares are decimal fractions, so that a millionth of a number is none
+    fits = [k for k in range(1, min(out, inner) + 1) if stored_slowly(kind, out, inner, k, bias, 0) <= numbers + 1e-6]
+    assert largest_rank(kind, (out, inner), numbers, bias) == (max(fits) if fits else 0)
 
 
 @pytest.mark.parametrize(("out", "inner"), [(4096, 4096), (11008, 4096), (1024, 4096)])
