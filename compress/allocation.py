@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from paredown.compress.errors import PareError
+from paredown.compress.lowrank import rank_step
 
 Strategy = Literal["uniform", "per_type", "theoretical_loss", "sensitivity", "global"]
 DATA_DRIVEN = ("theoretical_loss", "sensitivity", "global")  # need a survey of the dense model first
@@ -139,11 +140,13 @@ Point = tuple[int, float, int | None]  # numbers, loss, rank
 
 
 def points(curve: Curve, cost: Cost) -> list[Point]:
-    """Every rank that stores less than the dense weight, and the dense weight itself."""
+    """Every rank of whole steps that stores less than the dense weight, and the dense weight itself."""
     tail = math.fsum(curve.losses)
     found: list[Point] = []
     for rank, loss in enumerate(curve.losses, 1):
         tail = max(tail - loss, 0.0)
+        if rank % rank_step(curve.shape):
+            continue
         numbers = cost(curve.shape, rank)
         if numbers >= curve.size:
             break

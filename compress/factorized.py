@@ -18,6 +18,7 @@ from paredown.compress.lowrank import (
     factorize,
     largest_rank,
     pivoted,
+    rank_step,
     spectrum,
 )
 from paredown.compress.solvers import narrowed
@@ -145,7 +146,8 @@ class Factorized:
         if self.energy is None:
             raise PareError("target_parameters counts the whole model: it is turned into ranks by the pipeline.")
         held = losses.cumsum(0)
-        rank = int((held < self.energy * held[-1]).sum()) + 1
+        step = rank_step(shape)
+        rank = step * (int((held < self.energy * held[-1]).sum()) // step + 1)
         return rank if rank <= len(losses) and self.numbers(shape, rank) < shape[0] * shape[1] else 0
 
 

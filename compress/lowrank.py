@@ -17,6 +17,7 @@ from paredown.compress.errors import PareError
 from paredown.compress.kinds import stored_numbers
 
 FLOOR = 1e-10  # eigenvalues of an input moment below this share of the largest count as this much: it may be singular
+LARGE = 512  # of a weight's smaller side: steps of 16 ranks are then at most 3% of it
 UNFACTORED = "a moment of its data cannot be factored: raise damping, or calibrate on more text."
 OUTPUT_DAMPING = 1e-3  # of the mean diagonal of G: output directions that no gradient saw still count a little
 
@@ -231,9 +232,15 @@ def pivoted(factors: Factors, metric: Metric, dtype: torch.dtype) -> dict[str, T
 
 
 def largest_rank(kind: str, shape: tuple[int, int], numbers: float, bias: bool = False) -> int:
-    """The largest rank whose storage takes at most so many numbers, 0 if there is none."""
+    """The largest rank of whole steps whose storage takes at most so many numbers, 0 if there is none."""
     numbers += 1e-6  # shares are decimal fractions: 0.29 of 100 is 29
-    return bisect_right(range(1, min(shape) + 1), numbers, key=lambda rank: cost(kind, shape, rank, bias))
+    ranks = range(rank_step(shape), min(shape) + 1, rank_step(shape))
+    return rank_step(shape) * bisect_right(ranks, numbers, key=lambda rank: cost(kind, shape, rank, bias))
+
+
+def rank_step(shape: tuple[int, int]) -> int:
+    """Ranks that a large weight is given are multiples of 16, so that kernels load whole vectors of its factors."""
+    return 16 if min(shape) >= LARGE else 1
 
 
 def cost(kind: str, shape: tuple[int, int], rank: int, bias: bool = False, kept: int = 0) -> int:

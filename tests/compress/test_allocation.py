@@ -1,10 +1,12 @@
 """One budget for all layers: the greedy walk on hulls against the exact program, and the rules by shape against sums."""
 
+import functools
 import math
 import random
 from itertools import pairwise
 
 import pytest
+import torch
 
 from paredown.compress.allocation import (
     AllocationSpec,
@@ -18,7 +20,8 @@ from paredown.compress.allocation import (
     points,
 )
 from paredown.compress.errors import PareError
-from paredown.compress.lowrank import cost, largest_rank
+from paredown.compress.lowrank import cost, largest_rank, rank_step
+from paredown.compress.methods import build
 from paredown.compress.recipe import Recipe
 
 SEEDS = range(12)
@@ -382,3 +385,29 @@ def test_recipes_say_how_ranks_are_spread():
 def test_faults_of_the_allocation_are_told_with_their_path(allocation, told):
     with pytest.raises(PareError, match=told):
         Recipe.parse({"method": "svd_llm", "allocation": allocation}, "mine")
+
+
+@pytest.mark.parametrize("kind", ["lowrank", "pifa"])
+def test_large_weights_get_ranks_that_kernels_load_in_whole_vectors(kind):
+    large, small = (1024, 2048), (256, 2048)
+    assert rank_step(large) == 16 and rank_step(small) == 1
+    for share in (0.31, 0.5, 0.77):
+        rank = largest_rank(kind, large, share * 1024 * 2048)
+        assert rank % 16 == 0
+        assert cost(kind, large, rank) <= share * 1024 * 2048 < cost(kind, large, rank + 16)
+    curves = [Curve(str(i), large, [2.0 ** (-j / (40 + 9 * i)) for j in range(1024)]) for i in range(4)]
+    curves.append(Curve("small", small, [2.0 ** (-j / 30) for j in range(256)]))
+    numbers = functools.partial(cost, kind)
+    budget = sum(c.size for c in curves) // 2
+    ranks = by_global_loss(curves, budget, numbers)
+    assert all(ranks[c.name] % 16 == 0 for c in curves[:4] if ranks[c.name]) and ranks["small"] % 16
+    spent = sum(c.size if (rank := ranks[c.name]) is None else numbers(c.shape, rank) for c in curves)
+    assert budget - 16 * 3072 < spent <= budget
+
+
+def test_energy_of_a_large_weight_is_rounded_up_to_a_whole_step():
+    losses = torch.logspace(0, -4, 512, dtype=torch.float64)
+    exact = int((losses.cumsum(0) < 0.85 * losses.sum()).sum()) + 1
+    assert exact % 16
+    method = build("svd", {"energy": 0.85, "storage": "factors"})
+    assert method._choose((512, 4096), losses) == 16 * math.ceil(exact / 16)
