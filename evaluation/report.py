@@ -27,7 +27,17 @@ from paredown.evaluation.tables import (
     task_rows,
 )
 
-__all__ = ["SCHEMA", "check_report", "loading_code", "model_card", "render", "render_eval"]
+__all__ = [
+    "SCHEMA",
+    "check_report",
+    "listed",
+    "loading_code",
+    "markdown_table",
+    "model_card",
+    "render",
+    "render_eval",
+    "screen_table",
+]
 
 # A screen shows so many fallbacks and warnings; report.json holds them all.
 SHOWN = 12
@@ -36,12 +46,12 @@ SHOWN = 12
 def render(report: Mapping[str, Any]) -> Group:
     """The report for a terminal: what was done, the price, the gain, and what deserves a second look."""
     head = Text.assemble((base_name(report["model"]), "bold"), "  ", recipe_words(report["recipe"]))
-    tables = [_table(rows) for rows in _results(report)]
+    tables = [screen_table(rows) for rows in _results(report)]
     if report["layers"]:
-        tables.append(_table(layer_rows(report["layers"])))
+        tables.append(screen_table(layer_rows(report["layers"])))
     facts = [Text(line) for line in _facts(report)]
     return Group(
-        head, *tables, *facts, *_listed("Fallbacks", report["fallbacks"]), *_listed("Warnings", _warnings(report))
+        head, *tables, *facts, *listed("Fallbacks", report["fallbacks"]), *listed("Warnings", _warnings(report))
     )
 
 
@@ -60,13 +70,13 @@ def render_eval(result: Mapping[str, Any]) -> Group:
         if result.get(key)
     ]
     head = Text.assemble((name, "bold"), f"  against {against}" if against else "")
-    return Group(head, *map(_table, parts), *_listed("Notes", result.get("notes", [])))
+    return Group(head, *map(screen_table, parts), *listed("Notes", result.get("notes", [])))
 
 
 def model_card(report: Mapping[str, Any]) -> str:
     """README.md of the checkpoint: front matter, loading, the table, how it was made, and where its claims end."""
     name, recipe = base_name(report["model"]), recipe_words(report["recipe"])
-    results = "\n\n".join(_markdown(rows) for rows in _results(report))
+    results = "\n\n".join(markdown_table(rows) for rows in _results(report))
     sections = [
         _front_matter(report),
         f"# {name}, compressed with paredown",
@@ -135,7 +145,7 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
     return list(report.get("warnings") or [])
 
 
-def _table(rows: Rows) -> Group:
+def screen_table(rows: Rows) -> Group:
     table = Table(title=Text(rows.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for position, header in enumerate(rows.headers):
         table.add_column(Text(header), justify="left" if position == 0 else "right", overflow="fold")
@@ -144,11 +154,11 @@ def _table(rows: Rows) -> Group:
     return Group(table, *(Text(note, style="dim") for note in rows.notes), Text())
 
 
-def _listed(title: str, lines: list[Any]) -> list[Text]:
-    """A list with its count, or nothing; the tail is left to the JSON."""
+def listed(title: str, lines: list[Any]) -> list[Text]:
+    """A list with its count, or nothing; a long tail is left to --json and what is kept of it."""
     if not lines:
         return []
-    more = [Text(f"  and {len(lines) - SHOWN} more in report.json")] if len(lines) > SHOWN else []
+    more = [Text(f"  and {len(lines) - SHOWN} more in the JSON")] if len(lines) > SHOWN else []
     return [Text(f"{title}: {len(lines)}", style="bold"), *(Text(f"  {_line(line)}") for line in lines[:SHOWN]), *more]
 
 
@@ -156,7 +166,7 @@ def _line(entry: Any) -> str:
     return ", ".join(f"{key} {value}" for key, value in entry.items()) if isinstance(entry, Mapping) else str(entry)
 
 
-def _markdown(rows: Rows) -> str:
+def markdown_table(rows: Rows) -> str:
     lines = [rows.headers, ("---",) * len(rows.headers), *rows.rows]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     notes = "".join(f"\n\n{note}." for note in rows.notes)
@@ -194,7 +204,7 @@ def _made(report: Mapping[str, Any]) -> str:
 
 
 def _counted(title: str, lines: list[Any]) -> list[str]:
-    told = [text.plain.strip() for text in _listed(title, lines)]
+    told = [text.plain.strip() for text in listed(title, lines)]
     return [f"- {told[0]}", *(f"  - {line}" for line in told[1:])] if told else []
 
 

@@ -1,13 +1,12 @@
 """A measurement of speed as `speed.measure` returns it: tables for the screen and for Markdown, and bars as SVG."""
 
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group
 from rich.text import Text
 
-from paredown.evaluation.report import _listed, _markdown, _table
+from paredown.evaluation.report import listed, markdown_table, screen_table
 from paredown.evaluation.tables import Labels, Rows, base_name, bytes_text, number
 
 PHASES = ("prefill", "decode")
@@ -16,14 +15,14 @@ PHASES = ("prefill", "decode")
 def render_bench(result: Mapping[str, Any]) -> Group:
     """The result for a terminal."""
     head = Text.assemble((base_name(result["model"]), "bold"), f"  {_headline(result)}")
-    return Group(head, *map(_table, _tables(result)), *_listed("Notes", result["notes"]))
+    return Group(head, *map(screen_table, _tables(result)), *listed("Notes", result["notes"]))
 
 
 def bench_markdown(result: Mapping[str, Any]) -> str:
     """The same as Markdown, with the picture that lies beside it."""
     name = base_name(result["model"])
     parts = [f"# Speed of {name}", f"{_headline(result)}.", "![tokens per second](bench.svg)"]
-    parts += map(_markdown, _tables(result))
+    parts += map(markdown_table, _tables(result))
     if result["notes"]:
         parts.append("\n".join(f"- {note}" for note in result["notes"]))
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
@@ -62,18 +61,21 @@ def _protocol(result: Mapping[str, Any], compared: bool) -> list[str]:
         f"median (smallest–largest) of {used['repeats']} repeats{turns}; {used['context']} random tokens of context, "
         f"then {used['decode']} decoded one by one ({modes}); prefill eager, wall time",
         "decoded logits against a plain forward, largest relative error: "
-        + ", ".join(f"{name} {_worst_error(result, key):.1e}" for key, name in _names(result).items()),
+        + ", ".join(f"{name} {_worst_error(result, key):.1e}" for key, name in shown_names(result).items()),
     ]
     return lines + (["ratio: tokens per second over those of the other model, of medians"] if compared else [])
 
 
 def memory_rows(result: Mapping[str, Any]) -> Rows:
     """A line for each quantity, and of the cache and the peak one for each batch."""
-    names = _names(result)
+    names = shown_names(result)
     told = result["memory"]
-    grown = "allocated" if result["device"]["type"] == "cuda" else "resident"
+    on_cpu = result["device"]["type"] != "cuda"
+    loaded = all("growth_bytes" in told[key] for key in names)
     rows = [("weights and buffers", *(bytes_text(told[key]["weights_bytes"]) for key in names))]
-    rows.append((f"{grown} growth by loading", *(bytes_text(told[key]["growth_bytes"]) for key in names)))
+    if loaded:
+        grown = "resident" if on_cpu else "allocated"
+        rows.append((f"{grown} growth by loading", *(bytes_text(told[key]["growth_bytes"]) for key in names)))
     for row in result["end_to_end"]:
         batch = row["batch"]
         cache = (bytes_text(batch * told[key]["cache_bytes_per_sequence"]) for key in names)
@@ -82,7 +84,7 @@ def memory_rows(result: Mapping[str, Any]) -> Rows:
             rows.append((f"peak allocated, batch {batch}", *(_bytes(row[key]["peak_bytes"]) for key in names)))
     length = result["settings"]["context"] + result["settings"]["decode"]
     notes = [f"cache: for {length} tokens a sequence"]
-    if grown == "resident":
+    if loaded and on_cpu:
         notes.append("resident growth: of the process, with what the libraries take at their first use")
     return Rows("Memory", ("", *names.values()), tuple(rows), tuple(notes))
 
@@ -122,7 +124,7 @@ def _headline(result: Mapping[str, Any]) -> str:
     return f"{against}{result['dtype']} on {device['name']}{threads}"
 
 
-def _names(result: Mapping[str, Any]) -> dict[str, str]:
+def shown_names(result: Mapping[str, Any]) -> dict[str, str]:
     """Key in the result -> how it is called, the other model first."""
     against, model = labels_of(result)
     return {"against": against, "model": model} if result["against"] is not None else {"model": model}
@@ -134,17 +136,17 @@ def _worst_error(result: Mapping[str, Any], key: str) -> float:
 
 def _rate(timing: Mapping[str, Any]) -> str:
     rate = timing["tokens_per_second"]
-    return f"{_three(rate['median'])} ({_three(rate['low'])}–{_three(rate['high'])})"
+    return f"{three_digits(rate['median'])} ({three_digits(rate['low'])}–{three_digits(rate['high'])})"
 
 
 def _micros(seconds: Mapping[str, float] | None) -> str:
     if seconds is None:
         return ""
-    median, low, high = (_three(seconds[key] * 1e6) for key in ("median", "low", "high"))
+    median, low, high = (three_digits(seconds[key] * 1e6) for key in ("median", "low", "high"))
     return f"{median} ({low}–{high})"
 
 
-def _three(value: float) -> str:
+def three_digits(value: float) -> str:
     """Three digits, or all before the point: `1,234`, `12.0`."""
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
@@ -160,83 +162,3 @@ def _joules(row: Mapping[str, Any], compared: bool) -> str:
 
 def _bytes(count: int | None) -> str:
     return "" if count is None else bytes_text(count)
-
-
-# ---- the picture
-
-WIDTH, PANEL, TOP, BAR, PITCH, GAP = 760, 190, 58, 38, 56, 44
-STYLE = """
-  text { font-family: system-ui, sans-serif; font-size: 12px; fill: #1f2328 }
-  .paper { fill: #ffffff; stroke: #d0d7de }
-  .small { font-size: 11px; fill: #59636e }
-  .title { font-size: 14px; font-weight: 600 }
-  .axis { stroke: #d0d7de }
-  .against { fill: #8c959f }
-  .model { fill: #0969da }
-  .spread { stroke: #1f2328; stroke-width: 1.5 }
-  @media (prefers-color-scheme: dark) {
-    text { fill: #f0f6fc }
-    .paper { fill: #0d1117; stroke: #3d444d }
-    .small { fill: #9198a1 }
-    .axis { stroke: #3d444d }
-    .against { fill: #656c76 }
-    .model { fill: #4493f8 }
-    .spread { stroke: #f0f6fc }
-  }
-"""
-
-
-def bench_svg(result: Mapping[str, Any]) -> str:
-    """Bars of prefill and decode tokens per second by batch, each phase on a scale of its own, from zero."""
-    names = _names(result)
-    rows = result["end_to_end"]
-    wide = max(WIDTH, 80 + len(rows) * (len(names) * PITCH + GAP))
-    height = TOP + len(PHASES) * (PANEL + 50) + 10
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {height}" width="{wide}" height="{height}" '
-        f'role="img" aria-label="tokens per second by batch">',
-        f"<style>{STYLE}</style>",
-        f'<rect class="paper" x="0.5" y="0.5" width="{wide - 1}" height="{height - 1}" rx="6"/>',
-        *_legend(names, result),
-    ]
-    for index, phase in enumerate(PHASES):
-        parts += _panel(phase, rows, list(names), TOP + index * (PANEL + 50), wide)
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def _legend(names: Mapping[str, str], result: Mapping[str, Any]) -> list[str]:
-    used = result["settings"]
-    told = f"{result['device']['name']}, {result['dtype']}, context {used['context']}, {used['decode']} tokens decoded"
-    parts, x = [f'<text class="small" x="20" y="46">{escape(told)}</text>'], 20
-    for key, name in names.items():
-        parts.append(f'<rect class="{key}" x="{x}" y="15" width="12" height="12" rx="2"/>')
-        parts.append(f'<text x="{x + 18}" y="25">{escape(name)}</text>')
-        x += 18 + 8 * len(name) + 24
-    return parts
-
-
-def _panel(phase: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str], top: float, wide: float) -> list[str]:
-    """One phase: its bars with the median above, a line from the smallest to the largest, and the ratio below."""
-    highest = max(row[key][phase]["tokens_per_second"]["high"] for row in rows for key in keys)
-    floor, tall = top + PANEL, PANEL - 52
-    parts = [
-        f'<text class="title" x="20" y="{top + 18}">{phase}, tokens per second</text>',
-        f'<line class="axis" x1="20" y1="{floor}" x2="{wide - 20}" y2="{floor}"/>',
-    ]
-    step = (wide - 40) / len(rows)
-    for place, row in enumerate(rows):
-        middle = 20 + step * (place + 0.5)
-        for index, key in enumerate(keys):
-            rate = row[key][phase]["tokens_per_second"]
-            x = middle + (index - len(keys) / 2) * PITCH + (PITCH - BAR) / 2
-            y, low, high = (floor - tall * rate[k] / highest for k in ("median", "low", "high"))
-            parts += [
-                f'<rect class="{key}" x="{x:.1f}" y="{y:.1f}" width="{BAR}" height="{floor - y:.1f}" rx="2"/>',
-                f'<line class="spread" x1="{x + BAR / 2:.1f}" y1="{low:.1f}" x2="{x + BAR / 2:.1f}" y2="{high:.1f}"/>',
-                f'<text x="{x + BAR / 2:.1f}" y="{high - 6:.1f}" text-anchor="middle">{_three(rate["median"])}</text>',
-            ]
-        ratio = f", {row['ratio'][phase]:.2f}x" if row["ratio"] else ""
-        parts.append(
-            f'<text class="small" x="{middle:.1f}" y="{floor + 17}" text-anchor="middle">batch {row["batch"]}{ratio}</text>'
-        )
-    return parts

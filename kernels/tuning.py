@@ -137,7 +137,8 @@ def random_product(wanted: Product, device: torch.device, dtype: torch.dtype) ->
         return (left, right, [rank], [rows]), lowranks.lowrank_dense(left, right)
     if wanted.op == "pifa":
         order = torch.randperm(rows, device=device).int()
-        return (right, left[rank:], order, [rank], [rows]), lowranks.pifa_dense(right, left[rank:], order)
+        coefficients = left[rank:].clone()
+        return (right, coefficients, order, [rank], [rows]), lowranks.pifa_dense(right, coefficients, order)
     link = (torch.randn(rank, rank, device=device) / rank**0.5).to(dtype)
     return (left, link, right), lowranks.cur_dense(left, link, right)
 

@@ -1,11 +1,8 @@
 """Load one model, or one and its dense original side by side, and measure how fast they run."""
 
 import json
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +14,14 @@ from paredown.compress.errors import PareError
 from paredown.compress.fusing import fuse
 from paredown.compress.machine import resident_memory
 from paredown.compress.source import ModelSource
-from paredown.evaluation.speed import Settings, cache_bytes, free_memory, measure
-from paredown.evaluation.speed_report import bench_markdown, bench_svg
+from paredown.evaluation.decoding import cache_bytes
+from paredown.evaluation.gauges import free_memory
+from paredown.evaluation.speed import Settings, measure
+from paredown.evaluation.speed_plot import bench_svg
+from paredown.evaluation.speed_report import bench_markdown
+from paredown.evaluation.surroundings import surroundings
 
 SCHEMA = 1
-VERSIONED = ("paredown", "torch", "triton", "transformers")
 
 
 def bench(
@@ -63,10 +63,8 @@ def bench(
         "schema": SCHEMA,
         "model": model,
         "against": against,
-        "device": _device(sources["model"].device),
         "dtype": str(sources["model"].dtype).removeprefix("torch."),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONED}},
+        **surroundings(sources["model"].device),
         **result,
     }
     if out is not None:
@@ -148,25 +146,3 @@ def _no_second_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _device(device: torch.device) -> dict[str, Any]:
-    if device.type == "cuda":
-        return {"type": "cuda", "name": torch.cuda.get_device_name(device)}
-    return {"type": device.type, "name": _cpu_name(), "threads": torch.get_num_threads()}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -3,8 +3,6 @@
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -27,11 +25,11 @@ from paredown.compress.writing import Format
 from paredown.evaluation.lm_tasks import TaskScores, check_tasks, compare_tasks, run_tasks
 from paredown.evaluation.report import model_card
 from paredown.evaluation.schema import SCHEMA, check_report
+from paredown.evaluation.surroundings import versions
 
 Note = Callable[[str], None]
 UNLIMITED = 1 << 30
 RECORDED = ("kept", "sparsity", "kind", "rank", "relative_error")  # of each layer, in paredown.json
-VERSIONED = ("paredown", "torch", "triton", "transformers", "safetensors", "datasets", "lm-eval")
 
 
 def compress(
@@ -154,7 +152,7 @@ def make_report(
         "seconds": {key: round(value, 3) for key, value in result.seconds.items()},
         "peak_memory_bytes": peak_memory(),
         "fallbacks": result.fallbacks,
-        "versions": {"python": sys.version.split()[0], **_versions()},
+        "versions": versions(),
     }
 
 
@@ -211,7 +209,7 @@ def _write_checkpoint(
                     layer["name"]: {key: layer[key] for key in RECORDED if key in layer} for layer in result.layers
                 },
                 "probe": result.probe,
-                "versions": _versions(),
+                "versions": versions(),
             }
         )
         write_config(writer, source, format, result.modules)
@@ -253,12 +251,3 @@ def _verify(folder: Path) -> None:
             f"what was written did not pass verification, and was removed:\n{done.stderr.strip()}\n"
             "This is a fault of paredown or of the disk: please report it with the lines above."
         )
-
-
-def _versions() -> dict[str, str]:
-    """Of what is installed: a run that needs no task and no data set needs no lm-eval and no datasets."""
-    found = {}
-    for name in VERSIONED:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

@@ -24,6 +24,7 @@ from rich.table import Table
 from paredown.compress import compress
 from paredown.compress.lowrank import Metric, Target, factorize, largest_rank
 from paredown.compress.recipe import Recipe
+from paredown.evaluation.gauges import wait
 from paredown.evaluation.reference import model_path
 
 # label -> method, options, further keys of the recipe
@@ -132,10 +133,10 @@ def block_seconds(shapes: list[tuple[int, int]], device: torch.device, kept: flo
             for out, inner in shapes:
                 weight, metric = _random(out, inner, device, two_sided=name == "two-sided")
                 rank = largest_rank("pifa", (out, inner), kept * out * inner)
-                _sync(device)
+                wait(device)
                 began = time.perf_counter()
                 factorize(Target(weight), metric, lambda losses, rank=rank: rank)  # type: ignore[misc]
-                _sync(device)
+                wait(device)
                 seconds += time.perf_counter() - began
             taken.append(seconds)
         spread = f"{min(taken):.2f} to {max(taken):.2f}"
@@ -151,11 +152,6 @@ def _random(out: int, inner: int, device: torch.device, two_sided: bool) -> tupl
     folded = torch.randn(2 * small, small, dtype=torch.float64, device=device)
     diagonal = torch.ones(out, dtype=torch.float64, device=device)
     return weight, Metric(moment, folded.T @ folded / len(folded), diagonal)
-
-
-def _sync(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

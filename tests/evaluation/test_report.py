@@ -194,7 +194,7 @@ def test_hundreds_of_layers_become_a_row_for_each_kind(report):
 
 def test_long_lists_say_how_much_is_left_out(report):
     shown = screen(render(report))
-    assert "Fallbacks: 15" in shown and "and 3 more in report.json" in shown
+    assert "Fallbacks: 15" in shown and "and 3 more in the JSON" in shown
     report["fallbacks"] = []
     assert "Fallbacks" not in screen(render(report))
 

@@ -1,0 +1,161 @@
+"""How fast a model of a known shape decodes when the linears of its blocks are packed, beside the dense model.
+
+    python -m paredown.evaluation.benchmarks.decode [--shape llama-3-8b] [--kind sparse24] [--batch 1] [--device cuda]
+
+Weights are random, and both models hold the same: the dense one those that the packed ones unpack to, so that a pruned
+model is held against its own zeros. They are made on the device, one layer at a time, and never written; embeddings,
+norms and lm_head are dense and shared. Prints the tables of `paredown bench` and the ratio of decoding, dense time /
+ours, beside the bar for 2:4 at batch 1 of Llama-3-8B's shape on an H100; there the exit status is 1 if it is missed.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from paredown.commands.display import show_note, step_bar
+from paredown.compress import fuse
+from paredown.compress.errors import PareError
+from paredown.compress.kinds import kind_of
+from paredown.compress.lowrank import largest_rank
+from paredown.compress.machine import pick_device
+from paredown.compress.source import set_tensor, skeleton
+from paredown.evaluation.speed import Settings, measure
+from paredown.evaluation.speed_report import render_bench
+from paredown.evaluation.surroundings import surroundings
+from paredown.kernels.benchmark import MODEL_BAR
+from paredown.kernels.tuning import Product, random_product
+
+DTYPE = torch.bfloat16
+KINDS = ("sparse24", "pifa", "lowrank")
+BAR_IS_FOR = ("llama-3-8b", "sparse24", 1)  # and an H100
+LLAMA_3 = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        **LLAMA_3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "llama-3.2-1b": {
+        **LLAMA_3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "max_position_embeddings": 131072, "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        },
+    },
+    "tiny": {
+        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+    },
+}  # fmt: skip
+
+
+@torch.no_grad()
+def make_models(shape: str, kind: str, kept: float, device: torch.device) -> dict[str, Any]:
+    """`{model, against}`: the packed model, fused, and the dense one of the same weights."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**SHAPES[shape])
+    against = skeleton(config, {}, DTYPE)
+    specs = {
+        name: spec_of(kind, (module.out_features, module.in_features), kept)
+        for name, module in against.named_modules()
+        if isinstance(module, nn.Linear) and "layers." in name
+    }
+    model = skeleton(config, specs, DTYPE)
+    torch.manual_seed(0)
+    for name, spec in specs.items():
+        out, inner = spec["shape"]
+        tensors, dense = random_product(Product(kind, out, inner, spec.get("rank", 0)), device, DTYPE)
+        set_tensor(against, f"{name}.weight", dense)  # (out, in)
+        # an operator takes more than a checkpoint holds: how its weights are grouped
+        for part, tensor in zip(kind_of(kind).tensors, tensors, strict=False):
+            set_tensor(model, f"{name}.{part}", tensor.clone())  # aligned, as a checkpoint's is: some are views
+    for name, parameter in list(against.named_parameters()):
+        if parameter.is_meta and name not in against.all_tied_weights_keys:
+            tensor = random_parameter(parameter, device)
+            for one in (model, against):
+                set_tensor(one, name, tensor)
+    for one in (model, against):
+        one.tie_weights()
+        one.to(device)  # the rotary tables: the class computed them on the CPU
+    fuse(model, device.type)
+    return {"model": model, "against": against}
+
+
+def spec_of(kind: str, shape: tuple[int, int], kept: float) -> dict[str, Any]:
+    """How a weight (out, in) is stored that keeps a share of its numbers, as in a checkpoint's config.json."""
+    spec = {"kind": kind, "layout": "linear", "shape": [*shape]}
+    if kind == "sparse24":
+        if kept != 0.5:
+            raise PareError(f"--kept {kept:g}: 2:4 keeps half of its weights. Leave it out, or name another --kind.")
+        return {**spec, "kept": shape[0] * shape[1] // 2}
+    rank = largest_rank(kind, shape, kept * shape[0] * shape[1])
+    if not rank or kept >= 1:
+        raise PareError(f"--kept {kept:g}: wanted a share below 1 that leaves {[*shape]} as {kind} at least rank 1.")
+    return {**spec, "rank": rank}
+
+
+def random_parameter(parameter: Tensor, device: torch.device) -> Tensor:
+    """Ones for a norm, else normal numbers that keep the size of what they multiply with."""
+    if parameter.dim() == 1:
+        return torch.ones(parameter.shape, dtype=DTYPE, device=device)
+    drawn = torch.randn(parameter.shape, dtype=DTYPE, device=device)  # (vocabulary, in)
+    return drawn.mul_(parameter.shape[-1] ** -0.5)
+
+
+def verdict(ratio: float, shape: str, kind: str, batch: int, device: str) -> tuple[str, bool]:
+    """The ratio of decoding beside the bar, and whether the bar was there to be met and is missed."""
+    asked = (shape, kind, batch) == BAR_IS_FOR and "H100" in device
+    missed = asked and ratio < MODEL_BAR
+    told = ("MISSED" if missed else "met") if asked else "not asked of this run"
+    where = "{}, {}, batch {}, on an H100".format(*BAR_IS_FOR)
+    return f"decoding, dense time / ours: {ratio:.2f}x; bar {MODEL_BAR:.2f}x ({where}): {told}", missed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-3-8b", choices=SHAPES)
+    parser.add_argument("--kind", default="sparse24", choices=KINDS)
+    parser.add_argument("--kept", type=float, default=0.5, help="share of the numbers of each packed weight")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--decode", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cuda")
+    chosen = parser.parse_args()
+    try:
+        result = run(chosen)
+    except PareError as fault:
+        sys.exit(f"error: {fault}")
+    Console().print(render_bench(result))
+    ratio = result["end_to_end"][0]["ratio"]["decode"]
+    told, missed = verdict(ratio, chosen.shape, chosen.kind, chosen.batch, result["device"]["name"])
+    print(told)
+    sys.exit(int(missed))
+
+
+def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """As `paredown bench --json` prints it."""
+    device = pick_device(chosen.device)
+    asked = Settings((chosen.batch,), chosen.context, chosen.decode, chosen.repeats)
+    settings, notes = asked.within(SHAPES[chosen.shape]["max_position_embeddings"])
+    show_note(f"making both models on {device}")
+    models = make_models(chosen.shape, chosen.kind, chosen.kept, device)
+    with step_bar("measuring") as bar:
+        result = measure(models, settings, bar, show_note)
+    return {
+        "model": f"{chosen.shape} as {chosen.kind}",
+        "against": f"{chosen.shape}, dense",
+        "dtype": str(DTYPE).removeprefix("torch."),
+        **surroundings(device),
+        **result,
+        "notes": [*notes, *result["notes"]],
+    }
+
+
+if __name__ == "__main__":
+    main()
