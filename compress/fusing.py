@@ -66,11 +66,12 @@ def fuse(model: nn.Module, device_type: str = "cuda") -> int:
     for module in list(model.modules()):
         for names in SIBLINGS:
             found = [getattr(module, name, None) for name in names]
-            members = [m for m in found if isinstance(m, PackedLinear) and _can_join(m, device_type)]
-            alike = [m for m in members if _traits(m) == _traits(members[0])]
-            if len(alike) > 1:
-                Group(alike)
-                made += 1
+            alike: dict[tuple[object, ...], list[PackedLinear]] = {}
+            for member in found:
+                if isinstance(member, PackedLinear) and _can_join(member, device_type):
+                    alike.setdefault(_traits(member), []).append(member)
+            groups = [Group(members) for members in alike.values() if len(members) > 1]
+            made += len(groups)
     return made
 
 
@@ -114,8 +115,7 @@ def products(modules: Mapping[str, Spec]) -> set[Product]:
         if name in joined or modules[name]["layout"] == "experts":
             continue
         joined |= alike.keys()
-        if alike[name]["kind"] in PATHS:  # a bitmap and factors are two products, each tuned where it stands alone
-            found.add(_product(list(alike.values())))
+        found |= _products(list(alike.values()))
     return found
 
 
@@ -124,9 +124,16 @@ def _fuse_together(spec: Spec, other: Spec) -> bool:
     return same and kind_of(spec["kind"]).joins and spec["layout"] == "linear"
 
 
-def _product(specs: Sequence[Spec]) -> Product:
-    kind, columns = specs[0]["kind"], specs[0]["shape"][1]
-    rows, ranks = sum(spec["shape"][0] for spec in specs), [spec.get("rank", 0) for spec in specs]
-    kept = sum(spec.get("kept", 0) for spec in specs) / (rows * columns)
-    # a group reads about as much as one weight of all rows with the mean rank
-    return Product(kind, rows, columns, round(sum(ranks) / len(ranks)), round(kept, 2) if kind == "bitmap" else 0.5)
+def _products(specs: Sequence[Spec]) -> set[Product]:
+    """A group is about one weight of all rows with the mean rank. A mask and factors, joined, are a product each."""
+    kind, columns, rows = specs[0]["kind"], specs[0]["shape"][1], sum(spec["shape"][0] for spec in specs)
+    rank = round(sum(spec.get("rank", 0) for spec in specs) / len(specs))
+    density = round(sum(spec.get("kept", 0) for spec in specs) / (rows * columns), 2)
+    mask, factors, _ = kind.partition("_lowrank")
+    if factors and (len(specs) > 1 or kind not in PATHS):
+        return _mask_product(mask, rows, columns, density) | {Product("lowrank", rows, columns, rank)}
+    return {Product(kind, rows, columns, rank)} if rank else _mask_product(kind, rows, columns, density)
+
+
+def _mask_product(kind: str, rows: int, columns: int, density: float) -> set[Product]:
+    return {Product(kind, rows, columns, density=density if kind == "bitmap" else 0.5)}

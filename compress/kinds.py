@@ -234,7 +234,7 @@ def _with_lowrank(mask: type[Mask]) -> type[Kind]:
     class MaskAndLowRank(Kind):
         asks = ("kept", "rank")
         tensors: ClassVar[Dtypes] = {**mask.tensors, **LowRank.tensors}
-        chain = True
+        chain = joins = True
 
         @staticmethod
         def sizes(spec: Spec) -> Sizes:
@@ -247,10 +247,10 @@ def _with_lowrank(mask: type[Mask]) -> type[Kind]:
 
         @staticmethod
         def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None, ranks: Parts = None, outs: Parts = None) -> Tensor:
-            if mask is Sparse24:
+            if mask is Sparse24 and outs is None:
                 values, indices, left, right = (tensors[n] for n in ("values", "indices", "left", "right"))
                 return ops.sparse24_lowrank_matmul(x, values, indices, left, right, bias)
-            return mask.matmul(x, tensors, bias) + LowRank.matmul(x, tensors, None)
+            return mask.matmul(x, tensors, bias) + LowRank.matmul(x, tensors, None, ranks, outs)
 
         @staticmethod
         def derive(tensors: Tensors) -> dict[str, Tensor]:

@@ -21,11 +21,15 @@ def test_products_are_fused_as_the_model_is():
         "m.0.v_proj": spec("bitmap", 32, 32, kept=256), "m.0.o_proj": spec("sparse24", 32, 64, kept=1024),
         "m.0.gate_proj": spec("pifa", 96, 32, rank=5), "m.0.up_proj": spec("pifa", 96, 32, rank=8),
         "m.0.down_proj": spec("cur", 32, 96, rank=5), "m.0.experts.up": {**spec("sparse24", 64, 32, kept=1), "layout": "experts", "shape": [2, 64, 32]},
+        "m.2.o_proj": spec("sparse24_lowrank", 32, 64, kept=1024, rank=3), "m.2.fc": spec("bitmap_lowrank", 32, 64, kept=512, rank=3),
+        "m.2.gate_proj": spec("sparse24_lowrank", 96, 32, kept=1536, rank=2), "m.2.up_proj": spec("sparse24_lowrank", 96, 32, kept=1536, rank=4),
         "m.1.q_proj": spec("sparse24", 64, 32, kept=1024), "m.1.k_proj": spec("sparse24", 32, 32, kept=512),
     }  # fmt: skip
     assert products(modules) == {
         Product("sparse24", 96, 32), Product("bitmap", 32, 32, density=0.25), Product("sparse24", 32, 64),
-        Product("pifa", 192, 32, 6), Product("cur", 32, 96, 5),
+        Product("pifa", 192, 32, 6), Product("cur", 32, 96, 5), Product("sparse24_lowrank", 32, 64, 3),
+        Product("bitmap", 32, 64, density=0.25), Product("lowrank", 32, 64, 3),
+        Product("sparse24", 192, 32), Product("lowrank", 192, 32, 3),
     }  # fmt: skip
 
 

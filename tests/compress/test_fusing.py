@@ -10,11 +10,12 @@ from paredown.compress.fusing import fuse
 from paredown.compress.packed import PackedLinear
 
 
-@pytest.fixture(params=["sparse24", "bitmap", "pifa", "factors"])
+@pytest.fixture(params=["sparse24", "bitmap", "pifa", "factors", "2:4 and factors"])
 def packed(request, tiny_model, tmp_path, prune):
     changes = {
         "sparse24": {}, "bitmap": {"sparsity": 0.6},
         "pifa": {"method": "svd_llm", "options": {"kept": 0.6, "storage": "pifa"}},
+        "2:4 and factors": {"method": "sparse_low_rank", "options": {"sparsity": "2:4", "rank": 4}},
         "factors": {"method": "svd_llm", "options": {"kept": 0.6}},
     }[request.param]  # fmt: skip
     prune(tiny_model, tmp_path / "out", **changes)
