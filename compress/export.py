@@ -55,7 +55,8 @@ def export(
         write_rest(writer, source, all_blocks, format)
         record = _old_record(source.folder)
         layers = record.get("layers") or {e["name"]: {"kept": e["kept"], "sparsity": e["sparsity"]} for e in found}
-        writer.finish({**record, "format": format, "layers": layers})
+        # a checkpoint of ours keeps the record of the model that it was made of; others' begins here
+        writer.finish({"model": source.provenance(), **record, "format": format, "layers": layers})
         write_config(writer, source, format, modules)
         writer.copy(source.companions())
         before = sum(entry.bytes for entry in TensorFiles(source.folder).entries.values())  # as they lie on disk

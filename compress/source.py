@@ -131,6 +131,10 @@ class ModelSource:
         named = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
         return sorted(path for path in named if not any(path.match(pattern) for pattern in NOT_COMPANIONS))
 
+    def provenance(self) -> dict[str, Any]:
+        """Where the weights came from, as paredown.json holds it."""
+        return {"id": self.id, "revision": self.revision, "tokenizer_sha256": self.tokenizer_sha256()}
+
     def tokenizer_sha256(self) -> str:
         digest = hashlib.sha256()
         for path in self.companions():

@@ -200,7 +200,7 @@ def _write_checkpoint(
         writer.finish(
             {
                 "recipe": recipe.to_dict(),
-                "model": {"id": source.id, "revision": source.revision, "tokenizer_sha256": source.tokenizer_sha256()},
+                "model": source.provenance(),
                 "calibration": windows.provenance(),
                 "format": format,
                 "tied": source.tied,

@@ -86,6 +86,18 @@ def test_zeros_that_others_made_are_packed(tmp_path, save_model, logits_of, tiny
     assert verify(tmp_path / "packed") == []
 
 
+def test_the_record_names_the_first_model_of_all(tiny_model, tmp_path, prune):
+    def named(folder):
+        return json.loads((tmp_path / folder / "paredown.json").read_text())["model"]
+
+    prune(tiny_model, tmp_path / "ours", format="dense")
+    export(ModelSource(tmp_path / "ours", "b/model"), tmp_path / "packed", "packed", lambda done, of: None)
+    assert named("packed") == named("ours")
+    (tmp_path / "ours" / "paredown.json").unlink()  # as others write it
+    export(ModelSource(tmp_path / "ours", "b/model"), tmp_path / "theirs", "packed", lambda done, of: None)
+    assert named("theirs") == {**named("packed"), "id": "b/model"}
+
+
 def test_packing_twice_is_refused_and_leaves_nothing(tiny_model, tmp_path, prune):
     prune(tiny_model, tmp_path / "packed")
     with pytest.raises(PareError, match="is packed already"):
