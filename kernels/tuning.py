@@ -5,6 +5,7 @@ them in the L2 cache; a repeat is one CUDA graph that multiplies with each of th
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -83,7 +84,7 @@ def best(wanted: Product, tokens: int, device: torch.device, dtype: torch.dtype,
     for path, tile in candidates(wanted.op, tokens, device):
         choice = Choice(wanted.op, wanted.rows, wanted.columns, tokens, path, tile)
         call = _calls(choice, x, [tensors for tensors, _ in weights])
-        if _runs(call):
+        if _runs(choice, call):
             calls[path, tuple(sorted(tile.items()))] = call
     brief = {key: interleaved({"": call}, device, 3)[""].median for key, call in calls.items()}
     finalists = sorted(brief, key=lambda key: brief[key])[:3]
@@ -164,14 +165,17 @@ def _calls(choice: Choice, x: Tensor, weights: list[tuple[Any, ...]]) -> Callabl
     return call
 
 
-def _runs(call: Callable[[], object]) -> bool:
-    """Whether a candidate runs here: a tile may need more shared memory or registers than the device has."""
+def _runs(choice: Choice, call: Callable[[], object]) -> bool:
+    """Whether a candidate runs here: a tile may need more shared memory than there is, a library may refuse a size."""
     from triton.runtime.errors import OutOfResources
 
     try:
         call()
         torch.cuda.synchronize()
     except OutOfResources:
+        return False
+    except RuntimeError as fault:
+        warnings.warn(f"left out, because it fails here: {choice} ({fault})", stacklevel=2)
         return False
     return True
 

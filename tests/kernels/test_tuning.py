@@ -73,7 +73,7 @@ def test_the_fastest_of_the_finalists_is_chosen_and_its_ratio_told(monkeypatch):
     speeds = {"mma": 2e-6, "portable": 4e-6, "dense": 9e-6, "cusparselt": 9e-6}
     weights = tuning.random_product(Product("sparse24", 32, 64), CPU, torch.float16)
     monkeypatch.setattr(tuning, "_weights", lambda *_: [weights, weights])
-    monkeypatch.setattr(tuning, "_runs", lambda call: True)
+    monkeypatch.setattr(tuning, "_runs", lambda choice, call: True)
     monkeypatch.setattr(tuning, "_calls", lambda choice, x, weights: choice)
 
     def interleaved(calls, device, repeats):
@@ -94,3 +94,20 @@ def test_a_missed_bar_is_said():
         Product("sparse24", 14336, 4096), 1, 1.5, tuning.Measured(choice, fast, slow), torch.bfloat16
     )
     assert "1.40x, bar 1.50x MISSED" in line and line.count("|") == 9
+
+
+def test_a_candidate_that_fails_is_left_out_and_one_that_does_not_fit_silently(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    def raising(fault):
+        def call():
+            raise fault
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    choice = Choice("sparse24", 8, 64, 1, "cusparselt")
+    assert tuning._runs(choice, lambda: None)
+    assert not tuning._runs(choice, raising(OutOfResources(300000, 232448, "shared memory")))
+    with pytest.warns(UserWarning, match="cusparselt.*no such size"):
+        assert not tuning._runs(choice, raising(RuntimeError("no such size")))
