@@ -224,9 +224,13 @@ def pivoted(factors: Factors, metric: Metric, dtype: torch.dtype) -> dict[str, T
     rows = factors.left[permutation[:rank]] @ factors.right  # (k, in)
     pivots = rows.to(dtype)
     stored = pivots.to(rows.dtype)
+    lost = rows - stored  # by rounding
+    del rows
     weighed = _weighed(stored, metric)  # (k, in)
-    inner = _damped(weighed @ stored.T, FLOOR * float((weighed * stored).sum()) / rank)
-    rounded = (rows - stored) @ weighed.T  # (k, k)
+    inner = weighed @ stored.T  # (k, k)
+    inner = _damped(inner, FLOOR * inner.diagonal().sum() / rank)
+    del stored
+    rounded = lost @ weighed.T  # (k, k)
     coefficients = torch.addmm(exact, exact, torch.cholesky_solve(rounded.T, _cholesky(inner)).T)
     return {"pivots": pivots, "coefficients": coefficients.to(dtype), "order": permutation.argsort().int()}
 

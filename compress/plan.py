@@ -156,11 +156,13 @@ def _memory(
     widest = max(inputs, default=0)
     factored = isinstance(method, Factorized)
     # of the widest one in float64: a factorizer reads a copy and regresses in another; a sweep factors and inverts it
-    copies = 1 + ("cross" in method.needs) if factored else 3
-    grams = sum(8 * n * n for n in inputs) + copies * 8 * widest**2 if "gram" in method.needs else 0
+    wide = 1 + ("cross" in method.needs) if factored else 3
+    grams = sum(8 * n * n for n in inputs) + wide * 8 * widest**2 if "gram" in method.needs else 0
     small = [min(v.shape) for v in in_block]
     if hasattr(method, "spec"):  # float64: copies of the largest weight, and of the smaller side's moments
-        grams += 8 * (4 * largest + 4 * max(small, default=0) ** 2)
+        # regression adds what it aims at, and what that makes up for; two forms are compared where one has a bias
+        copies = 4 + 2 * ("cross" in method.needs) + (factored and "mean" in method.needs)
+        grams += 8 * (copies * largest + 4 * max(small, default=0) ** 2)
     if "cross" in method.needs and not method.needs & RESIDUAL_NEEDS:
         # its sums and a copy; with a residual the widest layer is a writer, of which no cross moment is collected
         grams += 2 * 8 * widest**2
