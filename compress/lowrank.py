@@ -228,10 +228,8 @@ def pivoted(factors: Factors, metric: Metric, dtype: torch.dtype) -> dict[str, T
     del rows
     weighed = _weighed(stored, metric)  # (k, in)
     inner = weighed @ stored.T  # (k, k)
-    inner = _damped(inner, FLOOR * inner.diagonal().sum() / rank)
     del stored
-    rounded = lost @ weighed.T  # (k, k)
-    coefficients = torch.addmm(exact, exact, torch.cholesky_solve(rounded.T, _cholesky(inner)).T)
+    coefficients = torch.addmm(exact, exact, _divided(lost @ weighed.T, inner))
     return {"pivots": pivots, "coefficients": coefficients.to(dtype), "order": permutation.argsort().int()}
 
 
@@ -306,6 +304,15 @@ def _cholesky(matrix: Tensor) -> Tensor:
     if bool(failed):
         raise PareError(UNFACTORED)
     return factor
+
+
+def _divided(rows: Tensor, moment: Tensor) -> Tensor:  # (rows, k)
+    """`rows @ M^-1` of a moment (k, k) with directions that no data reached: float32 sums leave those slightly negative."""
+    for share in (FLOOR, 1e-8, 1e-6, 1e-4, 1e-2):
+        factor, failed = torch.linalg.cholesky_ex(_damped(moment, share * moment.diagonal().mean()))
+        if not bool(failed):
+            return torch.cholesky_solve(rows.T, factor).T
+    raise PareError(UNFACTORED)
 
 
 def _cholesky_(matrix: Tensor) -> Tensor:

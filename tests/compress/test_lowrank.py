@@ -25,6 +25,7 @@ from paredown.compress.lowrank import (
     spectrum,
 )
 from paredown.compress.statistics import InputStats
+from paredown.kernels.lowrank import pifa_dense
 
 SHAPES = {"wide": (9, 14), "square": (11, 11), "tall": (14, 9)}
 SIDES = ("none", "diagonal", "full")
@@ -498,6 +499,21 @@ def test_coefficients_are_small_because_pivots_are_chosen(shape, seed):
     chosen = pivoted(factors, Metric(moment(x)), torch.float64)["coefficients"].abs().max()
     first = (factors.left[rank:] @ torch.linalg.inv(factors.left[:rank])).abs().max()  # the first k rows as pivots
     assert chosen < 4 and chosen < first
+
+
+def test_more_pivots_than_the_data_has_directions_are_stored_all_the_same():
+    """Fewer distinct tokens than features, summed in float32: the moment is singular and, by rounding, not even positive."""
+    torch.manual_seed(0)
+    x = torch.randn(20, 96, dtype=torch.float64).mul(torch.logspace(2, 0, 20, dtype=torch.float64)[:, None])
+    noise = torch.randn(96, 96, dtype=torch.float64)
+    moment = x.T @ x / 20 + 3e-5 * (noise + noise.T)
+    assert torch.linalg.eigvalsh(moment).min() < -1e-4
+    weight, metric = torch.randn(64, 96, dtype=torch.float64), Metric(moment)
+    factors = factorize(Target(weight), metric, lambda losses: 60)
+    stored = pivoted(factors, metric, torch.bfloat16)
+    made = pifa_dense(*(stored[name].double() for name in ("pivots", "coefficients")), stored["order"])
+    aim = factors.left @ factors.right
+    assert float(((made - aim) @ x.T).norm() / (aim @ x.T).norm()) < 0.02  # bfloat16 of the pivots
 
 
 def test_rows_that_repeat_are_never_pivots_together():
