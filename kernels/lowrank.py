@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+MANY = 32  # tokens from which PIFA permutes weights instead of outputs
+
 
 def lowrank_matmul(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ (left @ right).T + bias`. x (..., in); left (out, k); right (k, in); bias (out,). Returns (..., out)."""
@@ -21,6 +23,10 @@ def pifa_matmul(
     """x (..., in); pivots (k, in); coefficients (out - k, k); order (out,) integer: where each row of the matrix stands
     among the pivots followed by the others."""
     first = F.linear(x, pivots)  # (..., k)
+    if first.numel() >= MANY * len(pivots):
+        # outputs of many tokens are dear to permute: rather the rows of what makes them, the pivots' own among them
+        own = torch.eye(len(pivots), dtype=x.dtype, device=x.device)
+        return F.linear(first, torch.cat((own, coefficients)).index_select(0, order), bias)
     both = torch.cat((first, F.linear(first, coefficients)), dim=-1).index_select(-1, order)  # (..., out)
     return both if bias is None else both + bias
 

@@ -153,3 +153,20 @@ def test_gradients_reach_the_input_every_factor_and_the_bias(kind, shape):
 def test_the_dense_weight_asks_for_no_gradient(kind):
     parts = [p.requires_grad_() if p.is_floating_point() else p for p in factors(kind, (7, 5, 3), torch.float32)]
     assert not KINDS[kind][1](*parts).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(9, 7, 3), (12, 5, 5), (6, 8, 1)])
+def test_pifa_gives_many_tokens_what_it_gives_each(shape, dtype):
+    pivots, coefficients, order = factors("pifa", shape, dtype)
+    bias, x = torch.randn(shape[0]).to(dtype), torch.randn(2, 40, shape[1]).to(dtype)
+    many = pifa_matmul(x, pivots, coefficients, order, bias)
+    each = torch.stack([pifa_matmul(token, pivots, coefficients, order, bias) for token in x.flatten(0, 1)])
+    assert many.shape == (2, 40, shape[0])
+    # the bias is added before rounding or after it
+    assert torch.allclose(
+        many.flatten(0, 1).float(),
+        each.float(),
+        rtol=torch.finfo(dtype).eps * 4,
+        atol=1e-2 if dtype == torch.bfloat16 else 1e-5,
+    )
