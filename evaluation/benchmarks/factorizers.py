@@ -75,9 +75,10 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", default="llama-3-8b", choices=SHAPES)
+    parser.add_argument("--precision", default="float64", choices=["float64", "float32"], help="methods use float64")
     chosen = parser.parse_args()
     if chosen.speed:
-        block_seconds(SHAPES[chosen.shape], torch.device(chosen.device))
+        block_seconds(SHAPES[chosen.shape], torch.device(chosen.device), getattr(torch, chosen.precision))
         return
     rows = PAPERS if chosen.rows == "papers" else ABLATIONS
     shares = [float(share) for share in chosen.kept.split(",")]
@@ -124,14 +125,16 @@ def _table(rows: dict[str, Any], shares: list[float], found: dict[str, Any]) -> 
     return table
 
 
-def block_seconds(shapes: list[tuple[int, int]], device: torch.device, kept: float = 0.8, repeats: int = 3) -> None:
+def block_seconds(
+    shapes: list[tuple[int, int]], device: torch.device, dtype: torch.dtype, kept: float = 0.8, repeats: int = 3
+) -> None:
     """Prints the median time of factoring all linears of a block in both metrics, with its spread."""
     for name in ("input only", "two-sided"):
         taken = []
         for _ in range(repeats):
             seconds = 0.0
             for out, inner in shapes:
-                weight, metric = _random(out, inner, device, two_sided=name == "two-sided")
+                weight, metric = _random((out, inner), device, dtype, two_sided=name == "two-sided")
                 rank = largest_rank("pifa", (out, inner), kept * out * inner)
                 wait(device)
                 began = time.perf_counter()
@@ -140,17 +143,20 @@ def block_seconds(shapes: list[tuple[int, int]], device: torch.device, kept: flo
                 seconds += time.perf_counter() - began
             taken.append(seconds)
         spread = f"{min(taken):.2f} to {max(taken):.2f}"
-        print(f"one block, {name}: {statistics.median(taken):.2f} s ({spread}) on {device}")
+        print(f"one block, {name}: {statistics.median(taken):.2f} s ({spread}) on {device}, {str(dtype)[6:]}")
 
 
-def _random(out: int, inner: int, device: torch.device, two_sided: bool) -> tuple[torch.Tensor, Metric]:
-    weight = torch.randn(out, inner, dtype=torch.float64, device=device)
-    data = torch.randn(2 * inner, inner, dtype=torch.float64, device=device)
+def _random(
+    shape: tuple[int, int], device: torch.device, dtype: torch.dtype, two_sided: bool
+) -> tuple[torch.Tensor, Metric]:
+    out, inner = shape
+    weight = torch.randn(out, inner, dtype=dtype, device=device)
+    data = torch.randn(2 * inner, inner, dtype=dtype, device=device)
     moment, small = data.T @ data / len(data), min(out, inner)
     if not two_sided:
         return weight, Metric(moment)
-    folded = torch.randn(2 * small, small, dtype=torch.float64, device=device)
-    diagonal = torch.ones(out, dtype=torch.float64, device=device)
+    folded = torch.randn(2 * small, small, dtype=dtype, device=device)
+    diagonal = torch.ones(out, dtype=dtype, device=device)
     return weight, Metric(moment, folded.T @ folded / len(folded), diagonal)
 
 
