@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find compress kernels recipes evaluation -name '*.py' -o -name '*.yaml' -o -path '*/reference/model/*')
+SOURCES := $(shell find compress kernels recipes evaluation -name '*.py' -o -name '*.yaml' -o -path '*/tables/*.json' -o -path '*/reference/model/*')
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PACKAGES := -p paredown.compress -p paredown.commands -p paredown.kernels -p paredown.recipes -p paredown.evaluation
 
