@@ -1,6 +1,6 @@
 """How fast the kernels are on this GPU beside dense products, and whether the bars are met. One command.
 
-    python -m paredown.kernels.benchmark [--quick] [--write TABLE.json] [--dtype bfloat16]
+    python -m paredown.kernels.benchmark [--quick] [--only sparse24 model] [--write TABLE.json] [--dtype bfloat16]
 
 Per row the fastest path and tile of all that are there (see tuning.py for how is timed), microseconds as the median with
 the range, bytes of the packed weight per second, and the ratio dense time / ours with its bar. The last row multiplies
@@ -120,6 +120,7 @@ def _verdict(ratio: float, bar: float | None) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one number of tokens per line, and no model")
+    parser.add_argument("--only", nargs="+", choices=[*paths.PATHS, "model"], default=[*paths.PATHS, "model"])
     parser.add_argument("--write", type=Path, default=None)
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     chosen = parser.parse_args()
@@ -136,13 +137,13 @@ def main() -> int:
     )
     print("| what | weight | tokens | path | us, median (range) | dense us | GB/s | dense / ours |\n|" + " --- |" * 8)
     choices, missed = [], 0
-    for line in LINES:
+    for line in (line for line in LINES if line.product.op in chosen.only):
         for tokens in line.tokens[:1] if chosen.quick else line.tokens:
             found = best(line.product, tokens, device, dtype)
             print(line_of(line.product, tokens, line.bar, found, dtype), flush=True)
             choices.append(found.choice)
             missed += line.bar is not None and found.dense.median / found.time.median < line.bar
-    if not chosen.quick:
+    if "model" in chosen.only and not chosen.quick:
         per_shape = {shape: best(Product("sparse24", *shape), 1, device, dtype).choice for shape in BLOCK}
         choices += per_shape.values()
         timed = model_times(device, dtype, 1, per_shape)

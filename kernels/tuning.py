@@ -47,14 +47,16 @@ class Measured:
 def candidates(op: str, tokens: int, device: torch.device) -> Iterator[tuple[str, dict[str, int]]]:
     """Every path and tile worth timing."""
     if op in ("sparse24", "sparse24_lowrank"):
-        if arch_of(device) >= 80 and tokens <= DECODE:
+        has_mma = arch_of(device) >= 80 and tokens <= DECODE
+        if has_mma:
             token_tiles = _power(math.ceil(tokens / 8))
             for row_tiles, warps, unroll in product((1, 2, 4), (4, 8, 16), (1, 2, 4)):
                 # sums, what is loaded ahead, and addresses: fitted to what ptxas takes, so that nothing spills
                 registers = 4 * row_tiles * token_tiles + unroll * (8 * token_tiles + 9 * row_tiles) + 56
                 if registers <= min(255, 2048 // warps) and row_tiles * unroll <= 8:
                     yield "mma", {"row_tiles": row_tiles, "warps": warps, "unroll": unroll}
-        for rows, warps, stages in product((32, 64, 128), (4, 8), (1, 2)):
+        # where mma.sp is there, the portable kernel rarely wins: two tiles tell
+        for rows, warps, stages in ((64, 4, 1), (64, 8, 2)) if has_mma else product((32, 64, 128), (4, 8), (1, 2)):
             yield (
                 "portable",
                 {"rows": rows, "tokens": min(64, max(16, _power(tokens))), "warps": warps, "stages": stages},
