@@ -28,13 +28,14 @@ class Metric:
 
     input A: (in, in), or (in,) for a diagonal; a full one counts from `mean` (in,), as A - mean mean^T, if that is given.
     output G: (out, out) where out <= in, and (in, in) holding W^T G W where out > in, which then comes with diag G in
-    `output_diagonal`; or (out,) for a diagonal.
+    `output_diagonal`; or (out,) for a diagonal. A solver adds `output_damping` times the mean of diag G to a full one.
     """
 
     input: Tensor | None = None
     output: Tensor | None = None
     output_diagonal: Tensor | None = None
     mean: Tensor | None = None
+    output_damping: float = OUTPUT_DAMPING
 
     def folded(self, shape: tuple[int, ...]) -> bool:
         """Whether G of a weight of this shape (out, in) is only known as W^T G W."""
@@ -143,7 +144,9 @@ def _wide(target: Target, metric: Metric) -> Problem:
         root = _floored(metric.output).sqrt()  # (out,)
         scaled, unscale = root[:, None] * target.value, root
     else:
-        unscale = _cholesky(_damped(metric.output, OUTPUT_DAMPING * metric.output.diagonal().mean()))  # (out, out)
+        unscale = _cholesky(
+            _damped(metric.output, metric.output_damping * metric.output.diagonal().mean())
+        )  # (out, out)
         scaled = unscale.T @ target.value
 
     def factors(top: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +173,7 @@ def _tall(target: Target, metric: Metric) -> Problem:
         assert metric.output_diagonal is not None
         assert target.added is None
         correction = target.correction
-        product = metric.output + OUTPUT_DAMPING * metric.output_diagonal.mean() * target.square
+        product = metric.output + metric.output_damping * metric.output_diagonal.mean() * target.square
         if correction is not None:
             product = torch.addmm(product, product, correction)
             product = torch.addmm(product, correction.T, product)

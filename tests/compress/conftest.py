@@ -80,11 +80,11 @@ class Problem:
         stats = self.inputs(method)
         return stats.with_gradient(self.gradient()) if method.needs & GRADIENT_NEEDS else stats
 
-    def damped_outputs(self):
+    def damped_outputs(self, share=OUTPUT_DAMPING):
         """G (out, out) with what is added for directions that no gradient saw."""
         delta = self.delta.double()
         moment = delta.T @ delta / len(delta)
-        return moment + OUTPUT_DAMPING * moment.diagonal().mean() * torch.eye(len(moment)).double()
+        return moment + share * moment.diagonal().mean() * torch.eye(len(moment)).double()
 
     def residual(self):
         """As `observe_writer` finds them: what was lost, and what the dense weight makes of what the input lacks."""

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 
+from paredown.compress.lowrank import OUTPUT_DAMPING
 from paredown.compress.methods import build
 from paredown.compress.statistics import InputStats
 
@@ -40,7 +41,7 @@ def numbers_by_hand(shape, rank, storage, bias):
     return rank * (out + inner) - (rank * rank if storage == "pifa" else 0) + (out if bias else 0)
 
 
-def slow_paredown(problem, rank, two_sided, affine, regression, damping=0.01, residual=False):
+def slow_paredown(problem, rank, two_sided, affine, regression, damping=0.3, output_damping=0.5, residual=False):
     """The weight and the bias at a rank, from the tokens themselves."""
     x, dense = problem.x.double(), (problem.dense if regression else problem.x).double()
     lost = problem.lost.double() if residual else torch.zeros(len(x), len(problem.weight)).double()
@@ -50,7 +51,8 @@ def slow_paredown(problem, rank, two_sided, affine, regression, damping=0.01, re
     c = centred_dense.T @ centred_x / len(x)
     added = damping * a.diagonal().mean() * torch.eye(len(a)).double()
     aim = (problem.wide @ (c + added) + centred_lost.T @ centred_x / len(x)) @ torch.linalg.inv(a + added)
-    left, right = root(problem.damped_outputs()) if two_sided else torch.eye(len(aim)).double(), root(a)
+    left = root(problem.damped_outputs(output_damping)) if two_sided else torch.eye(len(aim)).double()
+    right = root(a)
     made = torch.linalg.inv(left) @ truncated(left @ aim @ right, rank) @ torch.linalg.inv(right)
     return made, problem.wide @ means[1] + means[2] - made @ means[0] if affine else None
 
@@ -108,11 +110,12 @@ def test_a_bias_is_taken_only_where_it_loses_less_than_more_components(shape, st
         problem.x = problem.x - problem.x.mean(0).round() if apart else problem.x
         for rank in (2, 4, 6):
             seen = {"two_sided": two_sided, "regression": regression}
-            asked = {"damping": 1e-9, "storage": storage, **seen}
+            undamped = {"damping": 1e-9, "output_damping": OUTPUT_DAMPING}
+            asked = {**undamped, "storage": storage, **seen}
             edit = problem.compress("paredown_lowrank", rank=rank, **asked)
             plain = problem.compress("paredown_lowrank", rank=rank, affine=False, **asked)
             less = rank_beside_a_bias(SHAPES[shape], rank, storage)
-            made, shift = slow_paredown(problem, less, affine=True, damping=1e-9, **seen)
+            made, shift = slow_paredown(problem, less, affine=True, **undamped, **seen)
             lost = [data_loss(problem, e.dense(), e.shift, **seen) for e in (edit, plain)]
             assert lost[0] <= min(lost[1], data_loss(problem, made, shift, **seen)) * (1 + 1e-4)
             bias = 0 if edit.shift is None else len(edit.shift)
@@ -163,10 +166,9 @@ def test_what_was_lost_stays_lost_where_the_option_says_so(off, lowrank_problem)
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ours_without_its_parts_is_another_paper_bit_for_bit(shape, lowrank_problem):
-    problem, off = (
-        lowrank_problem(shape),
-        {"two_sided": False, "affine": False, "regression": False, "storage": "factors"},
-    )
+    problem = lowrank_problem(shape)
+    off = {"two_sided": False, "affine": False, "regression": False, "storage": "factors"}
+    off["output_damping"] = OUTPUT_DAMPING
     for others, name in (({}, "svd_llm"), ({"affine": True}, "svd_llm"), ({"two_sided": True}, "fisher_svd")):
         mine = problem.compress("paredown_lowrank", rank=4, **{**off, **others})
         theirs = problem.compress(name, rank=4)
@@ -180,7 +182,8 @@ def test_each_part_of_ours_earns_its_place_on_the_data(shape, seed, lowrank_prob
     problem = lowrank_problem(shape, seed=seed, apart=True)
 
     def lost(**options):
-        edit = problem.compress("paredown_lowrank", rank=4, damping=0.0, storage="factors", **options)
+        undamped = {"damping": 0.0, "output_damping": OUTPUT_DAMPING}
+        edit = problem.compress("paredown_lowrank", rank=4, storage="factors", **undamped, **options)
         return data_loss(problem, edit.dense(), edit.shift)
 
     whole = lost()
@@ -192,7 +195,7 @@ def test_each_part_of_ours_earns_its_place_on_the_data(shape, seed, lowrank_prob
 def test_no_affine_map_of_that_rank_is_nearer_to_the_dense_output_than_ours(shape, lowrank_problem):
     problem = lowrank_problem(shape, apart=True)
     weigh = root(problem.damped_outputs())
-    edit = problem.compress("paredown_lowrank", rank=4, damping=0.0)
+    edit = problem.compress("paredown_lowrank", rank=4, damping=0.0, output_damping=OUTPUT_DAMPING)
     inputs = torch.cat((problem.x.double(), torch.ones(len(problem.x), 1).double()), 1)
     wanted = problem.dense.double() @ problem.wide.T @ weigh
     left = torch.randn(len(problem.weight), edit.rank, generator=torch.Generator().manual_seed(0)).double()
