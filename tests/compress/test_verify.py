@@ -7,9 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from paredown.compress.calibration import Windows
 from paredown.compress.errors import PareError
+from paredown.compress.pipeline import score
+from paredown.compress.source import ModelSource
 from paredown.compress.tensor_files import sha256
-from paredown.compress.verify import verify
+from paredown.compress.verify import PROBE_TOLERANCE, verify
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -110,6 +113,21 @@ def test_a_bitmap_that_marks_another_count_is_found_though_its_hash_agrees(damag
 def test_values_that_changed_together_with_their_hash_are_found_by_the_probe(damage):
     faults = damage("packed", lambda t: t["model.norm.weight"].mul_(8), rehash=True)
     assert len(faults) == 1 and faults[0].startswith("on the probe window the loss differs by")
+
+
+@pytest.mark.parametrize(("times", "sound_still"), [(3, True), (5, False)])
+def test_losses_that_differ_by_a_few_times_their_rounding_are_another_devices(times, sound_still, sound, tmp_path):
+    folder = shutil.copytree(sound / "packed", tmp_path / "copy")
+    record = json.loads((folder / "paredown.json").read_text())
+    window = Windows(torch.tensor([record["probe"]["ids"]]), "probe", "", "")
+    narrow, wide = (
+        score(ModelSource(folder, "m", dtype=dtype), [window], lambda done, total: None)[0][0]
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    moved = PROBE_TOLERANCE + times * (narrow - wide).abs().mean()
+    record["probe"]["nll"] = (narrow + moved).tolist()
+    (folder / "paredown.json").write_text(json.dumps(record))
+    assert moved > PROBE_TOLERANCE and (verify(folder) == []) == sound_still
 
 
 def test_a_layer_of_the_record_that_is_not_there_is_named(sound, tmp_path):
