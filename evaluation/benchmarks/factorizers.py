@@ -44,6 +44,7 @@ PAPERS: dict[str, dict[str, Any]] = {
     "ours, blocks reconstructed": {**OURS, "reconstruct": {}},
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
+    "ours, hardly damped": {**OURS, "options": {"damping": 0.01, "output_damping": 0.001}},
     "ours without two-sided": {**OURS, "options": {"two_sided": False}},
     "ours without affine": {**OURS, "options": {"affine": False}},
     "ours without regression": {**OURS, "options": {"regression": False}},
