@@ -144,9 +144,8 @@ def _wide(target: Target, metric: Metric) -> Problem:
         root = _floored(metric.output).sqrt()  # (out,)
         scaled, unscale = root[:, None] * target.value, root
     else:
-        unscale = _cholesky(
-            _damped(metric.output, metric.output_damping * metric.output.diagonal().mean())
-        )  # (out, out)
+        damping = metric.output_damping * metric.output.diagonal().mean()
+        unscale = _cholesky(_damped(metric.output, damping))  # (out, out)
         scaled = unscale.T @ target.value
 
     def factors(top: Tensor) -> tuple[Tensor, Tensor]:
