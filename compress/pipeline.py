@@ -102,8 +102,21 @@ class Run:
         with result.timed("survey"):
             chosen = targeted(source, recipe)
             found = survey(source, self.method, recipe.allocation, self.calibration.ids, chosen, scratch, self.note)
-        result.fallbacks += [said for said in [getattr(self.method, "remark", None)] if said]
+        remarks = [getattr(self.method, "remark", None), self._too_little_text(chosen)]
+        result.fallbacks += [said for said in remarks if said]
         return Editor(recipe, self.method, found, source.device, self.format, result.layers, result.fallbacks)
+
+    def _too_little_text(self, chosen: set[str]) -> str | None:
+        """A warning where the widest layer's Gram matrix must be singular."""
+        tokens = self.calibration.ids.numel()
+        sizes = {v.name: v.shape[1] for block in blocks(self.source) for v in block.views() if v.name in chosen}
+        widest = max(sizes, key=sizes.__getitem__, default="")
+        if "gram" not in self.method.needs or tokens >= sizes.get(widest, 0):
+            return None
+        return (
+            f"{tokens} calibration tokens are fewer than the {sizes[widest]} inputs of {widest} and cannot tell them apart: "
+            "raise calibration.sequences or calibration.length"
+        )
 
     def _without_bias(self, method: Any) -> Any:
         """For an ordinary checkpoint. Raises PareError where the method cannot do without one, and a layer has none."""

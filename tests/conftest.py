@@ -92,11 +92,20 @@ def prune(windows):
     from paredown.compress.source import ModelSource
     from paredown.compress.writer import CheckpointWriter
 
-    def run(folder, out, sparsity="2:4", format="packed", method="wanda", progress=lambda done: None, **changes):
+    def run(
+        folder,
+        out,
+        sparsity="2:4",
+        format="packed",
+        method="wanda",
+        progress=lambda done: None,
+        text=windows,
+        **changes,
+    ):
         recipe = Recipe.parse({"method": method, "options": {"sparsity": sparsity}, **changes})
         source = ModelSource(folder, folder.name)
         with CheckpointWriter(out) as writer:
-            result = Run(source, recipe, recipe.build(), windows, [windows], writer, format, progress).run()
+            result = Run(source, recipe, recipe.build(), text, [windows], writer, format, progress).run()
             _write_checkpoint(writer, source, recipe, result, format, windows)
             writer.commit()
         return result, writer

@@ -83,7 +83,7 @@ def test_streamed_losses_are_those_of_the_model_itself(family, tmp_path, save_mo
 def test_packed_and_dense_load_to_equal_logits_and_the_streamed_loss(family, tmp_path, save_model):
     save_model(tmp_path / "model", FAMILIES[family])
     source, result, writer = compress(tmp_path / "model", tmp_path / "packed")
-    assert known(source) and not result.fallbacks
+    assert known(source) and all("calibration tokens are fewer" in told for told in result.fallbacks)
     assert result.layers and result.kept * 2 == result.targeted and result.modules
     compress(tmp_path / "model", tmp_path / "dense", format="dense")
     model, packed = logits_of(tmp_path / "packed")

@@ -1,5 +1,7 @@
 """The loop against the same thing done slowly: whole model in memory, hooks, one block after the other."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -78,3 +80,12 @@ def test_the_same_run_twice_writes_the_same_bytes(tiny_model, tmp_path, prune):
         prune(tiny_model, tmp_path / name, method="sparsegpt")
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
+
+
+def test_less_text_than_a_hessian_needs_is_told(tiny_model, tmp_path, prune, windows):
+    """144 tokens; the widest layer, down_proj, has 96 inputs."""
+    told = "{} calibration tokens are fewer than the 96 inputs of model.layers.0.mlp.down_proj"
+    for count, method, warned in ((6, "sparsegpt", False), (3, "sparsegpt", True), (3, "wanda", False)):
+        few = replace(windows, ids=windows.ids[:count])
+        result, _ = prune(tiny_model, tmp_path / f"{method}-{count}", method=method, text=few)
+        assert [f.startswith(told.format(count * 24)) for f in result.fallbacks] == [True] * warned
