@@ -5,6 +5,7 @@ from math import sqrt
 
 import pytest
 import torch
+from oracles import SHAPES, close, mean_square, root, truncated
 
 from paredown.compress import kinds
 from paredown.compress.allocation import Curve, by_share
@@ -12,26 +13,6 @@ from paredown.compress.errors import PareError
 from paredown.compress.lowrank import largest_rank
 from paredown.compress.methods import build
 from paredown.compress.methods.cur import deim
-
-SHAPES = {"wide": (12, 20), "tall": (20, 12)}
-
-
-def truncated(matrix, rank):
-    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ vt[:rank]
-
-
-def root(matrix):
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp_min(0).sqrt() @ vectors.T
-
-
-def close(edit, wanted, within=2e-5):
-    torch.testing.assert_close(edit.dense().double(), wanted, rtol=0, atol=within * float(wanted.abs().max()))
-
-
-def mean_square(rows):
-    return float(rows.square().sum(1).mean())
 
 
 @pytest.mark.parametrize("shape", SHAPES)

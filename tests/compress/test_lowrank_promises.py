@@ -4,13 +4,13 @@ from itertools import product
 
 import pytest
 import torch
+from oracles import SHAPES, numbers_by_hand, rank_beside_a_bias
 
 from paredown.compress import kinds
 from paredown.compress.errors import PareError
 from paredown.compress.lowrank import spectrum
 from paredown.compress.methods import build
 
-SHAPES = {"wide": (12, 20), "tall": (20, 12)}
 # methods that store factors of what one metric calls the best, with a small option or two
 FACTORED = {
     "svd": {}, "fwsvd": {}, "asvd": {}, "awsvd": {}, "svd_llm": {}, "rom": {}, "fisher_svd": {}, "paredown_lowrank": {},
@@ -18,17 +18,6 @@ FACTORED = {
 }  # fmt: skip
 RANKED = {**FACTORED, "cur": {}}
 ALL = {**RANKED, "sparse_low_rank": {"rounds": 2}}
-
-
-def rank_beside_a_bias(shape, rank, storage):
-    """The largest rank that together with a bias stores at most what `rank` stores without; 0 if there is none."""
-    most = numbers_by_hand(shape, rank, storage, False)
-    return max((k for k in range(1, rank + 1) if numbers_by_hand(shape, k, storage, True) <= most), default=0)
-
-
-def numbers_by_hand(shape, rank, storage, bias):
-    out, inner = shape
-    return rank * (out + inner) - (rank * rank if storage == "pifa" else 0) + (out if bias else 0)
 
 
 ASKED = {"kept": 0.5, "rank": 3, "energy": 0.9, "target_parameters": 1000}
