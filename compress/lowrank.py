@@ -28,7 +28,8 @@ class Metric:
 
     input A: (in, in), or (in,) for a diagonal; a full one counts from `mean` (in,), as A - mean mean^T, if that is given.
     output G: (out, out) where out <= in, and (in, in) holding W^T G W where out > in, which then comes with diag G in
-    `output_diagonal`; or (out,) for a diagonal. A solver adds `output_damping` times the mean of diag G to a full one.
+    `output_diagonal`; or (out,) for a diagonal. A full A counts with `input_damping` times the mean of its diagonal
+    added to it, and a solver adds `output_damping` times the mean of diag G to a full G.
     """
 
     input: Tensor | None = None
@@ -36,6 +37,15 @@ class Metric:
     output_diagonal: Tensor | None = None
     mean: Tensor | None = None
     output_damping: float = OUTPUT_DAMPING
+    input_damping: float = 0.0
+
+    @cached_property
+    def ridge(self) -> float:
+        """What the damping adds to the diagonal of a full A."""
+        if not self.input_damping or self.input is None:
+            return 0.0
+        diagonal = self.input.diagonal() if self.mean is None else self.input.diagonal() - self.mean.square()
+        return self.input_damping * float(diagonal.mean())
 
     def folded(self, shape: tuple[int, ...]) -> bool:
         """Whether G of a weight of this shape (out, in) is only known as W^T G W."""
@@ -80,7 +90,7 @@ class Target:
         if not metric.folded(self.weight.shape) or metric.input is None or metric.input.dim() == 1:
             return error(self.weight, metric, self.weight)
         assert metric.output is not None  # and E is the identity
-        total = (metric.output * metric.input).sum()
+        total = (metric.output * metric.input).sum() + metric.ridge * metric.output.trace()
         return float(total if metric.mean is None else total - metric.mean @ metric.output @ metric.mean)
 
 
@@ -186,7 +196,9 @@ def _tall(target: Target, metric: Metric) -> Problem:
     if moment.dim() == 1:
         root = _floored(moment).sqrt()  # (in,)
         return root[:, None] * product * root, lambda top: (reached(root[:, None] * top), top.T / root)
-    root, unroot = _root(moment if metric.mean is None else moment.addr(metric.mean, metric.mean, alpha=-1.0))
+    if metric.mean is not None:
+        moment = moment.addr(metric.mean, metric.mean, alpha=-1.0)
+    root, unroot = _root(_damped(moment, metric.ridge) if metric.ridge else moment)
     return root.T @ product @ root, lambda top: (reached(root @ top), unroot(top.T))
 
 
@@ -265,13 +277,15 @@ def _pivot_rows(left: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _weighed(rows: Tensor, metric: Metric) -> Tensor:
-    """`rows @ A`, (rows, in)."""
+    """`rows @ A` with its damping, (rows, in)."""
     moment, mean = metric.input, metric.mean
     if moment is None:
         return rows
     if moment.dim() == 1:
         return rows * moment
     weighed = rows @ moment
+    if metric.ridge:
+        weighed.add_(rows, alpha=metric.ridge)
     return weighed if mean is None else weighed.addr_(rows @ mean, mean, alpha=-1.0)
 
 

@@ -23,7 +23,7 @@ class ParedownLowRank(Factorized):
     affine: bool = True  # keep the mean output by a bias
     regression: bool = True  # aim at the dense model's output, from the compressed model's input
     residual: bool = True  # let layers that write to the residual stream make up for what it has lost; with regression
-    damping: Damping = 0.3  # of the regression, as a share of the mean diagonal of the input's moment
+    damping: Damping = 0.3  # what a change of the weight itself costs, as a share of the input's mean moment
     output_damping: Damping = 0.5  # of the gradient's moment, likewise: one average of a curvature that varies by token
     labels: Literal["data", "sampled"] = "data"  # empirical Fisher, or the true one by the model's own draws
 
@@ -43,7 +43,10 @@ class ParedownLowRank(Factorized):
     def metric(self, stats: InputStats, gram: Tensor | None = None) -> Metric:
         """`gram`, here and below: that of `stats`, where it is at hand; each one made is a large copy."""
         gram = stats.gram if gram is None else gram
-        metric = Metric(gram, mean=stats.mean if self.affine else None, output_damping=self.output_damping)
+        mean = stats.mean if self.affine else None
+        metric = Metric(
+            gram, mean=mean, input_damping=self.damping if self.regression else 0.0, output_damping=self.output_damping
+        )
         if not self.two_sided:
             return metric
         output, diagonal = stats.gradient("output_gradient"), stats.gradient("output_gradient_diagonal")
@@ -51,7 +54,7 @@ class ParedownLowRank(Factorized):
 
     def losses(self, weight: Tensor, stats: InputStats) -> Tensor:
         """Without a bias, which few layers get; hardly damped, as the budget weighs the second order of the model's loss."""
-        plain = replace(self, affine=False, output_damping=OUTPUT_DAMPING)
+        plain = replace(self, affine=False, damping=0.0, output_damping=OUTPUT_DAMPING)
         return spectrum(plain.target(weight, stats), plain.metric(stats))
 
     def target(self, weight: Tensor, stats: InputStats, gram: Tensor | None = None) -> Target:

@@ -12,7 +12,7 @@ from paredown.compress.statistics import InputStats
 
 
 def slow_paredown(problem, rank, two_sided, affine, regression, damping=0.3, output_damping=0.5, residual=False):
-    """The weight and the bias at a rank, from the tokens themselves."""
+    """The weight and the bias at a rank, from the tokens themselves; what a change of the weight costs is one of them."""
     x, dense = problem.x.double(), (problem.dense if regression else problem.x).double()
     lost = problem.lost.double() if residual else torch.zeros(len(x), len(problem.weight)).double()
     means = [t.mean(0) if affine else 0 * t[0] for t in (x, dense, lost)]
@@ -22,7 +22,7 @@ def slow_paredown(problem, rank, two_sided, affine, regression, damping=0.3, out
     added = damping * a.diagonal().mean() * torch.eye(len(a)).double()
     aim = (problem.wide @ (c + added) + centred_lost.T @ centred_x / len(x)) @ torch.linalg.inv(a + added)
     left = root(problem.damped_outputs(output_damping)) if two_sided else torch.eye(len(aim)).double()
-    right = root(a)
+    right = root(a + added if regression else a)
     made = torch.linalg.inv(left) @ truncated(left @ aim @ right, rank) @ torch.linalg.inv(right)
     return made, problem.wide @ means[1] + means[2] - made @ means[0] if affine else None
 
@@ -180,6 +180,17 @@ def test_no_affine_map_of_that_rank_is_nearer_to_the_dense_output_than_ours(shap
     best = mean_square(wanted - hidden @ solved)
     assert edit.shift is not None
     assert data_loss(problem, edit.dense(), edit.shift) == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_damping_counts_as_data_that_say_the_weight_is_right_as_it_is(shape, lowrank_problem):
+    """E|W x - W' y|^2 + lambda |W - W'|^2: ridge regression towards the weight, at any rank."""
+    problem, asked = lowrank_problem(shape), {"rank": 4, "two_sided": False, "affine": False}
+    damped = problem.compress("paredown_lowrank", damping=0.3, **asked)
+    tokens, inner = problem.x.shape
+    more = (0.3 * tokens * problem.x.square().mean()).sqrt() * torch.eye(inner)
+    problem.x, problem.dense = (torch.cat((t, more.to(t.dtype))) for t in (problem.x, problem.dense))
+    close(problem.compress("paredown_lowrank", damping=0.0, **asked), damped.dense().double(), 1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
