@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from paredown.commands.display import show_note, step_bar
 from paredown.compress import fuse
@@ -23,34 +23,15 @@ from paredown.compress.kinds import kind_of
 from paredown.compress.lowrank import largest_rank
 from paredown.compress.machine import pick_device
 from paredown.compress.source import set_tensor, skeleton
+from paredown.evaluation.benchmarks.shapes import DTYPE, SHAPES, random_parameter
 from paredown.evaluation.speed import Settings, measure
 from paredown.evaluation.speed_report import render_bench
 from paredown.evaluation.surroundings import surroundings
 from paredown.kernels.benchmark import MODEL_BAR
 from paredown.kernels.tuning import Product, random_product
 
-DTYPE = torch.bfloat16
 KINDS = ("sparse24", "pifa", "lowrank")
 BAR_IS_FOR = ("llama-3-8b", "sparse24", 1)  # and an H100
-LLAMA_3 = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3-8b": {
-        **LLAMA_3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    },
-    "llama-3.2-1b": {
-        **LLAMA_3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "max_position_embeddings": 131072, "tie_word_embeddings": True,
-        "rope_parameters": {
-            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-        },
-    },
-    "tiny": {
-        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
-    },
-}  # fmt: skip
 
 
 @torch.no_grad()
@@ -97,14 +78,6 @@ def spec_of(kind: str, shape: tuple[int, int], kept: float) -> dict[str, Any]:
     if not rank or kept >= 1:
         raise PareError(f"--kept {kept:g}: wanted a share below 1 that leaves {[*shape]} as {kind} at least rank 1.")
     return {**spec, "rank": rank}
-
-
-def random_parameter(parameter: Tensor, device: torch.device) -> Tensor:
-    """Ones for a norm, else normal numbers that keep the size of what they multiply with."""
-    if parameter.dim() == 1:
-        return torch.ones(parameter.shape, dtype=DTYPE, device=device)
-    drawn = torch.randn(parameter.shape, dtype=DTYPE, device=device)  # (vocabulary, in)
-    return drawn.mul_(parameter.shape[-1] ** -0.5)
 
 
 def verdict(ratio: float, shape: str, kind: str, batch: int, device: str) -> tuple[str, bool]:

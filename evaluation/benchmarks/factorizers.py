@@ -24,6 +24,7 @@ from rich.table import Table
 from paredown.compress import compress
 from paredown.compress.lowrank import Metric, Target, factorize, largest_rank
 from paredown.compress.recipe import Recipe
+from paredown.evaluation.benchmarks.shapes import SHAPES, linears
 from paredown.evaluation.gauges import wait
 from paredown.evaluation.reference import model_path
 
@@ -59,10 +60,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     },
     "SVD-LLM + global": {"method": "svd_llm", "allocation": {"strategy": "global"}},
 }
-SHAPES = {  # (out, in) of the linears of one block
-    "llama-3-8b": [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)],
-    "llama-1b": [(2048, 2048), (256, 2048), (256, 2048), (2048, 2048), (5632, 2048), (5632, 2048), (2048, 5632)],
-}
 
 
 def main() -> None:
@@ -79,7 +76,7 @@ def main() -> None:
     parser.add_argument("--precision", default="float64", choices=["float64", "float32"], help="methods use float64")
     chosen = parser.parse_args()
     if chosen.speed:
-        block_seconds(SHAPES[chosen.shape], torch.device(chosen.device), getattr(torch, chosen.precision))
+        block_seconds(linears(chosen.shape), torch.device(chosen.device), getattr(torch, chosen.precision))
         return
     rows = PAPERS if chosen.rows == "papers" else ABLATIONS
     shares = [float(share) for share in chosen.kept.split(",")]

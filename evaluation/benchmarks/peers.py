@@ -58,7 +58,7 @@ def main() -> None:
 def run(chosen: argparse.Namespace, work: Path) -> None:
     model = chosen.model or str(model_path())
     if chosen.blocks:
-        model = str(make_model(work / "model", chosen.blocks))
+        model = str(make_model(work / "model", blocks=chosen.blocks))
     source = open_source(model, None, "cpu", "auto")
     tokenizer = load_tokenizer(source.folder)
     longest = max_length(source)

@@ -14,7 +14,7 @@ from paredown.evaluation.benchmarks import footprint, peers
 def test_the_made_model_has_exactly_the_tensors_of_a_llama_of_its_shape(tmp_path, monkeypatch):
     made = {}
     monkeypatch.setattr(footprint, "save_file", lambda tensors, path, metadata=None: made.update(tensors))
-    folder = footprint.make_model(tmp_path / "model", 1)
+    folder = footprint.make_model(tmp_path / "model", blocks=1)
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
