@@ -306,3 +306,17 @@ def test_sparse_and_low_rank_store_exactly_what_was_asked_for(sparsity, kind, lo
     torch.testing.assert_close(edit.dense(), sparse + edit.tensors["left"] @ edit.tensors["right"], rtol=0, atol=1e-5)
     spec = build("sparse_low_rank", {"sparsity": sparsity, "rank": 2}).spec((12, 20), 4)
     assert spec == edit.spec and edit.damping == 0.01
+
+
+def test_a_damping_that_sparse_plus_low_rank_had_to_raise_is_told(lowrank_problem):
+    problem = lowrank_problem(tokens=4, sequences=2)
+    edit = problem.compress("sparse_low_rank", rank=2, damping=0.0)
+    assert edit.damping > 0 and edit.fallback == f"damping raised from 0 to {edit.damping:g}"
+    assert problem.compress("sparse_low_rank", rank=2).fallback is None
+
+
+def test_a_decomposition_of_cur_that_fails_is_a_fault_of_the_layer(lowrank_problem):
+    problem = lowrank_problem()
+    problem.weight[2, 3] = float("nan")
+    with pytest.raises(PareError, match="singular value decomposition failed"):
+        problem.compress("cur", rank=4)
