@@ -59,8 +59,8 @@ def spread(method: Any, asked: AllocationSpec | None, names: Iterable[str]) -> A
     if not (method.share or method.target_parameters):
         if spec.strategy != "uniform" and asked is not None:
             raise PareError(
-                f"allocation {spec.strategy} spends one budget: ask by kept or target_parameters, "
-                + ("not rank or energy." if method.asked else "or the method chooses each rank by itself.")
+                f"allocation {spec.strategy} spends one budget: ask by kept or target_parameters"
+                + (", not rank or energy." if method.asked else "; this method chooses each rank by itself otherwise.")
             )
         return uniform
     if spec.strategy in ("global", "theoretical_loss") and not method.predicts:
@@ -79,5 +79,5 @@ def _check_weights(spec: AllocationSpec, names: Iterable[str], every: bool) -> N
     if unheard and (every or len(unheard) == len(spec.weights)):
         raise PareError(
             f"allocation.weights {unheard[0]!r}: weights go with strategy per_type and name the last part of layers: "
-            f"{', '.join(last)}."
+            f"{', '.join(last)}. For instance: --set 'allocation={{strategy: per_type, weights: {{{last[0]}: 2}}}}'"
         )

@@ -293,6 +293,23 @@ def test_of_all_rounds_the_best_is_kept_and_later_ones_help(shape, sparsity, ran
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("sparsity", [0.5, "2:4"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_part_is_fitted_in_the_metric_of_the_whole_moment_to_what_the_other_leaves(
+    shape, sparsity, lowrank_problem
+):
+    problem, whitening = lowrank_problem(shape), torch.linalg.cholesky(lowrank_problem(shape).second)
+    prune = build("sparsegpt", {"sparsity": sparsity})
+    sparse, found = torch.zeros_like(problem.wide), []
+    for rounds in (1, 2, 3):
+        low = truncated((problem.wide - sparse) @ whitening, 2) @ torch.linalg.inv(whitening)
+        sparse = prune.compress((problem.wide - low).float(), problem.stats(prune)).weight.double()
+        found.append(sparse + low)
+        errors = [float(((problem.wide - f) @ whitening).square().sum()) for f in found]
+        edit = problem.compress("sparse_low_rank", sparsity=sparsity, rank=2, rounds=rounds)
+        close(edit, found[errors.index(min(errors))], 1e-4)
+
+
 @pytest.mark.parametrize(
     ("sparsity", "kind"), [(0.37, "bitmap_lowrank"), ("2:4", "sparse24_lowrank"), ("1:4", "bitmap_lowrank")]
 )
