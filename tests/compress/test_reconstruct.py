@@ -272,13 +272,13 @@ def test_a_rate_is_a_share_of_each_tensors_size(recipe, model_of, tmp_path, prun
         assert float(step) == pytest.approx(1e-3 * max(float(size), 1e-3), rel=1e-2)
 
 
-@pytest.mark.parametrize("lr", [1e-3, 30.0])
+@pytest.mark.parametrize("lr", [1e-3, 3.0])
 @pytest.mark.parametrize("recipe", [MASK, HALF], ids=["wanda", "svd_llm"])
 def test_a_block_is_never_worse_than_before_on_the_calibration_windows(recipe, lr, model_of, tmp_path, prune, watched):
     prune(model_of(), tmp_path / "out", **recipe, reconstruct={**TUNE, "lr": lr, "steps": 6})
     for call in watched:
         assert call.after <= call.before * (1 + 1e-6) and call.told.after <= call.told.before
-    if lr == 30.0:  # too far for any good: what the method made is written
+    if lr == 3.0:  # too far for any good: what the method made is written
         assert all(call.told.after == call.told.before for call in watched)
         prune(tmp_path / "model", tmp_path / "plain", **recipe)
         tuned, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
