@@ -35,6 +35,7 @@ class Editor:
     tuned: bool = False  # the block's parameters were changed after they were edited
     _views: list[View] = field(default_factory=list)
     _biases: dict[str, Tensor] = field(default_factory=dict)  # new ones, by full name
+    _specs: dict[str, Any] = field(default_factory=dict)  # of the packed layers that stand in the block, by view name
     _gradients: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
     _replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
 
@@ -83,20 +84,20 @@ class Editor:
     def written(self, block: Block) -> Edited:
         """The block's changes as they are now."""
         if not self.tuned:
-            return Edited(self._views, self.edits, self._biases)
+            return Edited(self._views, self.edits, self._biases, self._specs)
         live = dict(block.module.named_parameters())
         edits = {v.name: _live(v, self.edits[v.name], block, live) for v in self._views if v.name in self.edits}
         packed_parts = {f"{v.name}.{part}" for v in self._views if v.name in edits for part in _parts(edits[v.name])}
         vectors: dict[str, Tensor] = {block.prefix + name: p for name, p in live.items() if p.dim() == 1}
         vectors = {name: p for name, p in vectors.items() if name not in packed_parts}
-        return Edited(self._views, edits, vectors)
+        return Edited(self._views, edits, vectors, self._specs)
 
     def restore(self) -> None:
         """Give the skeleton its own layers back, and forget the block."""
         for parent, leaf, original in self._replaced:
             setattr(parent, leaf, original)
         self._replaced.clear()
-        self.edits, self._biases, self.tuned = {}, {}, False
+        self.edits, self._biases, self._specs, self.tuned = {}, {}, {}, False
 
     def _seen(self, view: View, stats: Mapping[str, InputStats]) -> InputStats | None:
         """The statistics of a view, or None if it is left as it is, which is told."""
@@ -134,11 +135,11 @@ class Editor:
                 view.module.bias = nn.Parameter(bias, requires_grad=False)
             return 0
         added = bias is not None and _own_bias(view) is None
-        spec = {**edit.spec, "layout": view.layout, **({"bias": True} if added else {})}
+        self._specs[view.name] = {**edit.spec, "layout": view.layout, **({"bias": True} if added else {})}
         path, _, leaf = view.name.removeprefix(block.prefix).rpartition(".")
         parent = block.module.get_submodule(path)
         self._replaced.append((parent, leaf, view.module))
-        setattr(parent, leaf, packed.packed_layer(view.module, spec, edit.tensors, bias))
+        setattr(parent, leaf, packed.packed_layer(view.module, self._specs[view.name], edit.tensors, bias))
         return view.shape[0] if added else 0
 
     def _bias(self, view: View, edit: Edit) -> Tensor | None:

@@ -27,7 +27,6 @@ from paredown.compress.statistics import InputStats
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 ASKED = ("kept", "rank", "energy", "target_parameters")
-KEPT = 0.8  # if nothing is asked for
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,8 @@ class Factorized:
     storage: Literal["factors", "pifa"] = "factors"
 
     allocation: ClassVar[str] = "uniform"  # strategy, where the recipe names none
+    kept_unasked: ClassVar[float | None] = 0.8  # None: it has a rule of its own for each layer's rank
+    predicts: ClassVar[bool] = True  # whether `losses` are those of what it makes
 
     def __post_init__(self) -> None:
         asked = [name for name in ASKED if getattr(self, name) is not None]
@@ -68,7 +69,7 @@ class Factorized:
     @property
     def share(self) -> float | None:
         """The fraction of the targeted parameters that is asked for, if that is how it is asked."""
-        return None if self.rank or self.energy or self.target_parameters else self.kept or KEPT
+        return None if self.rank or self.energy or self.target_parameters else self.kept or self.kept_unasked
 
     def with_share(self, kept: float) -> "Factorized":
         return replace(self, kept=kept, rank=None, energy=None, target_parameters=None)
@@ -87,6 +88,10 @@ class Factorized:
         """What the bias must take up, (out,), given the weight and what stands for it, (out, in) float64."""
         return None
 
+    def largest(self, shape: tuple[int, int], numbers: float) -> int:
+        """The largest rank that stores at most so many numbers, 0 if there is none."""
+        return largest_rank(self.kind, shape, numbers, self.adds_bias)
+
     def numbers(self, shape: tuple[int, int], rank: int) -> int:
         return cost(self.kind, shape, rank, self.adds_bias)
 
@@ -95,7 +100,7 @@ class Factorized:
         if self.rank is None and self.share is None:
             return None
         size = shape[0] * shape[1]
-        rank = self.rank or largest_rank(self.kind, shape, (self.share or 0) * size, self.adds_bias)
+        rank = self.rank or self.largest(shape, (self.share or 0) * size)
         if not rank:
             raise PareError(
                 f"{[*shape]}: not even rank 1 fits into {self.share:g} of it. Raise kept, or skip it with targets.skip."

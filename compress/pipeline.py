@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paredown.compress.blocks import Block, blocks, known, select
+from paredown.compress.blocks import Block, blocks, known
 from paredown.compress.calibration import Windows
 from paredown.compress.collect import Writers, groups, observe, observe_paired, observe_writer, shared_copy
 from paredown.compress.editing import Editor
-from paredown.compress.errors import PareError
 from paredown.compress.machine import peak_memory, return_freed_memory
 from paredown.compress.methods import Method
 from paredown.compress.perplexity import paired_delta, perplexity
 from paredown.compress.recipe import Recipe
 from paredown.compress.reconstruct import reconstruct
+from paredown.compress.settling import for_format, targeted
 from paredown.compress.source import ModelSource
 from paredown.compress.statistics import PAIRED_NEEDS, RESIDUAL_NEEDS
-from paredown.compress.stream import Stream, name_of, start
+from paredown.compress.stream import Stream, start
 from paredown.compress.survey import survey
 from paredown.compress.writer import CheckpointWriter
 from paredown.compress.writing import Format, write_block, write_rest
@@ -92,13 +92,7 @@ class Run:
 
     def _editor(self, scratch: Path, result: Result) -> Editor:
         source, recipe = self.source, self.recipe
-        if recipe.reconstruct and self.format == "dense" and hasattr(self.method, "spec"):
-            raise PareError(
-                "reconstruction tunes factors, which a dense checkpoint cannot hold: write --format packed, "
-                "then: paredown export OUT -o DENSE --format dense"
-            )
-        if self.format == "dense" and getattr(self.method, "affine", False):
-            self.method = self._without_bias(self.method)
+        self.method = for_format(source, recipe, self.method, self.format)
         with result.timed("survey"):
             chosen = targeted(source, recipe)
             found = survey(source, self.method, recipe.allocation, self.calibration.ids, chosen, scratch, self.note)
@@ -117,18 +111,6 @@ class Run:
             f"{tokens} calibration tokens are fewer than the {sizes[widest]} inputs of {widest} and cannot tell them apart: "
             "raise calibration.sequences or calibration.length"
         )
-
-    def _without_bias(self, method: Any) -> Any:
-        """For an ordinary checkpoint. Raises PareError where the method cannot do without one, and a layer has none."""
-        chosen = targeted(self.source, self.recipe)
-        views = [v for block in blocks(self.source) for v in block.views() if v.name in chosen and v.expert is None]
-        bare = [v.name for v in views if getattr(v.module, "bias", None) is None]
-        if bare and method.adds_bias:
-            raise PareError(
-                f"{bare[0]} has no bias, and the affine form needs one, which an ordinary checkpoint cannot hold. "
-                "Use --format packed, or --set affine=false."
-            )
-        return replace(method, affine=False) if bare else method
 
     def _walk(self, all_blocks: list[Block], editor: Editor, result: Result) -> None:
         source = self.source
@@ -181,6 +163,7 @@ class Run:
                 stats = observe(stream, block, views, self.method.needs & PAIRED_NEEDS)
             with result.timed("compress"):
                 editor.edit(block, views, stats)
+            del stats  # before the block is tuned
         else:
             twin = shared_copy(block)
             called, needs = groups(stream, block, views), self.method.needs & PAIRED_NEEDS
@@ -209,13 +192,6 @@ class Run:
         done = reconstruct(block, stream, dense.hidden, editor.edits, self.recipe.reconstruct, seed)
         editor.tuned = True
         self.note(f"reconstructed {block.prefix.rstrip('.')}: error {done.before:.2e} -> {done.after:.2e}")
-
-
-def targeted(source: ModelSource, recipe: Recipe) -> set[str]:
-    """Names of the views that the recipe's patterns choose. Raises PareError for a pattern that matches nothing."""
-    views = [view for block in blocks(source) for view in block.views()]
-    head = name_of(source.model, "get_output_embeddings")
-    return {v.name for v in select(views, [*recipe.targets.include], [*recipe.targets.skip], head)[0]}
 
 
 def advance(streams: list[Stream], block: Block) -> None:

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from paredown.compress.allocation import DATA_DRIVEN, AllocationSpec, Curve, by_share
 from paredown.compress.blocks import View, blocks, known, never, select
 from paredown.compress.edits import storage_kind
 from paredown.compress.errors import PareError
@@ -15,6 +16,7 @@ from paredown.compress.kinds import stored_bytes, stored_numbers
 from paredown.compress.machine import available_memory
 from paredown.compress.methods import Method
 from paredown.compress.recipe import Recipe
+from paredown.compress.settling import for_format, spread
 from paredown.compress.source import ModelSource
 from paredown.compress.sparsity import check_width, kept_count
 from paredown.compress.statistics import GRADIENT_NEEDS, RESIDUAL_NEEDS
@@ -39,6 +41,8 @@ class Plan:
     bytes_before: int
     bytes_after: int
     memory: int
+    stay_dense: list[str] = field(default_factory=list)  # targeted, but what would be stored of them is no less
+    at_most: bool = False  # `kept_parameters` and `bytes_after` are the most there may be: the text decides
     memory_parts: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -54,25 +58,33 @@ def make_plan(
 ) -> Plan:
     """`tokens`: those of the calibration, and of each evaluation text.
 
-    Raises PareError for a pattern that matches nothing, and for a width that the sparsity does not divide.
+    Raises PareError for a pattern that matches nothing, for a width that the sparsity does not divide, and where the
+    recipe's parts, or recipe and format, do not go together.
     """
+    settled: Any = for_format(source, recipe, method, format)
     all_blocks = blocks(source)
     views = [view for block in all_blocks for view in block.views()]
     head = name_of(source.model, "get_output_embeddings")
     chosen, left = select(views, [*recipe.targets.include], [*recipe.targets.skip], head)
-    if hasattr(method, "chosen_blocks"):  # which blocks may be for the data to say, how many is not
-        inside = tuple(all_blocks[i].prefix for i in method.chosen_blocks([0.0] * len(all_blocks)))
+    if hasattr(settled, "chosen_blocks"):  # which blocks may be for the data to say, how many is not
+        inside = tuple(all_blocks[i].prefix for i in settled.chosen_blocks([0.0] * len(all_blocks)))
         left += [v for v in chosen if not v.name.startswith(inside)]
         chosen = [v for v in chosen if v.name.startswith(inside)]
-    if isinstance(method, Factorized) and method.target_parameters:
-        size = sum(prod(v.shape) for v in chosen if v.expert is None)
-        method = method.with_share(share_of_model(source, method, size))
     element = source.dtype.itemsize if source.dtype else 2
-    specs = {v.name: _spec(v, method, element) for v in chosen}
+    allocation = spread(settled, recipe.allocation, [v.name for v in chosen])
+    size = sum(prod(v.shape) for v in chosen if v.expert is None)
+    if isinstance(settled, Factorized) and settled.target_parameters:
+        settled = settled.with_share(share_of_model(source, settled, size))
+    own = _by_layer(settled, allocation, chosen)
+    by_text = allocation.strategy in DATA_DRIVEN or bool(getattr(settled, "energy", None))
+    specs = {v.name: None if by_text else _spec(v, own.get(v.name), element) for v in chosen}
     saved = sum(prod(v.shape) * element - _stored(v.shape, specs[v.name], element, format) for v in chosen)
-    before = sum(entry.bytes for entry in source.files.entries.values())
-    parts = _memory(source, recipe, chosen, method, tokens, element)
     kept = sum(prod(v.shape) if (spec := specs[v.name]) is None else _kept(spec) for v in chosen)
+    if by_text and settled.share:
+        kept -= size - int(settled.share * size)
+        saved += 0 if format == "dense" else _saved_at_least(chosen, settled, size, element)
+    before = sum(entry.bytes for entry in source.files.entries.values())
+    parts = _memory(source, recipe, chosen, settled, tokens, element)
     steering = [
         n for b in all_blocks for n in dict.fromkeys(k.rpartition(".")[0] for k in b.names) if never(b.prefix + n)
     ]
@@ -89,6 +101,8 @@ def make_plan(
         bytes_before=before,
         bytes_after=before - saved,
         memory=_peak(parts),
+        stay_dense=[v.name for v in chosen if specs[v.name] is None and (v.expert is not None or not by_text)],
+        at_most=by_text,
         memory_parts=parts,
     )
 
@@ -111,11 +125,22 @@ def check_room(plan: Plan, out: Path, device: str) -> None:
         )
 
 
+def _by_layer(method: Any, allocation: AllocationSpec, chosen: list[View]) -> dict[str, Any]:
+    """The method with each layer's own rank where shapes alone give one; None where the allocation leaves it dense."""
+    if allocation.strategy != "per_type":
+        return dict.fromkeys([v.name for v in chosen], method)
+    curves = [Curve(v.name, v.shape) for v in chosen if v.expert is None]
+    ranks = by_share(curves, method.share, allocation.weights, method.largest, method.numbers)
+    return {name: None if rank is None else method.with_rank(rank) for name, rank in ranks.items()}
+
+
 def _spec(view: View, method: Any, element: int) -> dict[str, Any] | None:
     """How an edited weight will be stored, or None for a weight that stays dense."""
     try:
+        if method is None:
+            return None
         if hasattr(method, "spec"):
-            spec = None if view.expert is not None else method.spec(view.shape, element)
+            spec = method.spec(view.shape, element) if view.expert is None else None
             # a bias that the layer has already takes up the shift
             return spec and {**spec, "bias": bool(spec.get("bias")) and view.module.bias is None}
         check_width(view.shape[1], method.sparsity)
@@ -123,6 +148,12 @@ def _spec(view: View, method: Any, element: int) -> dict[str, Any] | None:
         raise PareError(f"{view.name}: {fault}") from fault
     kept = kept_count(view.shape, method.sparsity)
     return {"kind": storage_kind(view.shape, kept, method.sparsity, element), "shape": view.shape, "kept": kept}
+
+
+def _saved_at_least(chosen: list[View], method: Factorized, size: int, element: int) -> int:
+    """Bytes, where one budget is spent as the text tells: PIFA's order of rows comes on top of it."""
+    orders = sum(4 * v.shape[0] for v in chosen if v.expert is None) if method.kind == "pifa" else 0
+    return (size - int((method.share or 1.0) * size)) * element - orders
 
 
 def _kept(spec: dict[str, Any]) -> int:
@@ -171,7 +202,8 @@ def _memory(
     rest = [prod(t.shape) for n, t in source.parameters.items() if not n.startswith(inside)]
     vocabulary = source.config.get_text_config().vocab_size
     calibration, evaluations = tokens
-    followed = "cross" in method.needs or recipe.reconstruct is not None
+    tuned = recipe.reconstruct is not None
+    followed = "cross" in method.needs or tuned
     batch = BATCH_TOKENS[source.device.type]
     return {
         # read, and the edited copies beside them until the block is dropped
@@ -182,13 +214,16 @@ def _memory(
         "solver": (0 if factored else 10 * largest) + grams + gradients,
         "activations": element * width * (calibration * (2 if followed else 1) + 2 * sum(evaluations)),
         "batch": element * batch * (4 * width + 3 * max((v.shape[0] for v in in_block), default=0)),
+        # float32 masters, their gradients and what those come from, Adam's two moments, the tensors in use and as they
+        # were; and what autograd keeps of a batch
+        "tuning": (20 + 2 * element) * edited + element * batch * sum(sum(v.shape) for v in in_block) if tuned else 0,
         # at the start and at the end: embedding or head, and the logits of a few positions
         "outside": element * max(rest, default=0) + 12 * 512 * vocabulary,
     }
 
 
 def _peak(parts: dict[str, int]) -> int:
-    walking = parts["block"] + parts["pending"] + max(parts["solver"], parts["batch"])
+    walking = parts["block"] + parts["pending"] + max(parts["solver"], parts["batch"], parts["tuning"])
     return parts["activations"] + max(walking, parts["outside"])
 
 

@@ -32,6 +32,10 @@ class InverseCholesky:
     damping: float  # the fraction of the mean diagonal that was added
     escalated: bool
 
+    def told(self, asked: float) -> str | None:
+        """What the report must tell of a damping that had to be raised."""
+        return f"damping raised from {asked:g} to {self.damping:g}" if self.escalated else None
+
 
 class InputStats:
     """Moments of the inputs `x` (tokens, in): float32 within a batch, float64 across batches.

@@ -6,7 +6,6 @@ Without an allocator, gradients or a choice of blocks there is no first pass.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,10 @@ from paredown.compress.blocks import Block, View, blocks
 from paredown.compress.errors import PareError
 from paredown.compress.factorized import Factorized
 from paredown.compress.gradients import Labels, backward
-from paredown.compress.lowrank import largest_rank
 from paredown.compress.machine import return_freed_memory
 from paredown.compress.observe import Observer
 from paredown.compress.sensitivity import Probe, Sensitivities
+from paredown.compress.settling import spread
 from paredown.compress.source import ModelSource
 from paredown.compress.statistics import GRADIENT_NEEDS, NEEDS, InputStats
 from paredown.compress.stream import start
@@ -88,18 +87,10 @@ def survey(
 ) -> Survey:
     """All that the walk must know beforehand; ids (windows, length) is the calibration text."""
     made = Survey(scratch, chosen=set(chosen))
+    spec = spread(method, allocation, chosen)
     if not isinstance(method, Factorized):
-        if allocation is not None:
-            raise PareError("allocation spreads ranks over layers: it goes with low-rank methods only. Leave it out.")
         return made
-    if allocation is not None and allocation.weights:
-        _check_weights(allocation, chosen)
-    spec = allocation or AllocationSpec(strategy=method.allocation, weights=getattr(method, "type_weights", {}))
-    made.strategy = spec.strategy if method.share or method.target_parameters else "uniform"
-    if allocation is not None and made.strategy != allocation.strategy:
-        raise PareError(
-            f"allocation {allocation.strategy} spends one budget: ask by kept or target_parameters, not rank or energy."
-        )
+    made.strategy = spec.strategy
     gradient = method.needs & GRADIENT_NEEDS
     views = [v for block in blocks(source) for v in block.views() if v.name in chosen and v.expert is None]
     if hasattr(method, "chosen_blocks"):
@@ -117,16 +108,6 @@ def survey(
     return made
 
 
-def _check_weights(allocation: AllocationSpec, chosen: set[str]) -> None:
-    last = sorted({name.rpartition(".")[2] for name in chosen})
-    for pattern in allocation.weights:
-        if allocation.strategy != "per_type" or not any(fnmatch(name, pattern) for name in last):
-            raise PareError(
-                f"allocation.weights {pattern!r}: weights go with strategy per_type and name the last part of layers: "
-                f"{', '.join(last)}."
-            )
-
-
 def _walk(
     made: Survey, source: ModelSource, method: Factorized, ids: Tensor, gradient: frozenset[str], note: Note
 ) -> None:
@@ -142,8 +123,6 @@ def _walk(
         else _forward(source, ids, wanted, needs, note)
     )
     probe = Probe(source, ids, len(wanted)) if made.strategy == "sensitivity" else None
-    if probe is not None and gradient:
-        raise PareError("allocation sensitivity goes forward through the model: choose a method without gradients.")
     for block, stats in walk:
         made.keep_gradients(block, stats, gradient)
         if probe is not None:
@@ -200,17 +179,13 @@ def _angles(source: ModelSource, ids: Tensor, note: Note) -> list[float]:
 def _allocated(made: Survey, source: ModelSource, method: Factorized, spec: AllocationSpec, ids: Tensor) -> Ranks:
     curves, total = list(made.curves.values()), sum(c.size for c in made.curves.values())
     kept = method.share or share_of_model(source, method, total)
-
-    def largest(shape: tuple[int, int], numbers: float) -> int:
-        return largest_rank(method.kind, shape, numbers, method.adds_bias)
-
     if made.strategy == "global":
         return by_global_loss(curves, int(kept * total), method.numbers)
     if made.strategy == "theoretical_loss":
-        return by_theoretical_loss(curves, kept, largest, method.numbers, ids.numel())
+        return by_theoretical_loss(curves, kept, method.largest, method.numbers, ids.numel())
     if made.strategy == "sensitivity":
-        return by_sensitivity(curves, made.sensitivities, kept, largest, method.numbers)
-    return by_share(curves, kept, spec.weights, largest, method.numbers)
+        return by_sensitivity(curves, made.sensitivities, kept, method.largest, method.numbers)
+    return by_share(curves, kept, spec.weights, method.largest, method.numbers)
 
 
 def share_of_model(source: ModelSource, method: Factorized, targeted: int) -> float:

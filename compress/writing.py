@@ -1,6 +1,6 @@
 """What of a block goes to the writer: edited weights packed or dense, everything else as it was stored."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,11 +18,15 @@ Format = Literal["packed", "dense"]
 
 @dataclass(frozen=True)
 class Edited:
-    """One block's changes: its views, the edits by view name, and other tensors by full name (biases, tuned norms)."""
+    """One block's changes: its views, the edits by view name, and other tensors by full name (biases, tuned norms).
+
+    `specs`, by view name, are those of edits that are no masks and stand in the block as packed layers.
+    """
 
     views: Sequence[View]
     edits: Mapping[str, Edit]
     changed: dict[str, Tensor] = field(default_factory=dict)
+    specs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_block(
@@ -42,15 +46,13 @@ def write_block(
     done = {*names.values(), *edited.changed}
     dense = dict(source.read(block.prefix + n for n in block.names if block.prefix + n not in done)) | edited.changed
     for owner, views in owners.items():
-        spec, tensors = _packed(views, edited)
-        if format == "dense" or spec["kind"] == "dense":
+        found = None if format == "dense" else _packed(views, edited)
+        if found is None:
             dense[names[owner]] = views[0].raw if views[0].expert is None else _whole(views[0])
             continue
-        if f"{owner}.bias" in edited.changed and f"{owner}.bias".removeprefix(block.prefix) not in block.names:
-            spec["bias"] = True
-        modules[owner] = spec
-        for part, tensor in tensors().items():
-            writer.add(f"{owner}.{part}", tensor, kind=spec["kind"])
+        modules[owner], tensors = found
+        for part, tensor in tensors.items():
+            writer.add(f"{owner}.{part}", tensor, kind=modules[owner]["kind"])
     _add_dense(writer, source, dense, format)
     writer.end_block()
 
@@ -72,17 +74,19 @@ def _add_dense(writer: CheckpointWriter, source: ModelSource, weights: dict[str,
         writer.add(name, tensor, kind="dense")
 
 
-def _packed(views: list[View], edited: Edited) -> tuple[dict[str, Any], Callable[[], Mapping[str, Tensor]]]:
-    """The spec of an edited weight, and what makes its tensors."""
+def _packed(views: list[View], edited: Edited) -> tuple[dict[str, Any], Mapping[str, Tensor]] | None:
+    """The spec of an edited weight and its tensors; None where the dense weight is no larger."""
     first = edited.edits.get(views[0].name)
     if isinstance(first, LowRank):
-        return {**first.spec, "layout": views[0].layout}, lambda: first.tensors
+        return edited.specs[views[0].name], first.tensors
     masks = {name: edit for name, edit in edited.edits.items() if isinstance(edit, Masked)}
     keep, sparsity = _joint_mask(views, masks)
     weight, kept = views[0].weight if views[0].expert is None else _whole(views[0]), int(torch.count_nonzero(keep))
     kind = storage_kind(tuple(weight.shape), kept, sparsity, weight.element_size())
+    if kind == "dense":
+        return None
     spec = {"kind": kind, "layout": views[0].layout, "shape": list(weight.shape), "kept": kept}
-    return spec, lambda: kinds.pack(kind, weight, keep)
+    return spec, kinds.pack(kind, weight, keep)
 
 
 def _whole(view: View) -> Tensor:  # (experts, out, in)

@@ -21,6 +21,7 @@ from paredown.evaluation.tables import (
     last_part,
     layer_rows,
     perplexity_rows,
+    rank_rows,
     seconds_text,
     short,
     size_rows,
@@ -49,6 +50,8 @@ def render(report: Mapping[str, Any]) -> Group:
     tables = [screen_table(rows) for rows in _results(report)]
     if report["layers"]:
         tables.append(screen_table(layer_rows(report["layers"])))
+    if ranks := rank_rows(report["layers"]):
+        tables.append(screen_table(ranks))
     facts = [Text(line) for line in _facts(report)]
     return Group(
         head, *tables, *facts, *listed("Fallbacks", report["fallbacks"]), *listed("Warnings", _warnings(report))
@@ -84,6 +87,7 @@ def model_card(report: Mapping[str, Any]) -> str:
         f"## Load it\n\n```python\n{loading_code(report)}\n```\n\n{_loading_note(report)}",
         f"## Before and after\n\n{results}",
         f"## How it was made\n\n{_made(report)}",
+        *_ranks(report),
         f"## Limits\n\n{_limits(report)}",
     ]
     return "\n\n".join(sections) + "\n"
@@ -203,6 +207,13 @@ def _made(report: Mapping[str, Any]) -> str:
     return command + "\n".join([*(f"- {fact}" for fact in facts), *lists])
 
 
+def _ranks(report: Mapping[str, Any]) -> list[str]:
+    """Every factored layer, folded away."""
+    rows = rank_rows(report["layers"], name=str)
+    table = rows and markdown_table(rows)
+    return [f"<details><summary>Each layer's rank and loss</summary>\n\n{table}\n\n</details>"] if table else []
+
+
 def _counted(title: str, lines: list[Any]) -> list[str]:
     told = [text.plain.strip() for text in listed(title, lines)]
     return [f"- {told[0]}", *(f"  - {line}" for line in told[1:])] if told else []
@@ -228,6 +239,6 @@ def _limits(report: Mapping[str, Any]) -> str:
     ]
     if report.get("format") == "dense" and size["after"] > 0.99 * size["before"]:
         lines.insert(
-            1, "This dense checkpoint stores each zero like any other number, so it is as large as the original."
+            1, "This dense checkpoint stores what was removed like any other number: it is as large as the original."
         )
     return "\n".join(f"- {line}" for line in lines)

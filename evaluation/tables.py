@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -94,33 +94,51 @@ def size_rows(report: Mapping[str, Any]) -> Rows:
     return Rows("Size", ("", "before", "after", "kept"), rows, (note,))
 
 
+def layer_kind(name: str) -> str:
+    """`model.layers.3.self_attn.q_proj` is `self_attn.q_proj`, and every numbered expert is one kind."""
+    return ".".join([part for part in name.split(".") if not part.isdigit()][-2:])
+
+
 def layer_rows(layers: Sequence[Mapping[str, Any]]) -> Rows:
     """One row for each kind of layer: models have hundreds of layers and a dozen kinds."""
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
-    for layer in layers:
-        kinds.setdefault(layer_kind(layer["name"]), []).append(layer)
-    headers: tuple[str, ...] = ("layers", "count", "method", "kept", "relative error", "worst", "seconds")
-    notes = [
+    headers = ("layers", "count", "method", "kept", "relative error", "worst", "seconds")
+    note = (
         "kept and relative error: means over a kind. Relative error: wrong share of the output's energy on calibration"
-    ]
-    factored = any(layer.get("rank") for layer in layers)
-    if factored:
-        headers += ("rank", "loss predicted", "measured")
-        notes.append(
-            "rank: smallest and largest. Losses: means, in the method's own metric, as a share of dropping the weight; "
-            "predicted on the dense model, measured on what was stored"
-        )
-    rows = (_kind_row(kind, members) + (_rank_cells(members) if factored else ()) for kind, members in kinds.items())
-    return Rows("Layers", headers, tuple(rows), tuple(notes))
+    )
+    rows = tuple(_kind_row(kind, members) for kind, members in _grouped(layers, layer_kind).items())
+    return Rows("Layers", headers, rows, (note,))
 
 
-def _rank_cells(layers: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
-    ranks = [layer["rank"] for layer in layers if layer.get("rank")]
-    found = [
-        [layer[key] for layer in layers if layer.get(key) is not None] for key in ("predicted_loss", "measured_loss")
-    ]
-    predicted, measured = (number(fmean(losses)) if losses else "" for losses in found)
-    return f"{min(ranks)}-{max(ranks)}" if ranks else "", predicted, measured
+def rank_rows(layers: Sequence[Mapping[str, Any]], name: Callable[[str], str] = layer_kind) -> Rows | None:
+    """Ranks, and losses predicted beside measured, of what was factored: by kind of layer, or by another `name`."""
+    factored = [layer for layer in layers if layer.get("rank")]
+    if not factored:
+        return None
+    headers = ("ranks", "stored as", "rank", "loss predicted", "measured", "measured / predicted")
+    note = (
+        "losses: in the method's own metric, as a share of dropping the weight, means where a row is of several layers. "
+        "Predicted on the dense model, where ranks were spread by it; measured on what was stored"
+    )
+    rows = tuple(_rank_row(group, members) for group, members in _grouped(factored, name).items())
+    return Rows("Ranks and losses", headers, rows, (note,))
+
+
+def _rank_row(name: str, layers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    low, high = min(layer["rank"] for layer in layers), max(layer["rank"] for layer in layers)
+    stored = ", ".join(dict.fromkeys(layer["kind"] for layer in layers))
+    measured = [layer["measured_loss"] for layer in layers if layer.get("measured_loss") is not None]
+    both = [(layer["predicted_loss"], layer["measured_loss"]) for layer in layers if layer.get("predicted_loss")]
+    predicted = [before for before, _ in both]
+    cells = ("" if not losses else number(fmean(losses)) for losses in (predicted, measured))
+    ratio = f"{fmean(after for _, after in both) / fmean(predicted):.2f}" if both else ""
+    return (name, stored, f"{low}" if low == high else f"{low}-{high}", *cells, ratio)
+
+
+def _grouped(layers: Sequence[Mapping[str, Any]], name: Callable[[str], str]) -> dict[str, list[Mapping[str, Any]]]:
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for layer in layers:
+        groups.setdefault(name(layer["name"]), []).append(layer)
+    return groups
 
 
 def _kind_row(kind: str, layers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -135,11 +153,6 @@ def _kind_row(kind: str, layers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]
         f"{number(worst['relative_error'])} {worst['name']}" if worst else "",
         f"{math.fsum(layer['seconds'] for layer in layers):.1f}",
     )
-
-
-def layer_kind(name: str) -> str:
-    """`model.layers.3.self_attn.q_proj` is `self_attn.q_proj`, and every numbered expert is one kind."""
-    return ".".join([part for part in name.split(".") if not part.isdigit()][-2:])
 
 
 def kinds_text(names: Sequence[str]) -> str:

@@ -46,14 +46,16 @@ def step_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 def show_plan(plan: Plan) -> None:
     table = Table(title=f"{plan.family}: {plan.blocks} blocks", title_justify="left", show_header=False, box=None)
+    most = "at most " if plan.at_most else ""
+    grows = "" if plan.shrinks or plan.at_most else "  the file does NOT shrink"
     rows = {
         "parameters": f"{plan.parameters:,}",
         "targeted": f"{len(plan.targeted)} layers, {plan.targeted_parameters:,} parameters",
-        "kept of these": f"{plan.kept_parameters:,}",
+        "kept of these": f"{most}{plan.kept_parameters:,}" + (", as the calibration text will tell" if most else ""),
+        "of these dense": _some(plan.stay_dense),
         "left as they are": _some(plan.left_out),
         "no method sees": _some(plan.unsupported),
-        "bytes": f"{plan.bytes_before / 1e6:,.1f} MB -> {plan.bytes_after / 1e6:,.1f} MB"
-        + ("" if plan.shrinks else "  the file does NOT shrink"),
+        "bytes": f"{plan.bytes_before / 1e6:,.1f} MB -> {most}{plan.bytes_after / 1e6:,.1f} MB{grows}",
         "disk needed": f"{plan.bytes_after / 1e6:,.1f} MB",
         "memory needed": f"{plan.memory / 1e6:,.0f} MB above what the libraries take",
     }

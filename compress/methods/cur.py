@@ -28,6 +28,8 @@ class CUR(Factorized):
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
     surveys_angles: ClassVar[bool] = True
+    kept_unasked: ClassVar[float | None] = None
+    predicts: ClassVar[bool] = False  # rows and columns of the weight lose more than singular vectors
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,8 +61,11 @@ class CUR(Factorized):
         rank = self._choose(shape, weight.new_zeros(0))
         if not rank:
             return None
-        rows, columns = deim(wanda_score(weight, stats).double(), rank)
-        middle = self._link(weight.double(), weight[:, columns].double(), weight[rows].double(), stats)
+        try:
+            rows, columns = deim(wanda_score(weight, stats).double(), rank)
+            middle = self._link(weight.double(), weight[:, columns].double(), weight[rows].double(), stats)
+        except torch.linalg.LinAlgError as fault:  # type: ignore[attr-defined]
+            raise PareError(f"its singular value decomposition failed ({fault}). Calibrate on more text.") from fault
         parts = {"columns": weight[:, columns], "link": narrowed(middle, weight.dtype), "rows": weight[rows]}
         edit = LowRank("cur", shape, rank, {name: part.contiguous() for name, part in parts.items()})
         wide = weight.double()

@@ -1,6 +1,7 @@
 """LASER: plain rank reduction of MLP matrices in the last blocks. Sharma et al. 2023 (arXiv 2312.13558)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from paredown.compress.factorized import Share
 from paredown.compress.methods import register
@@ -12,6 +13,8 @@ from paredown.compress.methods.svd import SVD
 class LASER(SVD):
     rho: Share = 0.1  # rank as a share of the largest possible one, unless it is asked for otherwise
     last: Share = 0.25  # share of the blocks, counted from the end
+
+    kept_unasked: ClassVar[float | None] = None
 
     def chosen_blocks(self, angles: list[float]) -> list[int]:
         count = len(angles)

@@ -47,8 +47,7 @@ class MaskAndUpdate:
         inverse = stats.inverse_cholesky(self.damping)
         updated, keep = sparsegpt_sweep(weight, inverse, choose, block_columns(self.sparsity))
         new = narrowed(updated, weight.dtype) if self.update == "sparsegpt" else weight
-        fallback = f"damping raised from {self.damping:g} to {inverse.damping:g}" if inverse.escalated else None
-        return Masked(masked(new, keep), keep, self.sparsity, inverse.damping, fallback)
+        return Masked(masked(new, keep), keep, self.sparsity, inverse.damping, inverse.told(self.damping))
 
     def _scored(self, weight: Tensor, stats: InputStats) -> Tensor:  # (out, in) bool
         if self.mask == "wanda":

@@ -3,7 +3,7 @@
 OATS (Zhang & Papyan 2024, arXiv 2409.13652) and SLiM (Mozaffari et al. 2024, arXiv 2410.09615) use its diagonal.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -16,7 +16,7 @@ from paredown.compress.lowrank import Metric, Target, balanced, factorize, share
 from paredown.compress.methods import Damping, register
 from paredown.compress.solvers import adaptive_mask, block_columns, masked, narrowed, sparsegpt_sweep
 from paredown.compress.sparsity import NofM, Sparsity, check_width, kept_count
-from paredown.compress.statistics import InputStats
+from paredown.compress.statistics import InputStats, InverseCholesky
 
 
 @register("sparse_low_rank")
@@ -44,22 +44,21 @@ class SparseLowRank:
             return None
         kind = spec["kind"]
         wide, metric = weight.double(), Metric(input=stats.gram)
-        best = None
+        inverse, best = stats.inverse_cholesky(self.damping), None
         sparse = wide.new_zeros(shape)
         for _ in range(self.rounds):
             factors = factorize(Target(wide - sparse), metric, lambda losses: min(self.rank, len(losses)))
             left, right = (narrowed(t, weight.dtype) for t in balanced(factors))
-            kept, keep, damping = self._sparse(wide - left.double() @ right.double(), stats, weight.dtype)
+            kept, keep = self._sparse(wide - left.double() @ right.double(), inverse, weight.dtype)
             sparse = kept.double()
             tensors = {**kinds.pack(kind.removesuffix("_lowrank"), kept, keep), "left": left, "right": right}
             loss = share_lost(wide, sparse + left.double() @ right.double(), metric, wide)
             if best is None or loss < (best.loss or 0):
-                best = LowRank(kind, shape, factors.rank, tensors, loss=loss, damping=damping)
+                best = LowRank(kind, shape, factors.rank, tensors, loss=loss)
         assert best is not None
-        return best
+        return replace(best, damping=inverse.damping, fallback=inverse.told(self.damping))
 
-    def _sparse(self, rest: Tensor, stats: InputStats, dtype: Any) -> tuple[Tensor, Tensor, float]:
-        inverse = stats.inverse_cholesky(self.damping)
+    def _sparse(self, rest: Tensor, inverse: InverseCholesky, dtype: Any) -> tuple[Tensor, Tensor]:
         choose = adaptive_mask(self.sparsity, *rest.shape)
         updated, keep = sparsegpt_sweep(rest, inverse, choose, block_columns(self.sparsity))
-        return masked(narrowed(updated, dtype), keep), keep, inverse.damping
+        return masked(narrowed(updated, dtype), keep), keep

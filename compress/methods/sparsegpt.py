@@ -29,5 +29,10 @@ class SparseGPT:
         inverse = stats.inverse_cholesky(self.damping)
         choose = adaptive_mask(self.sparsity, *weight.shape)
         updated, keep = sparsegpt_sweep(weight, inverse, choose, block_columns(self.sparsity))
-        fallback = f"damping raised from {self.damping:g} to {inverse.damping:g}" if inverse.escalated else None
-        return Masked(masked(narrowed(updated, weight.dtype), keep), keep, self.sparsity, inverse.damping, fallback)
+        return Masked(
+            masked(narrowed(updated, weight.dtype), keep),
+            keep,
+            self.sparsity,
+            inverse.damping,
+            inverse.told(self.damping),
+        )

@@ -176,7 +176,8 @@ def test_a_layer_whose_last_ranks_are_dear_jumps_to_dense():
     found = by_global_loss([even, steep], 64 + 16, paid)
     assert found == {"even": None, "steep": 1}
     assert lost([even, steep], found) == pytest.approx(by_dynamic_program([even, steep], 80, paid))
-    assert by_global_loss([even, steep], 64 + 15, paid)["even"] == 1  # one number short: the jump does not fit
+    # one number short: the jump does not fit, and what is left goes to the other layer
+    assert by_global_loss([even, steep], 64 + 15, paid) == {"even": 1, "steep": 3}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -270,6 +271,20 @@ def theoretical(names=("q_proj", "down_proj"), layers=6, seed=0):
             scale = 10 ** draw.uniform(-2, 2)
             curves.append(Curve(f"layers.{i}.{name}", shape, [scale * 0.9**k for k in range(48)]))
     return curves
+
+
+def test_of_the_layer_that_loses_least_a_twentieth_stays_beside_what_the_others_want():
+    curves = [Curve(f"layers.{i}.q_proj", (480, 480), [scale] * 480) for i, scale in enumerate((1e-9, 1e30))]
+    ranks = by_theoretical_loss(curves, 0.3, largest("factors"), costs("factors"), TOKENS)
+    norm = math.sqrt(TOKENS * (480 - ranks_at(0.3)) * 1e30)
+    removed = [2 * 0.7 * s / (1 + 1 / math.log(norm)) for s in (1, 1 / math.log(norm))]
+    assert removed[0] > 1  # more than there is
+    wanted = (0.05, 1 - removed[1])
+    assert list(ranks.values()) == [ranks_at(w * 0.6 / sum(wanted)) for w in wanted]
+
+
+def ranks_at(share):
+    return max(k for k in range(1, 481) if k * 960 <= share * 480 * 480)
 
 
 @pytest.mark.parametrize("kind", ["factors", "pifa"])

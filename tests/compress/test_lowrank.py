@@ -662,5 +662,7 @@ def test_ranks_at_four_fifths_are_the_closed_forms(out, inner):
     assert factors == 16 * int(numbers / both / 16)  # large weights get ranks in steps of 16
     assert pifa == 16 * int((both - (both**2 - 4 * numbers) ** 0.5) / 2 / 16)
     assert pifa > factors
+    if out == inner:  # without the steps 2264 instead of 1638
+        assert (pifa, factors) == (2264 // 16 * 16, 1638 // 16 * 16)
     even = 16 * int(((out**2 + 6 * out * inner + inner**2) ** 0.5 - both) / 2 / 16)
     assert largest_rank("cur", (out, inner), out * inner) == even

@@ -293,6 +293,23 @@ def test_of_all_rounds_the_best_is_kept_and_later_ones_help(shape, sparsity, ran
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("sparsity", [0.5, "2:4"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_part_is_fitted_in_the_metric_of_the_whole_moment_to_what_the_other_leaves(
+    shape, sparsity, lowrank_problem
+):
+    problem, whitening = lowrank_problem(shape), torch.linalg.cholesky(lowrank_problem(shape).second)
+    prune = build("sparsegpt", {"sparsity": sparsity})
+    sparse, found = torch.zeros_like(problem.wide), []
+    for rounds in (1, 2, 3):
+        low = truncated((problem.wide - sparse) @ whitening, 2) @ torch.linalg.inv(whitening)
+        sparse = prune.compress((problem.wide - low).float(), problem.stats(prune)).weight.double()
+        found.append(sparse + low)
+        errors = [float(((problem.wide - f) @ whitening).square().sum()) for f in found]
+        edit = problem.compress("sparse_low_rank", sparsity=sparsity, rank=2, rounds=rounds)
+        close(edit, found[errors.index(min(errors))], 1e-4)
+
+
 @pytest.mark.parametrize(
     ("sparsity", "kind"), [(0.37, "bitmap_lowrank"), ("2:4", "sparse24_lowrank"), ("1:4", "bitmap_lowrank")]
 )
@@ -306,3 +323,17 @@ def test_sparse_and_low_rank_store_exactly_what_was_asked_for(sparsity, kind, lo
     torch.testing.assert_close(edit.dense(), sparse + edit.tensors["left"] @ edit.tensors["right"], rtol=0, atol=1e-5)
     spec = build("sparse_low_rank", {"sparsity": sparsity, "rank": 2}).spec((12, 20), 4)
     assert spec == edit.spec and edit.damping == 0.01
+
+
+def test_a_damping_that_sparse_plus_low_rank_had_to_raise_is_told(lowrank_problem):
+    problem = lowrank_problem(tokens=4, sequences=2)
+    edit = problem.compress("sparse_low_rank", rank=2, damping=0.0)
+    assert edit.damping > 0 and edit.fallback == f"damping raised from 0 to {edit.damping:g}"
+    assert problem.compress("sparse_low_rank", rank=2).fallback is None
+
+
+def test_a_decomposition_of_cur_that_fails_is_a_fault_of_the_layer(lowrank_problem):
+    problem = lowrank_problem()
+    problem.weight[2, 3] = float("nan")
+    with pytest.raises(PareError, match="singular value decomposition failed"):
+        problem.compress("cur", rank=4)

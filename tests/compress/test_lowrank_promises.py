@@ -32,7 +32,8 @@ def test_how_much_is_kept_is_said_in_one_way(name):
     for one, value in ASKED.items():
         if (name, one) != ("cur", "energy"):
             assert getattr(build(name, {one: value}), one) == value
-    assert build(name, {}).share == 0.8
+    # where nothing is asked for: of these two each layer's own rule
+    assert build(name, {}).share == (None if name in ("cur", "laser") else 0.8)
     assert build(name, {"kept": 0.9}).with_rank(2) == build(name, {"rank": 2})
     assert build(name, {"target_parameters": 9}).with_share(0.3) == build(name, {"kept": 0.3})
 

@@ -386,3 +386,26 @@ def test_measured_sensitivities_are_the_losses_of_the_model_with_one_layer_compr
                 parameter.copy_(weight)
     with pytest.raises(PareError, match="choose a method without gradients"):
         surveyed(source, scratch, "fisher_svd", {"kept": 0.6}, {"strategy": "sensitivity"})
+
+
+def test_measured_sensitivities_of_an_affine_method_count_its_bias(model, source, scratch):
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[:8] += 3  # so that a mean is worth keeping
+        model.model.embed_tokens.weight[:, :8] += 0.1
+    model.save_pretrained(source.folder)
+    made, method = surveyed(ModelSource(source.folder, "m"), scratch, "rom", {"kept": 0.6}, {"strategy": "sensitivity"})
+    name = "model.layers.1.self_attn.v_proj"
+    x, weight, module = data_of(model)[name][0], model.get_parameter(f"{name}.weight"), model.get_submodule(name)
+    dense, mean = weight.detach().clone(), x.mean(0)
+    spread = (x - mean) @ dense.T  # (tokens, out)
+    for share, found in made.sensitivities[name].items():
+        rank = method.with_share(share).planned_rank(tuple(dense.shape))
+        top = torch.linalg.svd(spread, full_matrices=False)[2][:rank].T  # (out, rank)
+        with torch.no_grad():
+            weight.copy_(top @ top.T @ dense)
+            without = float(model(IDS, labels=IDS, use_cache=False).loss)
+            module.bias = torch.nn.Parameter((dense - weight) @ mean)
+            assert found == pytest.approx(float(model(IDS, labels=IDS, use_cache=False).loss), rel=1e-6)
+            assert found != pytest.approx(without, rel=1e-6)
+            module.bias = None
+            weight.copy_(dense)

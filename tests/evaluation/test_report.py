@@ -192,6 +192,44 @@ def test_hundreds_of_layers_become_a_row_for_each_kind(report):
     assert "40" in row and "50.0%" in row and "0.205" in row and "0.4 model.layers.39.self_attn.q_proj" in row
 
 
+def factored(report):
+    """The report with queries and down projections of factors, keys left dense by it."""
+    plain = {
+        "method": "fisher_svd",
+        "kept": 0.6,
+        "relative_error": 0.1,
+        "damping": None,
+        "seconds": 0.5,
+        "kind": "pifa",
+    }
+    layers = [
+        {
+            **plain,
+            "name": f"model.layers.{i}.{part}",
+            "rank": rank + i,
+            "predicted_loss": 0.02,
+            "measured_loss": 0.03 + 0.01 * i,
+        }
+        for i in range(2)
+        for part, rank in (("self_attn.q_proj", 16), ("mlp.down_proj", 40))
+    ]
+    layers[-1] |= {"rank": 40, "predicted_loss": None}  # as where ranks were not spread by it
+    return {**report, "layers": layers}
+
+
+def test_losses_stand_predicted_beside_measured_by_kind_on_the_screen_and_by_layer_in_the_card(report):
+    told = screen(render(factored(report)), width=100)
+    rows = {line.split()[0]: line.split()[1:] for line in told.splitlines() if " pifa " in line}
+    assert rows == {
+        "self_attn.q_proj": ["pifa", "16-17", "0.02", "0.035", "1.75"],
+        "mlp.down_proj": ["pifa", "40", "0.02", "0.035", "1.50"],
+    }
+    card = model_card(factored(report))
+    assert "| model.layers.1.self_attn.q_proj | pifa | 17 | 0.02 | 0.04 | 2.00 |" in card
+    assert "| model.layers.1.mlp.down_proj | pifa | 40 |  | 0.04 |  |" in card
+    assert "Ranks and losses" not in screen(render(report)) + model_card(report)
+
+
 def test_long_lists_say_how_much_is_left_out(report):
     shown = screen(render(report))
     assert "Fallbacks: 15" in shown and "and 3 more in the JSON" in shown
