@@ -153,6 +153,8 @@ def main() -> int:
         missed += ratio < MODEL_BAR
     if chosen.write:
         table = DispatchTable(name, arch_of(device), "measured", tuple(choices), versions, date.today().isoformat())
+        if chosen.write.exists():
+            table = table.over(DispatchTable.parse(chosen.write.read_text()))
         chosen.write.write_text(table.to_json())
     return min(missed, 1)
 

@@ -1,6 +1,7 @@
 """Tables: found, parsed, nearest; the user's own before the shipped ones, and what is shipped is what the model says."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,13 +41,24 @@ def a_gpu(monkeypatch, tmp_path):
         ("sparse24", 1, 4096, 4096, "mma", {"warps": 8}),
         ("sparse24", 8, 12000, 4096, "mma", {"warps": 4}),
         ("sparse24", 9, 12000, 4096, "portable", {}),
-        ("sparse24", 5000, 4096, 4096, "portable", {}),
         ("bitmap", 3, 1, 1, "dense", {}),
     ],
 )
 def test_the_smallest_bucket_that_holds_the_tokens_and_the_nearest_shape_decide(op, tokens, rows, columns, path, tile):
     found = TABLE.find(op, tokens, rows, columns)
     assert (found.path, found.tile) == (path, tile)
+
+
+def test_a_table_of_few_tokens_says_nothing_about_many():
+    assert TABLE.find("sparse24", 65, 4096, 4096) is None and TABLE.find("bitmap", 9, 4096, 4096) is None
+    most = replace(TABLE, choices=(*TABLE.choices, Choice("sparse24", 4096, 4096, dispatch.BUCKETS[-1], "dense")))
+    assert most.find("sparse24", 10**6, 4096, 4096).path == "dense"
+
+
+def test_a_newer_table_keeps_what_an_older_one_measured_of_other_products():
+    newer = replace(TABLE, choices=(Choice("sparse24", 4096, 4096, 8, "dense"), Choice("cur", 8, 8, 1, "torch")))
+    assert newer.over(TABLE).choices == (*TABLE.choices[1:], *newer.choices)
+    assert newer.over(replace(TABLE, basis="modelled")) == newer.over(replace(TABLE, device="Another")) == newer
 
 
 def test_a_table_survives_being_written():
