@@ -20,7 +20,8 @@ def interpreted(monkeypatch, mma_sp_emulated):
 def test_every_subject_passes(shape):
     assert {s.name for s in selftest.subjects(33, 100, torch.float16, CPU)} == {
         "sparse24 mma.sp", "sparse24 + low rank mma.sp", "sparse24 expand", "sparse24 + low rank expand",
-        "sparse24 dense", "bitmap", "low rank", "pifa", "cur",
+        "sparse24 dense", "bitmap", "bitmap dense", "low rank", "pifa", "cur",
+        "sparse24 as the table says", "low rank as the table says",
     }  # fmt: skip
     assert selftest.check_shape(*shape, CPU) == []
 
@@ -39,7 +40,12 @@ def test_a_wrong_result_an_unwritten_one_and_an_unsteady_one_are_named(monkeypat
         right(x, values, indices, bias, y, lowrank)
         y += 1e-4 * torch.rand_like(y)
 
-    for broken, words in ((wrong, "relative error"), (unwritten, "not finite"), (unsteady, "other bits")):
+    def failing(x, values, indices, bias, y, lowrank=None):
+        raise RuntimeError("no such tile\nand more")
+
+    for broken, words in (
+        (wrong, "relative error"), (unwritten, "not finite"), (unsteady, "other bits"), (failing, "Error: no such tile"),
+    ):  # fmt: skip
         monkeypatch.setattr(sparse24_expand, "matmul", broken)
         faults = selftest.check_shape(16, 64, CPU)
         assert faults and all("sparse24" in fault and "expand" in fault and words in fault for fault in faults)
