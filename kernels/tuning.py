@@ -5,11 +5,15 @@ them in the L2 cache; a repeat is one CUDA graph that multiplies with each of th
 """
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from itertools import product
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -105,6 +109,29 @@ def best(wanted: Product, tokens: int, device: torch.device, dtype: torch.dtype,
     return Measured(choice, *(_each(timed[name], len(weights)) for name in (str(winner), "dense")))
 
 
+def compile_ahead(work: Iterable[tuple[Product, int]], device: torch.device, dtype: torch.dtype) -> None:
+    """Compile what `best` will time for these products and tokens, on all cores; Triton keeps it on disk.
+
+    One shape stands for all of its op: most variants are the same. What fails here shows again where it is timed.
+    """
+    cases = {(one.op, tokens): (one, tokens, device, dtype) for one, tokens in work}
+    jobs = min(8, os.cpu_count() or 1, len(cases))
+    with suppress(Exception), ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for waiting in [pool.submit(_run_candidates, *case) for case in cases.values()]:
+            waiting.result()
+
+
+@torch.no_grad()
+def _run_candidates(wanted: Product, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+    tensors, dense = random_product(wanted, device, dtype)
+    x = torch.randn(tokens, wanted.columns, device=device, dtype=dtype)
+    exact = F.linear(x.float(), dense.float())
+    warnings.simplefilter("ignore")
+    for path, tile in candidates(wanted.op, tokens, device):
+        choice = Choice(wanted.op, wanted.rows, wanted.columns, tokens, path, tile)
+        _is_right(choice, _calls(choice, x, [tensors]), exact)
+
+
 def tune(
     wanted: Iterable[Product], device: torch.device, dtype: torch.dtype, buckets: Sequence[int] = BUCKETS,
     progress: Callable[[int, int], None] = lambda done, of: None,
@@ -113,6 +140,8 @@ def tune(
     import triton
 
     work = [(one, tokens) for one in sorted(set(wanted)) for tokens in buckets]
+    progress(0, len(work))
+    compile_ahead(work, device, dtype)
     choices = []
     for done, (one, tokens) in enumerate(work, start=1):
         choices.append(best(one, tokens, device, dtype).choice)
