@@ -157,7 +157,7 @@ def main() -> int:
     if chosen.write:
         table = DispatchTable(name, arch_of(device), "measured", tuple(choices), versions, date.today().isoformat())
         if chosen.write.exists():
-            table = table.over(DispatchTable.parse(chosen.write.read_text()))
+            table = table.over(DispatchTable.read(chosen.write))
         chosen.write.write_text(table.to_json())
     return min(missed, 1)
 

@@ -75,6 +75,14 @@ class DispatchTable:
         except (KeyError, TypeError, ValueError) as fault:
             raise ValueError(f"not a dispatch table: {fault}") from fault
 
+    @classmethod
+    def read(cls, file: Path) -> "DispatchTable":
+        """Raises ValueError with the file's name if it holds no table."""
+        try:
+            return cls.parse(file.read_text())
+        except ValueError as fault:
+            raise ValueError(f"{file}: {fault}. Remove it, and let `paredown tune` write it anew.") from fault
+
 
 def choose(op: str, device: torch.device, tokens: int, rows: int, columns: int) -> Choice:
     """What to launch for `tokens` tokens times a weight (rows, columns)."""
@@ -103,8 +111,8 @@ def table_of(index: int) -> DispatchTable:
     name, arch = torch.cuda.get_device_name(index), arch_of(torch.device("cuda", index))
     own = cache_file(name)
     if own.exists():
-        return DispatchTable.parse(own.read_text())
-    shipped = [table for path in _shipped() if (table := DispatchTable.parse(path.read_text())).arch <= arch]
+        return DispatchTable.read(own)
+    shipped = [table for path in _shipped() if (table := DispatchTable.read(path)).arch <= arch]
     nearest = max(shipped, key=lambda table: (table.arch, table.device == name), default=None)
     return nearest or DispatchTable(name, arch, "modelled", ())
 

@@ -33,7 +33,7 @@ def tune(
     table = measure(wanted, place, _dtype(folders[0]), progress=progress)
     file = cache_file(table.device)
     if file.exists():
-        table = table.over(DispatchTable.parse(file.read_text()))
+        table = table.over(DispatchTable.read(file))
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(table.to_json())

@@ -67,9 +67,10 @@ def test_a_table_survives_being_written():
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"device": "x", "choices": [{"op": "sparse24"}]}', '{"choices": 3}'])
-def test_what_is_no_table_is_refused(text):
-    with pytest.raises(ValueError, match="not a dispatch table"):
-        DispatchTable.parse(text)
+def test_what_is_no_table_is_refused_by_name(text, tmp_path):
+    (tmp_path / "table.json").write_text(text)
+    with pytest.raises(ValueError, match=r"table\.json: not a dispatch table"):
+        DispatchTable.read(tmp_path / "table.json")
 
 
 def test_the_users_own_table_comes_before_the_shipped_one(a_gpu):
