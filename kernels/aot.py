@@ -112,7 +112,7 @@ def compile_case(case: Case, arch: int) -> Row:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    kernel, arguments, options = _launches(case.launch)[case.which]
+    kernel, arguments, options = _launches(case.launch, arch)[case.which]
     source = _source(kernel, arguments)
     settings = {key: value for key, value in options.items() if key in ("num_warps", "num_stages")}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=settings)
@@ -157,7 +157,7 @@ def _recording() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
         yield seen
 
 
-def _launches(launch: Callable[[], object]) -> list[tuple[Any, dict[str, Any], dict[str, Any]]]:
+def _launches(launch: Callable[[], object], arch: int) -> list[tuple[Any, dict[str, Any], dict[str, Any]]]:
     """(kernel, its arguments by name, launch options) of every launch."""
     with _recording() as seen:
         launch()
@@ -166,7 +166,8 @@ def _launches(launch: Callable[[], object]) -> list[tuple[Any, dict[str, Any], d
         names = [parameter.name for parameter in kernel.params]
         arguments = dict(zip(names, args, strict=False)) | {k: v for k, v in options.items() if k in names}
         # what a launcher decides by the device it finds: a dependent launch from sm_90 on, never the interpreter
-        found.append((kernel, arguments | {"INTERP": False} if "INTERP" in names else arguments, options))
+        decided = {"INTERP": False, "PDL": arch >= 90}
+        found.append((kernel, arguments | {name: decided[name] for name in decided.keys() & set(names)}, options))
     return found
 
 

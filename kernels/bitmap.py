@@ -84,7 +84,8 @@ def row_starts(bitmap: Tensor) -> Tensor:
     Raises ValueError if there are more values than int32 counts to.
     """
     ends = count_bits(bitmap).cumsum(0)
-    if len(ends) and not ends.is_meta and int(ends[-1]) > MOST_VALUES:
+    # the number is read from the device only where it may be too large: torch.compile and CUDA graphs allow no reading
+    if 8 * bitmap.numel() > MOST_VALUES and not ends.is_meta and int(ends[-1]) > MOST_VALUES:
         raise ValueError(f"{int(ends[-1])} values are stored, and kernels count up to {MOST_VALUES}")
     return F.pad(ends, (1, 0)).to(torch.int32)
 

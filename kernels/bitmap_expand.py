@@ -79,7 +79,7 @@ def before_parts(counts, WARPS: tl.constexpr):
     return tl.reshape(tl.broadcast_to(ahead[:, :, None], (WARPS, 8, 4)), (32 * WARPS,))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # one kernel for every number of tokens of a bucket
 def bitmap_matmul_kernel(
     x_ptr, values_ptr, bitmap_ptr, starts_ptr, bias_ptr, y_ptr, tokens, rows, columns, row_bytes,
     BIAS: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr, OCTETS: tl.constexpr, ROW_LEVELS: tl.constexpr,

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from math import log2
 from pathlib import Path
@@ -43,14 +43,22 @@ class DispatchTable:
     date: str = ""
 
     def find(self, op: str, tokens: int, rows: int, columns: int) -> Choice | None:
-        """The choice of the smallest bucket that holds `tokens` (or the largest there is), of the nearest shape."""
+        """The choice of the smallest bucket that holds `tokens` (or the last of BUCKETS), of the nearest shape. None where
+        the table knows fewer tokens only: a tile for a few of them is a bad one for thousands."""
         of_op = [choice for choice in self.choices if choice.op == op]
-        if not of_op:
+        bucket = min((c.tokens for c in of_op if c.tokens >= bucket_of(tokens)), default=None)
+        if bucket is None:
             return None
-        buckets = sorted({choice.tokens for choice in of_op})
-        bucket = next((b for b in buckets if b >= tokens), buckets[-1])
         near = [choice for choice in of_op if choice.tokens == bucket]
         return min(near, key=lambda c: abs(log2(c.rows / rows)) + abs(log2(c.columns / columns)))
+
+    def over(self, older: "DispatchTable") -> "DispatchTable":
+        """With what an older table, measured on the same device, knows of other products and numbers of tokens."""
+        if older.basis != "measured" or older.device != self.device:
+            return self
+        new = {(c.op, c.rows, c.columns, c.tokens) for c in self.choices}
+        kept = tuple(c for c in older.choices if (c.op, c.rows, c.columns, c.tokens) not in new)
+        return replace(self, choices=kept + self.choices)
 
     def to_json(self) -> str:
         """One choice per line."""
@@ -66,6 +74,14 @@ class DispatchTable:
             return cls(**{**raw, "choices": tuple(Choice(**choice) for choice in raw["choices"])})
         except (KeyError, TypeError, ValueError) as fault:
             raise ValueError(f"not a dispatch table: {fault}") from fault
+
+    @classmethod
+    def read(cls, file: Path) -> "DispatchTable":
+        """Raises ValueError with the file's name if it holds no table."""
+        try:
+            return cls.parse(file.read_text())
+        except ValueError as fault:
+            raise ValueError(f"{file}: {fault}. Remove it, and let `paredown tune` write it anew.") from fault
 
 
 def choose(op: str, device: torch.device, tokens: int, rows: int, columns: int) -> Choice:
@@ -95,8 +111,8 @@ def table_of(index: int) -> DispatchTable:
     name, arch = torch.cuda.get_device_name(index), arch_of(torch.device("cuda", index))
     own = cache_file(name)
     if own.exists():
-        return DispatchTable.parse(own.read_text())
-    shipped = [table for path in _shipped() if (table := DispatchTable.parse(path.read_text())).arch <= arch]
+        return DispatchTable.read(own)
+    shipped = [table for path in _shipped() if (table := DispatchTable.read(path)).arch <= arch]
     nearest = max(shipped, key=lambda table: (table.arch, table.device == name), default=None)
     return nearest or DispatchTable(name, arch, "modelled", ())
 

@@ -35,6 +35,8 @@ def down(
     rank = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
     split = tl.program_id(2)
     step = tl.arange(0, COLUMNS)
+    if PDL:  # `up` may come as soon as there is room for it: what it waits for is the end of this kernel
+        tl.extra.cuda.gdc_launch_dependents()
     # ranks past the last are computed and not stored
     right = right_ptr + tl.minimum(rank, ranks - 1).to(tl.int64)[:, None] * columns + step[None, :]
     x = x_ptr + token[None, :] * columns + step[:, None]
@@ -48,8 +50,6 @@ def down(
         total,
         (rank < ranks)[:, None] & (token < tokens)[None, :],
     )
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

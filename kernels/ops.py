@@ -197,6 +197,9 @@ def cur_matmul(x: Tensor, columns: Tensor, link: Tensor, rows: Tensor, bias: Ten
 def _launch(path: paths.Path, op: str, x: Tensor, tensors: Sequence[Any], bias: Tensor | None, rows: int) -> Tensor:
     """`path` by what the table chooses, with x as an aligned matrix (tokens, in) and a place for the result."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
+    # kernels count rows by their length: a slice of a wider tensor is copied
+    tensors = [t.contiguous() if isinstance(t, Tensor) else t for t in tensors]
+    bias = None if bias is None else bias.contiguous()
     if flat.data_ptr() % 16:
         flat = flat.clone()
     y = flat.new_empty(len(flat), rows)

@@ -49,7 +49,7 @@ def sparse24(
         tile = choice.tile if choice.path == "portable" else {}
         sparse24_expand.matmul(x, values, indices, bias, y, lowrank, **tile)
         return y
-    if choice.path == "cusparselt" and sparse24_cusparselt.is_available(y.shape[1], x.shape[1]):
+    if choice.path == "cusparselt" and sparse24_cusparselt.is_available(values):
         return sparse24_cusparselt.matmul(x, values, indices, bias)
     weight = x.new_empty(y.shape[1], x.shape[1])
     sparse24_expand.decompress(values, indices, weight)

@@ -36,7 +36,7 @@ DEVICES = {
 }
 SHAPES = [(1024, 4096), (4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (2048, 2048)]
 # thread instructions per weight (python -m paredown.kernels.aot), with 64 tokens where they grow with tokens
-MMA, EXPAND, BITMAP = {8: 0.9, 16: 1.4, 32: 2.3, 64: 3.5}, 5.3, 10.3
+MMA, EXPAND, BITMAP = {8: 0.9, 16: 1.4, 32: 2.3, 64: 3.5}, 5.3, 12.4
 
 
 def seconds(

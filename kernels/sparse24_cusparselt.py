@@ -4,6 +4,8 @@ cuSPARSELt does not disclose how it orders indices, so that it keeps a compresse
 made at a weight's first product of this kind. A device's table chooses it only where it was measured to win.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,19 +13,28 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from paredown.kernels import sparse24_expand
 
-_COPIES = WeakTensorKeyDictionary()
+_COPIES = WeakTensorKeyDictionary()  # values -> (their state, the copy)
 
 
-def is_available(rows: int, columns: int) -> bool:
-    """Whether this torch has the library, and it takes weights of this shape."""
-    return torch.backends.cusparselt.is_available() and rows % 16 == 0 and columns % 16 == 0
+def is_available(values: Tensor) -> bool:
+    """Whether this torch has the library, and it takes such a weight. values (out, in / 2)."""
+    fits = values.shape[0] % 16 == 0 and values.shape[1] % 8 == 0
+    return fits and values.is_cuda and torch.backends.cusparselt.is_available()
 
 
 def matmul(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` for x (tokens, in); a new contiguous tensor (tokens, out)."""
-    if values not in _COPIES:
-        _COPIES[values] = _compressed(values, indices)
-    return F.linear(x, _COPIES[values], bias).contiguous()
+    now = _state(values), _state(indices)
+    made, copy = _COPIES.get(values, (None, None))
+    if made != now:
+        copy = _compressed(values, indices)
+        _COPIES[values] = now, copy
+    return F.linear(x, copy, bias).contiguous()
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    """Differs when other weights were loaded into a tensor, or it was moved."""
+    return tensor.device, tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
 def _compressed(values: Tensor, indices: Tensor) -> Tensor:

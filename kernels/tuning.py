@@ -5,11 +5,15 @@ them in the L2 cache; a repeat is one CUDA graph that multiplies with each of th
 """
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from itertools import product
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -24,6 +28,7 @@ from paredown.kernels.dispatch import BUCKETS, Choice, DispatchTable, arch_of
 from paredown.kernels.timing import Timing, interleaved
 
 DECODE = 64  # tokens up to which kernels that read packed weights are tried
+WRONG = 0.03  # relative error; that of a chain of three products in bfloat16 is below 0.01
 
 
 @dataclass(frozen=True, order=True)
@@ -45,7 +50,7 @@ class Measured:
 
 
 def candidates(op: str, tokens: int, device: torch.device) -> Iterator[tuple[str, dict[str, int]]]:
-    """Every path and tile worth timing."""
+    """Every path and tile worth timing. Some may not run here."""
     if op in ("sparse24", "sparse24_lowrank"):
         has_mma = arch_of(device) >= 80 and tokens <= DECODE
         if has_mma:
@@ -62,7 +67,7 @@ def candidates(op: str, tokens: int, device: torch.device) -> Iterator[tuple[str
                 {"rows": rows, "tokens": min(64, max(16, _power(tokens))), "warps": warps, "stages": stages},
             )
         yield "dense", {}
-        if tokens > 16 and op == "sparse24":
+        if tokens > 16 and op == "sparse24" and torch.backends.cusparselt.is_available():
             yield "cusparselt", {}
     elif op == "bitmap":
         if tokens <= DECODE:
@@ -82,11 +87,12 @@ def best(wanted: Product, tokens: int, device: torch.device, dtype: torch.dtype,
     """The fastest candidate: all are timed briefly, the best three again beside the dense product."""
     weights = _weights(wanted, device, dtype)
     x = torch.randn(tokens, wanted.columns, device=device, dtype=dtype)
+    exact = F.linear(x.float(), weights[-1][1].float())
     calls: dict[tuple[str, tuple[tuple[str, int], ...]], Callable[[], object]] = {}
     for path, tile in candidates(wanted.op, tokens, device):
         choice = Choice(wanted.op, wanted.rows, wanted.columns, tokens, path, tile)
         call = _calls(choice, x, [tensors for tensors, _ in weights])
-        if _runs(choice, call):
+        if _is_right(choice, call, exact):
             calls[path, tuple(sorted(tile.items()))] = call
     brief = {key: interleaved({"": call}, device, 3)[""].median for key, call in calls.items()}
     finalists = sorted(brief, key=lambda key: brief[key])[:3]
@@ -103,6 +109,29 @@ def best(wanted: Product, tokens: int, device: torch.device, dtype: torch.dtype,
     return Measured(choice, *(_each(timed[name], len(weights)) for name in (str(winner), "dense")))
 
 
+def compile_ahead(work: Iterable[tuple[Product, int]], device: torch.device, dtype: torch.dtype) -> None:
+    """Compile what `best` will time for these products and tokens, on all cores; Triton keeps it on disk.
+
+    One shape stands for all of its op: most variants are the same. What fails here shows again where it is timed.
+    """
+    cases = {(one.op, tokens): (one, tokens, device, dtype) for one, tokens in work}
+    jobs = min(8, os.cpu_count() or 1, len(cases))
+    with suppress(Exception), ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for waiting in [pool.submit(_run_candidates, *case) for case in cases.values()]:
+            waiting.result()
+
+
+@torch.no_grad()
+def _run_candidates(wanted: Product, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+    tensors, dense = random_product(wanted, device, dtype)
+    x = torch.randn(tokens, wanted.columns, device=device, dtype=dtype)
+    exact = F.linear(x.float(), dense.float())
+    warnings.simplefilter("ignore")
+    for path, tile in candidates(wanted.op, tokens, device):
+        choice = Choice(wanted.op, wanted.rows, wanted.columns, tokens, path, tile)
+        _is_right(choice, _calls(choice, x, [tensors]), exact)
+
+
 def tune(
     wanted: Iterable[Product], device: torch.device, dtype: torch.dtype, buckets: Sequence[int] = BUCKETS,
     progress: Callable[[int, int], None] = lambda done, of: None,
@@ -111,6 +140,8 @@ def tune(
     import triton
 
     work = [(one, tokens) for one in sorted(set(wanted)) for tokens in buckets]
+    progress(0, len(work))
+    compile_ahead(work, device, dtype)
     choices = []
     for done, (one, tokens) in enumerate(work, start=1):
         choices.append(best(one, tokens, device, dtype).choice)
@@ -147,39 +178,45 @@ def random_product(wanted: Product, device: torch.device, dtype: torch.dtype) ->
 
 
 def _weights(wanted: Product, device: torch.device, dtype: torch.dtype) -> list[tuple[tuple[Any, ...], Tensor]]:
-    """Copies of one weight, packed and dense: together four times the L2 cache and more."""
+    """Copies of one weight, packed and dense: together four times the L2 cache and more, and so many that launching
+    their graph, which is timed with it, counts for little."""
     tensors, dense = random_product(wanted, device, dtype)
     size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-    copies = max(2, math.ceil(4 * torch.cuda.get_device_properties(device).L2_cache_size / size))
+    copies = max(8, math.ceil(4 * torch.cuda.get_device_properties(device).L2_cache_size / size))
     return [
         (tuple(t.clone() if isinstance(t, Tensor) else t for t in tensors), dense.clone())
         for _ in range(min(copies, 64))
     ]
 
 
-def _calls(choice: Choice, x: Tensor, weights: list[tuple[Any, ...]]) -> Callable[[], None]:
+def _calls(choice: Choice, x: Tensor, weights: list[tuple[Any, ...]]) -> Callable[[], Tensor]:
+    """Multiplies with each weight once and returns the last product."""
     y = x.new_empty(len(x), choice.rows)
 
-    def call() -> None:
+    def call() -> Tensor:
         for tensors in weights:
-            paths.PATHS[choice.op](choice, x, tensors, None, y)
+            last = paths.PATHS[choice.op](choice, x, tensors, None, y)
+        return last
 
     return call
 
 
-def _runs(choice: Choice, call: Callable[[], object]) -> bool:
-    """Whether a candidate runs here: a tile may need more shared memory than there is, a library may refuse a size."""
+def _is_right(choice: Choice, call: Callable[[], Tensor], exact: Tensor) -> bool:
+    """Whether a candidate runs here (a tile may need more shared memory than there is, a library or the compiler may
+    refuse it) and multiplies right: a table must not hold what is fast and wrong."""
+    from triton.errors import TritonError
     from triton.runtime.errors import OutOfResources
 
     try:
-        call()
-        torch.cuda.synchronize()
+        error = float((call().float() - exact).norm() / exact.norm())
     except OutOfResources:
         return False
-    except RuntimeError as fault:
+    except (RuntimeError, TritonError) as fault:
         warnings.warn(f"left out, because it fails here: {choice} ({fault})", stacklevel=2)
         return False
-    return True
+    if not error < WRONG:  # nor if it is NaN
+        warnings.warn(f"left out, because its result is wrong by {error:.1%}: {choice}", stacklevel=2)
+    return error < WRONG
 
 
 def _each(time: Timing, count: int) -> Timing:

@@ -32,7 +32,8 @@ def tune(
         )
     table = measure(wanted, place, _dtype(folders[0]), progress=progress)
     file = cache_file(table.device)
-    table = _with_other_sizes(table, file)
+    if file.exists():
+        table = table.over(DispatchTable.read(file))
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(table.to_json())
@@ -57,12 +58,3 @@ def _products(folder: Path) -> set[Product]:
 def _dtype(folder: Path) -> torch.dtype:
     stored = stored_dtype(load_config(folder), TensorFiles(folder).entries)
     return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
-
-
-def _with_other_sizes(table: DispatchTable, file: Path) -> DispatchTable:
-    if not file.exists():
-        return table
-    old = DispatchTable.parse(file.read_text())
-    new = {(c.op, c.rows, c.columns) for c in table.choices}
-    kept = tuple(c for c in old.choices if (c.op, c.rows, c.columns) not in new)
-    return DispatchTable(table.device, table.arch, table.basis, (*kept, *table.choices), table.versions, table.date)

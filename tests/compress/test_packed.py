@@ -9,6 +9,7 @@ from torch import nn
 from paredown.compress.errors import PareError
 from paredown.compress.kinds import KINDS, MASKS, pack
 from paredown.compress.packed import PackedConv1D, PackedExperts, PackedLinear, install
+from paredown.kernels.bitmap import row_starts
 
 
 class Experts(nn.Module):
@@ -176,3 +177,13 @@ def test_an_order_that_names_a_row_twice_is_a_fault():
 def test_factors_cannot_stand_for_fused_experts():
     with pytest.raises(PareError, match="fused experts are stored as"):
         install(Tiny(), {"experts.gate_up_proj": {**spec("lowrank", "experts", (3, 6, 8)), "rank": 2}})
+
+
+def test_a_bitmap_layer_compiles_whole_with_what_kernels_derive_from_it(monkeypatch):
+    monkeypatch.setattr(KINDS["bitmap"], "derive", staticmethod(lambda parts: {"starts": row_starts(parts["bitmap"])}))
+    model, keep = Tiny(), torch.rand(6, 8) < 0.4
+    install(model, {"proj": spec("bitmap", kept=int(keep.sum()))})
+    fill(model.proj, pack("bitmap", torch.randn(6, 8), keep))
+    with torch.no_grad():
+        compiled, x = torch.compile(model.proj, fullgraph=True, backend="aot_eager"), torch.randn(3, 8)
+        assert torch.equal(compiled(x), model.proj(x)) and list(model.proj._derived) == ["starts"]

@@ -1,6 +1,7 @@
 """Tables: found, parsed, nearest; the user's own before the shipped ones, and what is shipped is what the model says."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,7 +41,6 @@ def a_gpu(monkeypatch, tmp_path):
         ("sparse24", 1, 4096, 4096, "mma", {"warps": 8}),
         ("sparse24", 8, 12000, 4096, "mma", {"warps": 4}),
         ("sparse24", 9, 12000, 4096, "portable", {}),
-        ("sparse24", 5000, 4096, 4096, "portable", {}),
         ("bitmap", 3, 1, 1, "dense", {}),
     ],
 )
@@ -49,15 +49,28 @@ def test_the_smallest_bucket_that_holds_the_tokens_and_the_nearest_shape_decide(
     assert (found.path, found.tile) == (path, tile)
 
 
+def test_a_table_of_few_tokens_says_nothing_about_many():
+    assert TABLE.find("sparse24", 65, 4096, 4096) is None and TABLE.find("bitmap", 9, 4096, 4096) is None
+    most = replace(TABLE, choices=(*TABLE.choices, Choice("sparse24", 4096, 4096, dispatch.BUCKETS[-1], "dense")))
+    assert most.find("sparse24", 10**6, 4096, 4096).path == "dense"
+
+
+def test_a_newer_table_keeps_what_an_older_one_measured_of_other_products():
+    newer = replace(TABLE, choices=(Choice("sparse24", 4096, 4096, 8, "dense"), Choice("cur", 8, 8, 1, "torch")))
+    assert newer.over(TABLE).choices == (*TABLE.choices[1:], *newer.choices)
+    assert newer.over(replace(TABLE, basis="modelled")) == newer.over(replace(TABLE, device="Another")) == newer
+
+
 def test_a_table_survives_being_written():
     assert DispatchTable.parse(TABLE.to_json()) == TABLE
     assert len(TABLE.to_json().splitlines()) == len(TABLE.choices) + 2  # a line each, to be read and compared
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"device": "x", "choices": [{"op": "sparse24"}]}', '{"choices": 3}'])
-def test_what_is_no_table_is_refused(text):
-    with pytest.raises(ValueError, match="not a dispatch table"):
-        DispatchTable.parse(text)
+def test_what_is_no_table_is_refused_by_name(text, tmp_path):
+    (tmp_path / "table.json").write_text(text)
+    with pytest.raises(ValueError, match=r"table\.json: not a dispatch table"):
+        DispatchTable.read(tmp_path / "table.json")
 
 
 def test_the_users_own_table_comes_before_the_shipped_one(a_gpu):

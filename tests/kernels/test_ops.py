@@ -159,6 +159,10 @@ def test_what_a_gpu_would_launch_is_what_the_table_says(monkeypatch):
     monkeypatch.setattr(ops, "choose", choose)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     x = torch.randn(IN, 6).bfloat16().t()[1:].unflatten(0, (5, 1))  # neither contiguous nor aligned
-    y, wanted = ops.sparse24_matmul(x, values, indices), x.double() @ dense.double().T
-    assert asked == [("sparse24", 5, OUT, IN)] and y.shape == (5, 1, OUT)
-    assert float((y.double() - wanted).norm() / wanted.norm()) < 2e-2  # the interpreter truncates to bfloat16
+    wide, bias = torch.cat((values, values), dim=1), torch.randn(OUT, 2).bfloat16()[:, 0]
+    wanted = x.double() @ dense.double().T + bias.double()
+    for stored in (values, wide[:, : values.shape[1]]):
+        y = ops.sparse24_matmul(x, stored, indices, bias)
+        assert y.shape == (5, 1, OUT)
+        assert float((y.double() - wanted).norm() / wanted.norm()) < 2e-2  # the interpreter truncates to bfloat16
+    assert asked == [("sparse24", 5, OUT, IN)] * 2

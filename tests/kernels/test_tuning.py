@@ -73,7 +73,7 @@ def test_the_fastest_of_the_finalists_is_chosen_and_its_ratio_told(monkeypatch):
     speeds = {"mma": 2e-6, "portable": 4e-6, "dense": 9e-6, "cusparselt": 9e-6}
     weights = tuning.random_product(Product("sparse24", 32, 64), CPU, torch.float16)
     monkeypatch.setattr(tuning, "_weights", lambda *_: [weights, weights])
-    monkeypatch.setattr(tuning, "_runs", lambda choice, call: True)
+    monkeypatch.setattr(tuning, "_is_right", lambda choice, call, exact: True)
     monkeypatch.setattr(tuning, "_calls", lambda choice, x, weights: choice)
 
     def interleaved(calls, device, repeats):
@@ -96,8 +96,8 @@ def test_a_missed_bar_is_said():
     assert "1.40x, bar 1.50x MISSED" in line and line.count("|") == 9
 
 
-def test_a_candidate_that_fails_is_left_out_and_one_that_does_not_fit_silently(monkeypatch):
-    from triton.runtime.errors import OutOfResources
+def test_a_candidate_that_fails_or_is_wrong_is_left_out_and_one_that_does_not_fit_silently():
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     def raising(fault):
         def call():
@@ -105,9 +105,12 @@ def test_a_candidate_that_fails_is_left_out_and_one_that_does_not_fit_silently(m
 
         return call
 
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    choice = Choice("sparse24", 8, 64, 1, "cusparselt")
-    assert tuning._runs(choice, lambda: None)
-    assert not tuning._runs(choice, raising(OutOfResources(300000, 232448, "shared memory")))
-    with pytest.warns(UserWarning, match="cusparselt.*no such size"):
-        assert not tuning._runs(choice, raising(RuntimeError("no such size")))
+    choice, exact = Choice("sparse24", 8, 64, 1, "cusparselt"), torch.randn(2, 8)
+    assert tuning._is_right(choice, lambda: exact.bfloat16(), exact)
+    assert not tuning._is_right(choice, raising(OutOfResources(300000, 232448, "shared memory")), exact)
+    for fault in (RuntimeError("no such size"), PTXASError("no such size")):
+        with pytest.warns(UserWarning, match="cusparselt.*no such size"):
+            assert not tuning._is_right(choice, raising(fault), exact)
+    for wrong in (exact * 1.1, exact * torch.nan):
+        with pytest.warns(UserWarning, match="wrong by"):
+            assert not tuning._is_right(choice, lambda wrong=wrong: wrong, exact)
