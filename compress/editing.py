@@ -13,7 +13,7 @@ from paredown.compress.blocks import Block, View
 from paredown.compress.edits import Edit, LowRank, Masked
 from paredown.compress.errors import PareError
 from paredown.compress.recipe import Recipe
-from paredown.compress.statistics import PAIRED_NEEDS, InputStats
+from paredown.compress.statistics import GRADIENT_NEEDS, PAIRED_NEEDS, InputStats
 from paredown.compress.survey import Survey, of_layer
 from paredown.compress.writing import Edited
 
@@ -106,8 +106,9 @@ class Editor:
             return seen.with_gradient(self._gradients.get(view.name, {}))
         if view.expert is None:
             self.fallbacks.append(f"{view.name}: never called as a layer, so it was left as it is")
-        elif self.recipe.idle == "dense":
-            self.fallbacks.append(f"{view.name}: no calibration token reached this expert; left dense (idle: dense)")
+        elif self.recipe.idle == "dense" or needs & GRADIENT_NEEDS:
+            why = "idle: dense" if self.recipe.idle == "dense" else "no gradient either"
+            self.fallbacks.append(f"{view.name}: no calibration token reached this expert; left dense ({why})")
         else:
             self.fallbacks.append(f"{view.name}: no calibration token reached this expert; scored without data")
             return InputStats.uniform(view.shape[1], needs & PAIRED_NEEDS, self.device)

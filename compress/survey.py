@@ -88,10 +88,12 @@ def survey(
     """All that the walk must know beforehand; ids (windows, length) is the calibration text."""
     made = Survey(scratch, chosen=set(chosen))
     spec = spread(method, allocation, chosen)
-    if not isinstance(method, Factorized):
+    gradient = method.needs & GRADIENT_NEEDS
+    if not isinstance(method, Factorized):  # a pruning score may read the diagonal Fisher
+        if gradient:
+            _walk(made, source, method, made.chosen, ids, gradient, note)
         return made
     made.strategy = spec.strategy
-    gradient = method.needs & GRADIENT_NEEDS
     views = [v for block in blocks(source) for v in block.views() if v.name in chosen and v.expert is None]
     if hasattr(method, "chosen_blocks"):
         made.angles = (
@@ -102,17 +104,16 @@ def survey(
         made.chosen = {name for name in chosen if name.startswith(prefixes)}
     made.curves = {v.name: Curve(v.name, v.shape) for v in views}
     if gradient or made.strategy in DATA_DRIVEN:
-        _walk(made, source, method, ids, gradient, note)
+        _walk(made, source, method, set(made.curves), ids, gradient, note)
     if made.strategy != "uniform" or method.target_parameters:
         made.ranks = _allocated(made, source, method, spec, ids)
     return made
 
 
 def _walk(
-    made: Survey, source: ModelSource, method: Factorized, ids: Tensor, gradient: frozenset[str], note: Note
+    made: Survey, source: ModelSource, method: Any, wanted: set[str], ids: Tensor, gradient: frozenset[str], note: Note
 ) -> None:
     """Fill in curves and gradients: backward where gradients are needed, forward otherwise."""
-    wanted = set(made.curves)
     needs = method.needs & NEEDS
     if "output_gradient" in gradient:  # a solver reads its diagonal too
         gradient = gradient | {"output_gradient_diagonal"}

@@ -1,12 +1,17 @@
 """The loop against the same thing done slowly: whole model in memory, hooks, one block after the other."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from paredown.compress import methods
+from paredown.compress.edits import Masked
 from paredown.compress.methods import build
+from paredown.compress.solvers import masked
+from paredown.compress.sparsity import NofM, Sparsity, keep_mask
 from paredown.compress.statistics import InputStats
 
 
@@ -89,3 +94,38 @@ def test_less_text_than_a_hessian_needs_is_told(tiny_model, tmp_path, prune, win
         few = replace(windows, ids=windows.ids[:count])
         result, _ = prune(tiny_model, tmp_path / f"{method}-{count}", method=method, text=few)
         assert [f.startswith(told.format(count * 24)) for f in result.fallbacks] == [True] * warned
+
+
+@dataclass(frozen=True)
+class ByFisher:
+    """Drops what costs least by second order, w^2 F / 2: LeCun et al. 1989, Optimal Brain Damage."""
+
+    sparsity: Sparsity = 0.5
+    needs: ClassVar[frozenset[str]] = frozenset({"fisher", "second_moment_diagonal"})
+
+    def compress(self, weight, stats):
+        keep = keep_mask(weight.double().square() * stats.gradient("fisher"), self.sparsity)
+        return Masked(masked(weight, keep), keep, self.sparsity)
+
+
+def test_a_pruning_score_may_read_the_diagonal_fisher(tmp_path, save_model, tiny_config, windows, prune, monkeypatch):
+    monkeypatch.setitem(methods._REGISTRY, "by_fisher", ByFisher)
+    methods.methods.cache_clear()
+    try:
+        model = save_model(tmp_path / "model", tiny_config)
+        prune(tmp_path / "model", tmp_path / "out", method="by_fisher", format="dense")
+    finally:
+        methods.methods.cache_clear()
+    fisher: dict[str, torch.Tensor] = {}
+    for ids in windows.ids.split(1):  # one gradient of every window, by autograd over the whole model
+        model.zero_grad()
+        logits = model(ids, use_cache=False).logits[0, :-1].float()
+        torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+        for name, p in model.named_parameters():
+            fisher[name] = fisher.get(name, 0) + p.grad.double().square()
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name, p in model.named_parameters():
+        if "_proj" in name:
+            keep = keep_mask(p.detach().double().square() * fisher[name], "2:4" and NofM(2, 4))
+            same = ((found[name] != 0) == keep).double().mean()
+            assert same > 0.99 and not torch.equal(keep, keep_mask(p.detach().abs(), NofM(2, 4)))
