@@ -7,6 +7,7 @@ The first prints the rise of log perplexity over the dense model, with its paire
 targeted parameters counted from what was written. Results are kept in --json, and a second run goes on from there.
 The second times the factorization of every linear of one block, float64, random weights and moments.
 For a whole model in bounded memory: python -m paredown.evaluation.benchmarks.footprint --recipe svd-llm-80
+    [--shape llama-3-8b --device cuda]
 """
 
 import argparse
