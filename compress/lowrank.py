@@ -28,8 +28,8 @@ class Metric:
 
     input A: (in, in), or (in,) for a diagonal; a full one counts from `mean` (in,), as A - mean mean^T, if that is given.
     output G: (out, out) where out <= in, and (in, in) holding W^T G W where out > in, which then comes with diag G in
-    `output_diagonal`; or (out,) for a diagonal. A full A counts with `input_damping` times the mean of its diagonal
-    added to it, and a solver adds `output_damping` times the mean of diag G to a full G.
+    `output_diagonal`; or (out,) for a diagonal. A solver adds `input_damping` and `output_damping` times the mean of
+    their diagonal to full ones; errors are told without.
     """
 
     input: Tensor | None = None
@@ -41,7 +41,7 @@ class Metric:
 
     @cached_property
     def ridge(self) -> float:
-        """What the damping adds to the diagonal of a full A."""
+        """What a solver adds to the diagonal of a full A."""
         if not self.input_damping or self.input is None:
             return 0.0
         diagonal = self.input.diagonal() if self.mean is None else self.input.diagonal() - self.mean.square()
@@ -90,7 +90,7 @@ class Target:
         if not metric.folded(self.weight.shape) or metric.input is None or metric.input.dim() == 1:
             return error(self.weight, metric, self.weight)
         assert metric.output is not None  # and E is the identity
-        total = (metric.output * metric.input).sum() + metric.ridge * metric.output.trace()
+        total = (metric.output * metric.input).sum()
         return float(total if metric.mean is None else total - metric.mean @ metric.output @ metric.mean)
 
 
@@ -166,7 +166,7 @@ def _wide(target: Target, metric: Metric) -> Problem:
             return top / unscale[:, None], right
         return torch.linalg.solve_triangular(unscale.T, top, upper=True), right
 
-    return _weighed(scaled, metric) @ scaled.T, factors
+    return _weighed(scaled, metric, metric.ridge) @ scaled.T, factors
 
 
 def _tall(target: Target, metric: Metric) -> Problem:
@@ -240,7 +240,7 @@ def pivoted(factors: Factors, metric: Metric, dtype: torch.dtype) -> dict[str, T
     stored = pivots.to(rows.dtype)
     lost = rows - stored  # by rounding
     del rows
-    weighed = _weighed(stored, metric)  # (k, in)
+    weighed = _weighed(stored, metric, metric.ridge)  # (k, in)
     inner = weighed @ stored.T  # (k, k)
     del stored
     coefficients = torch.addmm(exact, exact, _divided(lost @ weighed.T, inner))
@@ -276,16 +276,16 @@ def _pivot_rows(left: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(rows, device=left.device), made_of
 
 
-def _weighed(rows: Tensor, metric: Metric) -> Tensor:
-    """`rows @ A` with its damping, (rows, in)."""
+def _weighed(rows: Tensor, metric: Metric, ridge: float = 0.0) -> Tensor:
+    """`rows @ (A + ridge I)`, (rows, in)."""
     moment, mean = metric.input, metric.mean
     if moment is None:
         return rows
     if moment.dim() == 1:
         return rows * moment
     weighed = rows @ moment
-    if metric.ridge:
-        weighed.add_(rows, alpha=metric.ridge)
+    if ridge:
+        weighed.add_(rows, alpha=ridge)
     return weighed if mean is None else weighed.addr_(rows @ mean, mean, alpha=-1.0)
 
 
