@@ -264,17 +264,8 @@ def _sanitized() -> int:
     if tool is None:
         print("compute-sanitizer: not found on PATH (it comes with the CUDA toolkit), skipped")
         return 0
-    command = [
-        tool,
-        "--error-exitcode",
-        "9",
-        sys.executable,
-        "-m",
-        "paredown.kernels.selftest",
-        "--small",
-        "--jobs",
-        "1",
-    ]
+    small = ["-m", "paredown.kernels.selftest", "--small", "--jobs", "1"]
+    command = [tool, "--error-exitcode", "9", sys.executable, *small]
     # torch hands out pieces of large allocations, and what is read past the end of a piece is not seen
     status = subprocess.run(command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}).returncode
     print("compute-sanitizer:", "clean" if status == 0 else f"exit status {status}")
