@@ -15,6 +15,7 @@ from paredown.compress.lowrank import (
     Factors,
     Metric,
     Target,
+    _eigh_by_float32,
     balanced,
     cost,
     error,
@@ -114,6 +115,23 @@ def test_the_optimum_is_the_svd_in_the_middle_by_any_root(shape, input_side, out
         assert found.rank == rank and found.left.shape == (len(weight), rank)
         torch.testing.assert_close(made(found), wanted, rtol=1e-9, atol=1e-9 * float(value.abs().max()))
         torch.testing.assert_close(found.losses, squares, rtol=1e-9, atol=1e-9 * float(squares[0]))
+
+
+@pytest.mark.parametrize("decades", [0, 5, 12])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_vectors_by_float32_lose_next_to_nothing(decades, size):
+    basis = torch.linalg.qr(torch.randn(96, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    matrix = size * (basis * torch.logspace(0, -decades, 96, dtype=torch.float64)) @ basis.T
+    values, vectors = _eigh_by_float32(matrix)
+    exact = torch.linalg.eigvalsh(matrix).flip(0)
+    whole = float(exact.sum())
+    assert torch.equal(values, values.sort(descending=True)[0])
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(96, dtype=torch.float64), rtol=0, atol=1e-10)
+    for rank in (0, 1, 48, 95, 96):
+        kept = vectors[:, :rank]
+        lost = whole - float((kept * (matrix @ kept)).sum())
+        assert lost == pytest.approx(float(values[rank:].sum()), abs=1e-10 * whole)
+        assert lost == pytest.approx(float(exact[rank:].sum()), abs=2e-7 * whole)
 
 
 @pytest.mark.parametrize(("shape", "input_side", "output_side"), COMBINATIONS)
