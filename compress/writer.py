@@ -6,10 +6,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -39,32 +39,51 @@ class CheckpointWriter:
         self._shards: list[Path] = []
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._saving: Future[None] | None = None
+        self._lock: IO[str] | None = None
         self._committed = False
 
     def __enter__(self) -> "CheckpointWriter":
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise PareError(f"{self.out} exists and is not empty. Name another output with -o, or remove it first.")
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.folder.mkdir(exist_ok=True)
-        self._lock = (self.folder / ".lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise PareError(f"another process is writing {self.folder}. Wait for it, or name another output.") from None
-        for left in self.folder.iterdir():  # of a run that was killed: the lock says that nobody works on it
-            if left.name != ".lock":
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            self._take()
+        except BaseException:  # also a signal, which would find no `__exit__` to run
+            self._drop()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._worker.shutdown(cancel_futures=True)
-        self._lock.close()
         if not self._committed:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._drop()
         if isinstance(fault, OSError) and fault.errno == 28:  # ENOSPC
             raise PareError(f"the disk of {self.out.parent} is full. Free space or name another output.") from fault
+
+    def _take(self) -> None:
+        """Have the folder to ourselves, and empty."""
+        self.folder.mkdir(exist_ok=True)
+        try:
+            self._hold()
+        except BlockingIOError:
+            raise PareError(f"another process is writing {self.folder}. Wait for it, or name another output.") from None
+        for left in self.folder.iterdir():  # of a run that was killed: the lock says that nobody works on it
+            if left.name != ".lock":
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+    def _hold(self) -> None:
+        self._lock = self._lock or (self.folder / ".lock").open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _drop(self) -> None:
+        """Remove the folder unless it is another process's."""
+        with suppress(OSError):
+            self._hold()
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
 
     @property
     def bytes(self) -> int:
@@ -138,6 +157,8 @@ class CheckpointWriter:
         self.folder.rename(self.out)
         _sync(self.out.parent)
         self._committed = True
+        if self._lock is not None:
+            self._lock.close()
 
     def _flush(self) -> None:
         self._saved()

@@ -71,6 +71,19 @@ def test_a_folder_that_somebody_writes_is_refused_and_left_alone(tmp_path):
     assert (tmp_path / "out.partial" / "theirs").exists()
 
 
+def test_a_signal_while_it_opens_leaves_nothing(tmp_path, monkeypatch):
+    flock = fcntl.flock
+
+    def stop(*arguments):
+        monkeypatch.setattr(writers.fcntl, "flock", flock)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writers.fcntl, "flock", stop)
+    with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_empty_folder_is_taken_and_a_file_is_not(tmp_path):
     (tmp_path / "empty").mkdir()
     with CheckpointWriter(tmp_path / "empty") as writer:
