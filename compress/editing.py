@@ -1,6 +1,6 @@
 """Compress the layers of one block and put each edit in its place, where the next layers and blocks see it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, cast
@@ -33,6 +33,7 @@ class Editor:
     kept: int = 0
     edits: dict[str, Edit] = field(default_factory=dict)  # of this block, by view name
     tuned: bool = False  # the block's parameters were changed after they were edited
+    doing: Callable[[str], None] = lambda text: None
     _views: list[View] = field(default_factory=list)
     _biases: dict[str, Tensor] = field(default_factory=dict)  # new ones, by full name
     _specs: dict[str, Any] = field(default_factory=dict)  # of the packed layers that stand in the block, by view name
@@ -54,6 +55,7 @@ class Editor:
             if seen is None:
                 continue
             self.targeted += weight.numel()
+            self.doing(f"compressing {view.name}")
             edit = self._compress(view, weight, seen)
             if edit is None:
                 self.kept += weight.numel()

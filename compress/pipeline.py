@@ -78,6 +78,7 @@ class Run:
     format: Format = "packed"
     progress: Callable[[BlockDone], None] = lambda done: None
     note: Callable[[str], None] = lambda text: None
+    doing: Callable[[str], None] = lambda text: None  # what takes its time now; nothing once the walk is over
 
     @torch.no_grad()
     def run(self) -> Result:
@@ -98,7 +99,8 @@ class Run:
             found = survey(source, self.method, recipe.allocation, self.calibration.ids, chosen, scratch, self.note)
         remarks = [getattr(self.method, "remark", None), self._too_little_text(chosen)]
         result.fallbacks += [said for said in remarks if said]
-        return Editor(recipe, self.method, found, source.device, self.format, result.layers, result.fallbacks)
+        told = (result.layers, result.fallbacks)
+        return Editor(recipe, self.method, found, source.device, self.format, *told, doing=self.doing)
 
     def _too_little_text(self, chosen: set[str]) -> str | None:
         """A warning where the widest layer's Gram matrix must be singular."""
@@ -124,11 +126,13 @@ class Run:
             probe = start(source, self.calibration.ids[:1, :PROBE_TOKENS])
         for block in all_blocks:
             began, last = perf_counter(), block is all_blocks[-1]
+            self.doing(f"reading {_name(block)} and running it")
             with result.timed("read"):
                 source.materialise(block.prefix, block.names)
             with result.timed("evaluation"):
                 advance(before, block)
             self._compress(block, stream, dense, editor, result)
+            self.doing(f"running {_name(block)} as compressed, and writing it")
             with result.timed("calibration"):
                 if not last:
                     stream.advance(block)
@@ -140,6 +144,7 @@ class Run:
             source.release(block.prefix, block.names)
             return_freed_memory()
             self.progress(_done(block, len(all_blocks), result, perf_counter() - began))
+        self.doing("")
         result.targeted, result.kept = editor.targeted, editor.kept
         with result.timed("evaluation"):
             result.evaluation = [
@@ -189,9 +194,14 @@ class Run:
     def _reconstruct(self, block: Block, stream: Stream, dense: Stream, editor: Editor) -> None:
         assert self.recipe.reconstruct is not None
         seed = self.recipe.calibration.seed
-        done = reconstruct(block, stream, dense.hidden, editor.edits, self.recipe.reconstruct, seed)
+        steps = self.recipe.reconstruct.steps
+
+        def progress(step: int) -> None:
+            self.doing(f"tuning {_name(block)}, step {step} of {steps}")
+
+        done = reconstruct(block, stream, dense.hidden, editor.edits, self.recipe.reconstruct, seed, progress)
         editor.tuned = True
-        self.note(f"reconstructed {block.prefix.rstrip('.')}: error {done.before:.2e} -> {done.after:.2e}")
+        self.note(f"reconstructed {_name(block)}: error {done.before:.2e} -> {done.after:.2e}")
 
 
 def advance(streams: list[Stream], block: Block) -> None:
@@ -222,8 +232,11 @@ def evaluation_entry(windows: Windows, before: Tensor, after: Tensor) -> dict[st
     }
 
 
+def _name(block: Block) -> str:
+    return block.prefix.rstrip(".")
+
+
 def _done(block: Block, total: int, result: Result, seconds: float) -> BlockDone:
     mine = [layer for layer in result.layers if layer["name"].startswith(block.prefix)]
     kept, error = (sum(layer[key] for layer in mine) / max(len(mine), 1) for key in ("kept", "relative_error"))
-    name = block.prefix.rstrip(".")
-    return BlockDone(block.index, total, name, kept if mine else 1.0, error, seconds, peak_memory()["host"])
+    return BlockDone(block.index, total, _name(block), kept if mine else 1.0, error, seconds, peak_memory()["host"])

@@ -4,7 +4,7 @@ No labels, and nothing beyond the block: float32 masters of its free parameters 
 numbers that edits store (factors, surviving weights under their masks) and the block's vectors (norms, biases).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
 
@@ -28,7 +28,13 @@ class Reconstructed:
 
 @torch.no_grad()
 def reconstruct(
-    block: Block, inputs: Stream, targets: list[Tensor], edits: Mapping[str, Edit], spec: ReconstructSpec, seed: int
+    block: Block,
+    inputs: Stream,
+    targets: list[Tensor],
+    edits: Mapping[str, Edit],
+    spec: ReconstructSpec,
+    seed: int,
+    progress: Callable[[int], None] = lambda step: None,
 ) -> Reconstructed:
     """Tune the block in place. `targets` are the dense block's outputs, batch by batch as in `inputs`.
 
@@ -45,6 +51,7 @@ def reconstruct(
     optimizer = torch.optim.Adam([{"params": [m], "size": s} for m, s in zip(masters.values(), sizes, strict=True)])
     draw = torch.Generator().manual_seed(seed)
     for step in range(spec.steps):
+        progress(step + 1)
         for group in optimizer.param_groups:
             group["lr"] = spec.lr * group["size"] * (1 - step / spec.steps)
         picked = torch.randperm(len(targets), generator=draw)[: ceil(spec.batch / len(targets[0]))].tolist()

@@ -99,13 +99,15 @@ def prune(windows):
         format="packed",
         method="wanda",
         progress=lambda done: None,
+        doing=lambda text: None,
         text=windows,
         **changes,
     ):
         recipe = Recipe.parse({"method": method, "options": {"sparsity": sparsity}, **changes})
         source = ModelSource(folder, folder.name)
         with CheckpointWriter(out) as writer:
-            result = Run(source, recipe, recipe.build(), text, [windows], writer, format, progress).run()
+            told = {"progress": progress, "doing": doing}
+            result = Run(source, recipe, recipe.build(), text, [windows], writer, format, **told).run()
             _write_checkpoint(writer, source, recipe, result, format, windows)
             writer.commit()
         return result, writer

@@ -70,13 +70,14 @@ def compress(
 ) -> None:
     """Compress MODEL by a recipe into OUT, with figures before and after."""
     from paredown.commands.compress import compress as run
-    from paredown.commands.display import show_block, show_note
+    from paredown.commands.display import now_line, show_block, show_note
 
-    report = run(
-        model, recipe, out, overrides=overrides, calibration=calibration, eval_text=eval_text, tasks=_names(tasks),
-        task_folder=task_folder, format=format.value, device=device, dtype=dtype, seed=seed, revision=revision,
-        progress=show_block, note=show_note, command="paredown " + _shell(sys.argv[1:]),
-    )  # fmt: skip
+    with now_line() as doing:
+        report = run(
+            model, recipe, out, overrides=overrides, calibration=calibration, eval_text=eval_text, tasks=_names(tasks),
+            task_folder=task_folder, format=format.value, device=device, dtype=dtype, seed=seed, revision=revision,
+            progress=show_block, note=show_note, doing=doing, command="paredown " + _shell(sys.argv[1:]),
+        )  # fmt: skip
     _print_report(report, json_output)
 
 
@@ -236,13 +237,14 @@ def demo(
 ) -> None:
     """Prune the bundled model to 2:4 by SparseGPT, score it on the bundled text and task, and write the checkpoint."""
     from paredown.commands.compress import compress as run
-    from paredown.commands.display import show_block, show_note
+    from paredown.commands.display import now_line, show_block, show_note
     from paredown.evaluation.reference import model_path
 
-    report = run(
-        str(model_path()), "sparsegpt-2of4", out, tasks=("stdlib_lines",), progress=show_block, note=show_note,
-        command="paredown " + _shell(sys.argv[1:]),
-    )  # fmt: skip
+    with now_line() as doing:
+        report = run(
+            str(model_path()), "sparsegpt-2of4", out, tasks=("stdlib_lines",), progress=show_block, note=show_note,
+            doing=doing, command="paredown " + _shell(sys.argv[1:]),
+        )  # fmt: skip
     _print_report(report, json_output)
 
 

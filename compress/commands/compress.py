@@ -49,12 +49,14 @@ def compress(
     revision: str | None = None,
     progress: Callable[[BlockDone], None] = lambda done: None,
     note: Note = lambda text: None,
+    doing: Note = lambda text: None,
     command: str | None = None,
 ) -> dict[str, Any]:
     """Compress `model` (a folder or hub id) by `recipe` (shipped name, YAML file or Recipe) into the folder `out`.
 
     `overrides` are `key=value` changes of a named recipe; `calibration`, `eval_text`, `tasks` and `seed` replace the
-    recipe's. Returns the report, which is also written to `out/report.json`.
+    recipe's. `progress` is called after each block, `note` with what stays worth reading, `doing` with what takes its time
+    just now. Returns the report, which is also written to `out/report.json`.
     Raises PareError, before any weight is read where that is possible; `out` is then not there.
     """
     began = perf_counter()
@@ -75,7 +77,7 @@ def compress(
             )
         check_room(plan, out, source.device.type)
         return_freed_memory()  # of tokenising
-        result = Run(source, recipe, method, windows, evaluations, writer, format, progress, note).run()
+        result = Run(source, recipe, method, windows, evaluations, writer, format, progress, note, doing).run()
         _write_checkpoint(writer, source, recipe, result, format, windows)
         scored = perf_counter()
         compared, remarks = _tasks(recipe, source, writer.folder, tokenizer, task_folder, note)

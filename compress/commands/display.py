@@ -7,6 +7,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from paredown.compress.pipeline import BlockDone
 from paredown.compress.plan import Plan
@@ -27,6 +28,27 @@ def show_block(done: BlockDone) -> None:
         f"error {done.relative_error:.2e}  {done.seconds:.1f} s  peak {done.peak_memory / 1e9:.2f} GB",
         markup=False,
     )
+
+
+@contextmanager
+def now_line() -> Iterator[Callable[[str], None]]:
+    """A line below the others that says what is being done, on a terminal; an empty text takes it away."""
+    if not err_console.is_terminal:
+        yield lambda text: None
+        return
+    status = err_console.status("")
+
+    def tell(text: str) -> None:
+        if not text:
+            status.stop()
+            return
+        status.update(Text(text, style="dim"))
+        status.start()
+
+    try:
+        yield tell
+    finally:
+        status.stop()
 
 
 @contextmanager

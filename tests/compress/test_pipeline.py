@@ -71,6 +71,18 @@ def test_progress_is_told_after_each_block(tiny_model, tmp_path, prune):
     assert all(d.kept == 0.5 and 0 < d.relative_error < 1 and d.peak_memory > 0 for d in told)
 
 
+def test_what_is_being_done_is_told_layer_by_layer_and_step_by_step(tiny_model, tmp_path, prune):
+    told = []
+    result, _ = prune(tiny_model, tmp_path / "out", doing=told.append, reconstruct={"steps": 2})
+    assert told[-1] == ""
+    assert [t for t in told if t.startswith("compressing")] == [
+        f"compressing {layer['name']}" for layer in result.layers
+    ]
+    assert [t for t in told if t.startswith("tuning")] == [
+        f"tuning model.layers.{block}, step {step} of 2" for block in (0, 1) for step in (1, 2)
+    ]
+
+
 def test_a_fault_between_blocks_leaves_nothing(tiny_model, tmp_path, prune):
     def fail(done):
         raise RuntimeError("stop")

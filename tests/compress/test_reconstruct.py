@@ -70,7 +70,7 @@ def watched(monkeypatch):
     """All calls of `reconstruct`, with errors by a slow formula around them."""
     calls = []
 
-    def watch(block, inputs, targets, edits, spec, seed):
+    def watch(block, inputs, targets, edits, spec, seed, progress):
         before = slow_error(block, inputs, targets)
         told = reconstruct(block, inputs, targets, edits, spec, seed)
         after = slow_error(block, inputs, targets)
