@@ -19,11 +19,12 @@ from paredown.compress.methods import Method
 from paredown.compress.perplexity import paired_delta, perplexity
 from paredown.compress.recipe import Recipe
 from paredown.compress.reconstruct import reconstruct
+from paredown.compress.resume import Journal, State
 from paredown.compress.settling import for_format, targeted
 from paredown.compress.source import ModelSource
 from paredown.compress.statistics import PAIRED_NEEDS, RESIDUAL_NEEDS
 from paredown.compress.stream import Stream, start
-from paredown.compress.survey import survey
+from paredown.compress.survey import Survey, survey
 from paredown.compress.writer import CheckpointWriter
 from paredown.compress.writing import Format, write_block, write_rest
 
@@ -78,6 +79,7 @@ class Run:
     format: Format = "packed"
     progress: Callable[[BlockDone], None] = lambda done: None
     note: Callable[[str], None] = lambda text: None
+    journal: Journal | None = None
     doing: Callable[[str], None] = lambda text: None  # what takes its time now; nothing once the walk is over
 
     @torch.no_grad()
@@ -87,8 +89,9 @@ class Run:
             result.fallbacks.append(f"family {source.family!r} is not one we test: blocks were found by structure")
         all_blocks = blocks(source)
         with self.writer.scratch() as scratch:
-            editor = self._editor(scratch, result)
-            self._walk(all_blocks, editor, result)
+            left = self.journal.left if self.journal else None
+            editor = self._restored(scratch, result, left) if left else self._editor(scratch, result)
+            self._walk(all_blocks, editor, result, left)
         return result
 
     def _editor(self, scratch: Path, result: Result) -> Editor:
@@ -99,8 +102,21 @@ class Run:
             found = survey(source, self.method, recipe.allocation, self.calibration.ids, chosen, scratch, self.note)
         remarks = [getattr(self.method, "remark", None), self._too_little_text(chosen)]
         result.fallbacks += [said for said in remarks if said]
+        return self._editor_of(found, result)
+
+    def _restored(self, scratch: Path, result: Result, left: State) -> Editor:
+        """As a stopped run had it."""
+        self.note(f"going on after {left.facts['blocks']} blocks")
+        self.method = for_format(self.source, self.recipe, self.method, self.format)
+        for name, value in left.facts["result"].items():
+            setattr(result, name, value)
+        editor = self._editor_of(Survey.restored(scratch, left.facts["survey"], left.part("survey")), result)
+        editor.targeted, editor.kept = result.targeted, result.kept
+        return editor
+
+    def _editor_of(self, found: Survey, result: Result) -> Editor:
         told = (result.layers, result.fallbacks)
-        return Editor(recipe, self.method, found, source.device, self.format, *told, doing=self.doing)
+        return Editor(self.recipe, self.method, found, self.source.device, self.format, *told, doing=self.doing)
 
     def _too_little_text(self, chosen: set[str]) -> str | None:
         """A warning where the widest layer's Gram matrix must be singular."""
@@ -114,7 +130,7 @@ class Run:
             "raise calibration.sequences or calibration.length"
         )
 
-    def _walk(self, all_blocks: list[Block], editor: Editor, result: Result) -> None:
+    def _walk(self, all_blocks: list[Block], editor: Editor, result: Result, left: State | None) -> None:
         source = self.source
         with result.timed("calibration"):
             stream = start(source, self.calibration.ids)
@@ -124,7 +140,13 @@ class Run:
             before = [start(source, windows.ids) for windows in self.evaluations]
             after = [s.copy() for s in before]
             probe = start(source, self.calibration.ids[:1, :PROBE_TOKENS])
-        for block in all_blocks:
+        streams = _named(
+            calibration=[stream], dense=[dense] if dense else [], before=before, after=after, probe=[probe]
+        )
+        if left:
+            left.restore(streams)
+        for block in all_blocks[left.facts["blocks"] if left else 0 :]:
+            self._save(block.index, len(all_blocks), streams, editor, result)
             began, last = perf_counter(), block is all_blocks[-1]
             self.doing(f"reading {_name(block)} and running it")
             with result.timed("read"):
@@ -144,6 +166,7 @@ class Run:
             source.release(block.prefix, block.names)
             return_freed_memory()
             self.progress(_done(block, len(all_blocks), result, perf_counter() - began))
+        self._save(len(all_blocks), len(all_blocks), streams, editor, result)
         self.doing("")
         result.targeted, result.kept = editor.targeted, editor.kept
         with result.timed("evaluation"):
@@ -155,8 +178,19 @@ class Run:
             result.probe = {"ids": ids[0].tolist(), "nll": probe.nll(source)[0].tolist()}
         with result.timed("write"):
             write_rest(self.writer, source, all_blocks, self.format)
-        streams = [stream, *before, *after, probe, *([dense] if dense else [])]
-        result.seconds["forward"] = sum(s.seconds for s in streams)
+        result.seconds["forward"] = sum(s.seconds for s in streams.values())
+
+    def _save(self, done: int, of: int, streams: dict[str, Stream], editor: Editor, result: Result) -> None:
+        """Save what is left of the blocks so far, where it is time for it."""
+        if self.journal is None or not self.journal.due(last=done == of):
+            return
+        self.doing("saving what is done so far")
+        result.targeted, result.kept = editor.targeted, editor.kept
+        kept = {name: getattr(result, name) for name in ("layers", "fallbacks", "modules", "targeted", "kept")}
+        kept["seconds"] = {**result.seconds, "total": result.seconds.get("total", 0.0) + self.journal.seconds}
+        facts, curves = editor.survey.progress()
+        curves = {f"survey/{name}": losses for name, losses in curves.items()}
+        self.journal.save({"blocks": done, "survey": facts, "result": kept}, streams, curves)
 
     def _compress(self, block: Block, stream: Stream, dense: Stream | None, editor: Editor, result: Result) -> None:
         """Observe the block and edit its layers: all at once, or group by group where both streams are followed."""
@@ -202,6 +236,10 @@ class Run:
         done = reconstruct(block, stream, dense.hidden, editor.edits, self.recipe.reconstruct, seed, progress)
         editor.tuned = True
         self.note(f"reconstructed {_name(block)}: error {done.before:.2e} -> {done.after:.2e}")
+
+
+def _named(**groups: list[Stream]) -> dict[str, Stream]:
+    return {f"{group}-{i}": stream for group, streams in groups.items() for i, stream in enumerate(streams)}
 
 
 def advance(streams: list[Stream], block: Block) -> None:

@@ -72,6 +72,23 @@ class Survey:
         curve = self.curves.get(name)
         return curve.loss(rank) / max(curve.loss(0), 1e-300) if curve and curve.losses else None
 
+    def progress(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `restored` needs beside the scratch folder, as facts and tensors."""
+        facts = {
+            "shapes": {name: curve.shape for name, curve in self.curves.items()},
+            "sensitivities": {name: list(losses.items()) for name, losses in self.sensitivities.items()},
+            "angles": self.angles, "ranks": self.ranks, "chosen": sorted(self.chosen), "strategy": self.strategy,
+        }  # fmt: skip
+        return facts, {name: torch.tensor(c.losses, dtype=torch.float64) for name, c in self.curves.items()}
+
+    @classmethod
+    def restored(cls, scratch: Path, facts: dict[str, Any], losses: dict[str, Tensor]) -> "Survey":
+        curves = {n: Curve(n, (out, inner), losses[n].tolist()) for n, (out, inner) in facts["shapes"].items()}
+        sensitivities = {name: dict(found) for name, found in facts["sensitivities"].items()}
+        return cls(
+            scratch, curves, facts["angles"], facts["ranks"], set(facts["chosen"]), facts["strategy"], sensitivities
+        )
+
     def _path(self, block: Block) -> Path:
         return self.scratch / f"gradients-{block.index}.safetensors"
 

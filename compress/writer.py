@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,17 +21,20 @@ from paredown.compress.tensor_files import INDEX, SINGLE, sha256
 RECORD = "paredown.json"
 FLUSH_BYTES = 64 << 20  # a shard is written once this much is pending: small models stay one file, memory stays small
 MAX_SHARD_BYTES = 5 << 30
+SCRATCH = "scratch"
+STATE = "resume.safetensors"  # what a stopped run goes on from: resume.py
 
 
 class CheckpointWriter:
-    """Collects tensors into shards below `OUT.partial`; `commit` renames it to OUT. Leaving without commit removes it.
+    """Collects tensors into shards below `OUT.partial`; `commit` renames it to OUT. Leaving without commit removes it,
+    unless it is `resumable` and holds a state to go on from: then the fault says so.
 
     Hashing and writing go on beside the caller's work, at most one shard behind it: what was added must not change.
     Raises PareError if OUT exists and is not empty, or if another process is writing it.
     """
 
-    def __init__(self, out: Path) -> None:
-        self.out = Path(out)
+    def __init__(self, out: Path, resumable: bool = False) -> None:
+        self.out, self.resumable = Path(out), resumable
         self.folder = self.out.with_name(self.out.name + ".partial")
         self.tensors: dict[str, dict[str, Any]] = {}  # name -> its record
         self._pending: dict[str, Tensor] = {}
@@ -59,6 +62,10 @@ class CheckpointWriter:
         self._worker.shutdown(cancel_futures=True)
         if not self._committed:
             self._drop()
+        if fault is not None and self.folder.exists():
+            fault.add_note(f"{self.folder} is kept: the command that began it goes on from there")
+        if self._lock is not None:
+            self._lock.close()
         if isinstance(fault, OSError) and fault.errno == 28:  # ENOSPC
             raise PareError(f"the disk of {self.out.parent} is full. Free space or name another output.") from fault
 
@@ -69,8 +76,13 @@ class CheckpointWriter:
             self._hold()
         except BlockingIOError:
             raise PareError(f"another process is writing {self.folder}. Wait for it, or name another output.") from None
-        for left in self.folder.iterdir():  # of a run that was killed: the lock says that nobody works on it
-            if left.name != ".lock":
+        if not self.resumable:
+            self.clear()
+
+    def clear(self, keep: Collection[str] = ()) -> None:
+        """Remove what a run that was killed has left: the lock says that nobody works on it."""
+        for left in self.folder.iterdir():
+            if left.name not in {".lock", *keep}:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def _hold(self) -> None:
@@ -78,12 +90,12 @@ class CheckpointWriter:
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _drop(self) -> None:
-        """Remove the folder unless it is another process's."""
+        """Remove the folder, unless it is another process's or holds a state to go on from."""
+        if self.resumable and (self.folder / STATE).exists():
+            return
         with suppress(OSError):
             self._hold()
             shutil.rmtree(self.folder, ignore_errors=True)
-        if self._lock is not None:
-            self._lock.close()
 
     @property
     def bytes(self) -> int:
@@ -92,13 +104,11 @@ class CheckpointWriter:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder beside the shards for what a run must put aside; a run that is killed leaves it to the next one."""
-        folder = self.folder / "scratch"
+        """A folder beside the shards for what a run must put aside; a run that is stopped leaves it to the next one."""
+        folder = self.folder / SCRATCH
         folder.mkdir(exist_ok=True)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
 
     def add(self, name: str, tensor: Tensor, **record: Any) -> None:
         """Queue one tensor, with what paredown.json shall tell of it beside shape, dtype, bytes and sha256."""
@@ -119,6 +129,27 @@ class CheckpointWriter:
         """Write out what is pending once it is worth a file."""
         if self._pending_bytes >= FLUSH_BYTES:
             self._flush()
+
+    def progress(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `restore` needs, as facts and tensors, once all that was handed over is on the disk."""
+        self._saved()
+        for shard in self._shards:
+            sync(shard)
+        return {"tensors": self.tensors, "shards": [s.name for s in self._shards]}, self._pending
+
+    def restore(self, facts: dict[str, Any], pending: dict[str, Tensor]) -> bool:
+        """Go on from another writer's `progress` in the same folder; False if its shards are not there."""
+        shards = [self.folder / name for name in facts["shards"]]
+        for i, shard in enumerate(shards):
+            finished = [*self.folder.glob(f"model-{i + 1:05d}-of-*.safetensors"), self.folder / SINGLE]
+            if not shard.exists() and finished[0].exists():  # it was stopped after `finish`
+                finished[0].rename(shard)
+        if not all(shard.exists() for shard in shards):
+            return False
+        self.clear(keep={STATE, SCRATCH, *facts["shards"]})
+        self.tensors, self._shards, self._pending = facts["tensors"], shards, dict(pending)
+        self._pending_bytes = sum(t.numel() * t.element_size() for t in pending.values())
+        return True
 
     def finish(self, record: dict[str, Any]) -> None:
         """Write the last shard, the index, and paredown.json with `record` and every tensor's own record."""
@@ -149,16 +180,15 @@ class CheckpointWriter:
 
     def commit(self) -> None:
         """Make it durable and give it its name."""
+        (self.folder / STATE).unlink(missing_ok=True)
         (self.folder / ".lock").unlink()
         for path in [*self.folder.iterdir(), self.folder]:
-            _sync(path)
+            sync(path)
         if self.out.exists():
             self.out.rmdir()  # checked to be empty
         self.folder.rename(self.out)
-        _sync(self.out.parent)
+        sync(self.out.parent)
         self._committed = True
-        if self._lock is not None:
-            self._lock.close()
 
     def _flush(self) -> None:
         self._saved()
@@ -183,7 +213,7 @@ def _numbered(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -294,11 +294,15 @@ def main() -> None:
         # PareError's module belongs to a package that imports transformers: it is not imported to name the class
         if type(fault).__name__ != "PareError":
             raise
-        print(f"error: {fault}", file=sys.stderr)
+        print(f"error: {fault}", *_notes(fault), sep="\n", file=sys.stderr)
         sys.exit(1)
-    except _Stopped:
-        print("interrupted: nothing was written", file=sys.stderr)
+    except _Stopped as stopped:
+        print("interrupted:", *(_notes(stopped) or ["nothing was written"]), file=sys.stderr)
         sys.exit(130)
+
+
+def _notes(fault: BaseException) -> list[str]:
+    return getattr(fault, "__notes__", [])
 
 
 if __name__ == "__main__":

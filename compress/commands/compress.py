@@ -19,6 +19,7 @@ from paredown.compress.machine import peak_memory, pick_device, pick_dtype, resi
 from paredown.compress.pipeline import BlockDone, Result, Run
 from paredown.compress.plan import Plan, check_room, make_plan
 from paredown.compress.recipe import Recipe
+from paredown.compress.resume import Journal, key_of
 from paredown.compress.source import ModelSource
 from paredown.compress.writer import CheckpointWriter
 from paredown.compress.writing import Format
@@ -67,7 +68,7 @@ def compress(
     source = open_source(str(model), revision, device, dtype)
     tokenizer = load_tokenizer(source.folder)
     base = resident_memory()  # libraries, and a model without weights: what the plan's memory comes on top of
-    with CheckpointWriter(out) as writer:
+    with CheckpointWriter(out, resumable=True) as writer:
         note(f"reading text: {', '.join([recipe.calibration.source, *recipe.evaluate.perplexity])}")
         windows, evaluations, warnings = _texts(recipe, source, tokenizer)
         plan = make_plan(source, recipe, method, (windows.tokens, [w.tokens for w in evaluations]), format)
@@ -77,7 +78,8 @@ def compress(
             )
         check_room(plan, out, source.device.type)
         return_freed_memory()  # of tokenising
-        result = Run(source, recipe, method, windows, evaluations, writer, format, progress, note, doing).run()
+        journal = Journal(writer, key_of(source, recipe, [windows, *evaluations], format), note)
+        result = Run(source, recipe, method, windows, evaluations, writer, format, progress, note, journal, doing).run()
         _write_checkpoint(writer, source, recipe, result, format, windows)
         scored = perf_counter()
         compared, remarks = _tasks(recipe, source, writer.folder, tokenizer, task_folder, note)
@@ -85,7 +87,7 @@ def compress(
         warnings += remarks
         if writer.bytes >= plan.bytes_before and format == "packed":
             warnings.append("the packed checkpoint is not smaller than the dense one: nothing was gained on disk")
-        result.seconds["total"] = perf_counter() - began
+        result.seconds["total"] = result.seconds.get("total", 0.0) + perf_counter() - began
         report = make_report(source, recipe, plan, result, windows, compared, writer.bytes)
         report.update(format=format, command=command, warnings=warnings, memory_base_bytes=base)
         check_report(report)
