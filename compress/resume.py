@@ -8,7 +8,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -86,7 +85,7 @@ class Journal:
             new.replace(path)
         except (OSError, SafetensorError) as fault:
             new.unlink(missing_ok=True)
-            self.note(f"what is done so far could not be saved ({fault}): a stopped run would start over")
+            self.note(f"what is done so far could not be saved ({fault}): a stopped run would do it again")
         self._saved = monotonic()
 
     def _load(self) -> State | None:
@@ -117,15 +116,15 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return made
 
 
-def key_of(source: ModelSource, recipe: Recipe, texts: Sequence[Windows], format: str) -> str:
+def key_of(
+    source: ModelSource, recipe: Recipe, texts: Sequence[Windows], format: str, versions: Mapping[str, str]
+) -> str:
     """Equal where a run would do the same: the same files of the model, recipe, tokens, format, device and versions."""
-    import transformers
-
     files = sorted(p for p in source.folder.iterdir() if p.is_file())
     said = {
         "model": [source.id, source.revision, [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]],
         "recipe": recipe.to_dict(),
         "texts": [hashlib.sha256(w.ids.numpy().tobytes()).hexdigest() for w in texts],
-        "run": [format, str(source.device), str(source.dtype), torch.__version__, transformers.__version__],
+        "run": [format, str(source.device), str(source.dtype), versions],
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

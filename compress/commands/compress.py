@@ -78,7 +78,8 @@ def compress(
             )
         check_room(plan, out, source.device.type)
         return_freed_memory()  # of tokenising
-        journal = Journal(writer, key_of(source, recipe, [windows, *evaluations], format), note)
+        key = key_of(source, recipe, [windows, *evaluations], format, versions())
+        journal = Journal(writer, key, note)
         result = Run(source, recipe, method, windows, evaluations, writer, format, progress, note, journal, doing).run()
         _write_checkpoint(writer, source, recipe, result, format, windows)
         scored = perf_counter()

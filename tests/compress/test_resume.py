@@ -47,7 +47,7 @@ def run(tiny_model, windows):
 
         recipe, source = Recipe.parse(raw), ModelSource(tiny_model, "tiny")
         with CheckpointWriter(out, resumable=True) as writer:
-            journal = Journal(writer, key_of(source, recipe, [text, windows], "packed"), note)
+            journal = Journal(writer, key_of(source, recipe, [text, windows], "packed", {}), note)
             result = Run(
                 source, recipe, recipe.build(), text, [windows], writer, progress=progress, note=note, journal=journal
             ).run()
@@ -114,12 +114,13 @@ def files_below(folder):
 
 def test_the_key_knows_the_model_the_text_and_the_format(tiny_model, windows):
     source, recipe = ModelSource(tiny_model, "tiny"), Recipe.parse(RECIPES["masks"])
-    keys = [key_of(source, recipe, [windows], format) for format in ("packed", "packed", "dense")]
+    keys = [key_of(source, recipe, [windows], format, {}) for format in ("packed", "packed", "dense")]
     file = tiny_model / "config.json"
     stamp = file.stat()
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
-    keys += [key_of(source, recipe, [windows], "packed"), key_of(source, recipe, [windows, windows], "packed")]
-    assert keys[0] == keys[1] and len(set(keys)) == 4
+    keys += [key_of(source, recipe, [windows], "packed", {}), key_of(source, recipe, [windows, windows], "packed", {})]
+    keys += [key_of(source, recipe, [windows], "packed", {"torch": "3"})]
+    assert keys[0] == keys[1] and len(set(keys)) == 5
 
 
 def test_a_damaged_state_starts_over(run, tmp_path):
@@ -141,7 +142,7 @@ def test_a_state_that_cannot_be_saved_is_told_and_the_run_goes_on(run, tmp_path,
     monkeypatch.setattr(resume, "save_file", full)
     notes = []
     run(tmp_path / "out", RECIPES["masks"], note=notes.append)
-    assert any("could not be saved" in said and "start over" in said for said in notes)
+    assert any("could not be saved" in said and "do it again" in said for said in notes)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
@@ -166,7 +167,7 @@ def test_the_command_says_how_to_go_on(tiny_model, text_file, tmp_path):
         str(tmp_path / "out"),
     ]
     command += ["--calibration", str(text_file), "--eval-text", str(text_file)]
-    for change in ("calibration.sequences=600", "calibration.length=2", "evaluate.length=2", "evaluate.windows=5000"):
+    for change in ("calibration.sequences=200", "calibration.length=2", "evaluate.length=2", "evaluate.windows=1500"):
         command += ["--set", change]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
