@@ -219,13 +219,14 @@ class Run:
                     editor.edit(block, group, dict.fromkeys([v.name for v in group], paired) if paired else {})
                 del paired  # before the next group's are collected
         if dense is not None and twin is not None:
+            came = list(dense.hidden) if self.recipe.reconstruct else []
             with result.timed("calibration"):
                 dense.advance(twin)
             if self.recipe.reconstruct and editor.edits:
                 with result.timed("reconstruct"):
-                    self._reconstruct(block, stream, dense, editor)
+                    self._reconstruct(block, stream, came, dense, editor)
 
-    def _reconstruct(self, block: Block, stream: Stream, dense: Stream, editor: Editor) -> None:
+    def _reconstruct(self, block: Block, stream: Stream, came: list[Tensor], dense: Stream, editor: Editor) -> None:
         assert self.recipe.reconstruct is not None
         seed = self.recipe.calibration.seed
         steps = self.recipe.reconstruct.steps
@@ -233,7 +234,7 @@ class Run:
         def progress(step: int) -> None:
             self.doing(f"tuning {_name(block)}, step {step} of {steps}")
 
-        done = reconstruct(block, stream, dense.hidden, editor.edits, self.recipe.reconstruct, seed, progress)
+        done = reconstruct(block, stream, came, dense.hidden, editor.edits, self.recipe.reconstruct, seed, progress)
         editor.tuned = True
         self.note(f"reconstructed {_name(block)}: error {done.before:.2e} -> {done.after:.2e}")
 

@@ -215,8 +215,11 @@ def _memory(
         "activations": element * width * (calibration * (2 if followed else 1) + 2 * sum(evaluations)),
         "batch": element * batch * (4 * width + 3 * max((v.shape[0] for v in in_block), default=0)),
         # float32 masters, their gradients and what those come from, Adam's two moments, the tensors in use and as they
-        # were; and what autograd keeps of a batch
-        "tuning": (20 + 2 * element) * edited + element * batch * sum(sum(v.shape) for v in in_block) if tuned else 0,
+        # were; what autograd keeps of a batch; and the dense block's inputs
+        "tuning": (20 + 2 * element) * edited
+        + element * (batch * sum(sum(v.shape) for v in in_block) + width * calibration)
+        if tuned
+        else 0,
         # at the start and at the end: embedding or head, and the logits of a few positions
         "outside": element * max(rest, default=0) + 12 * 512 * vocabulary,
     }

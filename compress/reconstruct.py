@@ -30,14 +30,17 @@ class Reconstructed:
 def reconstruct(
     block: Block,
     inputs: Stream,
+    dense: list[Tensor],
     targets: list[Tensor],
     edits: Mapping[str, Edit],
     spec: ReconstructSpec,
     seed: int,
     progress: Callable[[int], None] = lambda step: None,
 ) -> Reconstructed:
-    """Tune the block in place. `targets` are the dense block's outputs, batch by batch as in `inputs`.
+    """Tune the block in place. `dense` and `targets` are the dense block's inputs and outputs, by batch as in `inputs`.
 
+    Each step draws every window's input on the line through the compressed block's and the dense one's: calibration text
+    is short, and tuned on its inputs alone the block fits them more than what comes later.
     The tuned parameters are kept only where they lower the error. Raises PareError if the tuning diverges.
     """
     masks = _masks(block, edits)
@@ -58,7 +61,7 @@ def reconstruct(
         for i in picked:
             with torch.enable_grad():
                 live = {n: (m * masks[n] if n in masks else m).to(free[n].dtype) for n, m in masters.items()}
-                made = inputs.call(block, inputs.hidden[i].to(inputs.device), live)
+                made = inputs.call(block, _drawn(inputs.hidden[i], dense[i], draw).to(inputs.device), live)
                 target = targets[i].to(inputs.device).float()
                 ((made.float() - target).square().mean() / variance / len(picked)).backward()
         optimizer.step()
@@ -74,6 +77,12 @@ def reconstruct(
             parameter.copy_(saved[name])
         after = before
     return Reconstructed(before, after)
+
+
+def _drawn(compressed: Tensor, dense: Tensor, draw: torch.Generator) -> Tensor:  # (batch, length, hidden)
+    """From half the way beyond the compressed input to half the way beyond the dense one."""
+    share = 2 * torch.rand(len(compressed), 1, 1, generator=draw) - 0.5
+    return torch.lerp(compressed.float(), dense.float(), share).to(compressed.dtype)
 
 
 def _is_free(name: str, parameter: nn.Parameter, block: Block, edits: Mapping[str, Edit]) -> bool:

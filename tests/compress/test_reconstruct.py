@@ -13,7 +13,7 @@ from paredown.compress.edits import Masked
 from paredown.compress.errors import PareError
 from paredown.compress.perplexity import perplexity, token_nll
 from paredown.compress.recipe import Recipe
-from paredown.compress.reconstruct import reconstruct
+from paredown.compress.reconstruct import _drawn, reconstruct
 
 C = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -70,9 +70,9 @@ def watched(monkeypatch):
     """All calls of `reconstruct`, with errors by a slow formula around them."""
     calls = []
 
-    def watch(block, inputs, targets, edits, spec, seed, progress):
+    def watch(block, inputs, dense, targets, edits, spec, seed, progress):
         before = slow_error(block, inputs, targets)
-        told = reconstruct(block, inputs, targets, edits, spec, seed)
+        told = reconstruct(block, inputs, dense, targets, edits, spec, seed)
         after = slow_error(block, inputs, targets)
         weights = {name: p.detach().clone() for name, p in block.module.named_parameters()}
         calls.append(Tuned(block.prefix, before, after, told, dict(edits), weights))
@@ -127,9 +127,9 @@ def test_the_second_block_is_tuned_from_the_compressed_ones_input_to_the_dense_o
 ):
     folder, seen = model_of(), []
 
-    def watch(block, inputs, targets, *rest):
-        seen.append((torch.cat(inputs.hidden).clone(), torch.cat(targets).clone()))
-        return reconstruct(block, inputs, targets, *rest)
+    def watch(block, inputs, dense, targets, *rest):
+        seen.append([torch.cat(hidden).clone() for hidden in (inputs.hidden, dense, targets)])
+        return reconstruct(block, inputs, dense, targets, *rest)
 
     monkeypatch.setattr(pipeline, "reconstruct", watch)
     prune(folder, tmp_path / "out", **HALF, reconstruct=TUNE)
@@ -143,8 +143,9 @@ def test_the_second_block_is_tuned_from_the_compressed_ones_input_to_the_dense_o
         return found
 
     dense, compressed = after_blocks(folder), after_blocks(tmp_path / "out")
-    for (_, target), wanted in zip(seen, dense, strict=True):
+    for (_, _, target), wanted in zip(seen, dense, strict=True):
         torch.testing.assert_close(target, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen[1][1], dense[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(seen[1][0], compressed[0], rtol=1e-4, atol=1e-5)
     assert (compressed[0] - dense[0]).norm() > 0.05 * dense[0].norm()
 
@@ -270,6 +271,14 @@ def test_a_rate_is_a_share_of_each_tensors_size(recipe, model_of, tmp_path, prun
     assert len(moved) >= 2 * 9
     for step, size in moved:
         assert float(step) == pytest.approx(1e-3 * max(float(size), 1e-3), rel=1e-2)
+
+
+def test_a_windows_input_lies_on_the_line_through_the_two_streams():
+    compressed, dense = torch.zeros(64, 3, 2, dtype=torch.bfloat16), torch.ones(64, 3, 2, dtype=torch.bfloat16)
+    drawn = _drawn(compressed, dense, torch.Generator().manual_seed(0))
+    shares = drawn[:, 0, 0].float()
+    assert drawn.dtype == torch.bfloat16 and torch.equal(drawn, drawn[:, :1, :1].expand(-1, 3, 2))
+    assert -0.5 <= shares.min() < -0.4 and 1.4 < shares.max() <= 1.5 and 0.4 < shares.mean() < 0.6
 
 
 @pytest.mark.parametrize("lr", [1e-3, 3.0])
