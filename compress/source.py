@@ -86,13 +86,13 @@ class ModelSource:
         return sorted(key for key in self.files.entries if key not in used and not self._repeats_tied(key))
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Weights by the skeleton's names, on CPU, as stored (shapes checked).
+        """Weights by the skeleton's names, in their order, on CPU, as stored (shapes checked).
 
         Raises PareError naming the tensor: missing, of a wrong shape, or not finite.
         """
         weights: dict[str, Tensor] = {}
-        wanted = set(names)
-        for name in sorted(wanted):
+        wanted = sorted(set(names))  # so that every process writes them alike
+        for name in wanted:
             if name not in weights:
                 weights.update(self._convert(name, self.origins[name]))
         for name in wanted:

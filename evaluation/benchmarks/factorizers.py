@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", default="llama-3-8b", choices=SHAPES)
-    parser.add_argument("--precision", default="float64", choices=["float64", "float32"], help="methods use float64")
+    parser.add_argument("--precision", default="float64", choices=["float64", "float32"], help="methods: float64, vectors on a GPU aside")
     chosen = parser.parse_args()
     if chosen.speed:
         block_seconds(linears(chosen.shape), torch.device(chosen.device), getattr(torch, chosen.precision))

@@ -67,6 +67,11 @@ def test_the_compute_dtype_is_asked_for_and_the_stored_one_kept(tiny_model):
     assert ModelSource(tiny_model, "x").dtype == torch.bfloat16
 
 
+def test_weights_come_in_the_order_of_their_names(tiny_model):
+    source = ModelSource(tiny_model, "x")
+    assert list(source.read(reversed(list(source.parameters)))) == sorted(source.parameters)
+
+
 def test_tensors_that_the_class_does_not_know_are_copied_verbatim(tiny_model, tmp_path, prune, logits_of):
     path = tiny_model / "model.safetensors"
     extra = torch.arange(12.0).view(3, 4)
