@@ -5,7 +5,7 @@
 
 The first prints the rise of log perplexity over the dense model, with its paired bootstrap error, and the share of the
 targeted parameters counted from what was written. Results are kept in --json, and a second run goes on from there.
-The second times the factorization of every linear of one block, float64, random weights and moments.
+The second times the factorization of every linear of one block, as the methods do it, random weights and moments.
 For a whole model in bounded memory: python -m paredown.evaluation.benchmarks.footprint --recipe svd-llm-80
     [--shape llama-3-8b --device cuda]
 """
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", default="llama-3-8b", choices=SHAPES)
-    parser.add_argument("--precision", default="float64", choices=["float64", "float32"], help="methods: float64, vectors on a GPU aside")
+    parser.add_argument("--precision", default="float64", choices=["float64", "float32"], help="methods use float64")
     chosen = parser.parse_args()
     if chosen.speed:
         block_seconds(linears(chosen.shape), torch.device(chosen.device), getattr(torch, chosen.precision))
