@@ -61,7 +61,8 @@ def main() -> None:
     chosen = parser.parse_args()
     name = f"{chosen.shape}-{chosen.blocks or 'whole'}"
     model, out = make_model(chosen.work / name, chosen.shape, chosen.blocks), chosen.work / "compressed"
-    shutil.rmtree(out, ignore_errors=True)
+    for left in (out, out.with_name(out.name + ".partial")):  # a stopped run would go on and not be measured whole
+        shutil.rmtree(left, ignore_errors=True)
     settings = {
         "calibration.sequences": chosen.sequences, "calibration.length": chosen.length,
         "evaluate.length": chosen.length, "evaluate.windows": chosen.windows,
