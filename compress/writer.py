@@ -62,12 +62,17 @@ class CheckpointWriter:
         self._worker.shutdown(cancel_futures=True)
         if not self._committed:
             self._drop()
-        if fault is not None and self.folder.exists():
-            fault.add_note(f"{self.folder} is kept: the command that began it goes on from there")
         if self._lock is not None:
             self._lock.close()
-        if isinstance(fault, OSError) and fault.errno == 28:  # ENOSPC
-            raise PareError(f"the disk of {self.out.parent} is full. Free space or name another output.") from fault
+        full = isinstance(fault, OSError) and fault.errno == 28  # ENOSPC
+        told = (
+            PareError(f"the disk of {self.out.parent} is full. Free space or name another output.") if full else fault
+        )
+        if told is not None and self.folder.exists():
+            told.add_note(f"{self.folder} is kept: the command that began it goes on from there")
+        if full:
+            assert told is not None
+            raise told from fault
 
     def _take(self) -> None:
         """Have the folder to ourselves, and empty."""
@@ -180,10 +185,11 @@ class CheckpointWriter:
 
     def commit(self) -> None:
         """Make it durable and give it its name."""
-        (self.folder / STATE).unlink(missing_ok=True)
-        (self.folder / ".lock").unlink()
-        for path in [*self.folder.iterdir(), self.folder]:
+        for path in self.folder.iterdir():
             sync(path)
+        (self.folder / STATE).unlink(missing_ok=True)  # not before all else is safe
+        (self.folder / ".lock").unlink()
+        sync(self.folder)
         if self.out.exists():
             self.out.rmdir()  # checked to be empty
         self.folder.rename(self.out)

@@ -146,6 +146,21 @@ def test_a_state_that_cannot_be_saved_is_told_and_the_run_goes_on(run, tmp_path,
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("failing", [(CheckpointWriter, "write_json"), (writers, "sync")], ids=["finish", "commit"])
+def test_a_full_disk_says_what_is_kept_and_loses_no_state(failing, run, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*failing, full)
+    with pytest.raises(PareError, match="is full") as fault:
+        run(tmp_path / "out", RECIPES["masks"])
+    assert "out.partial is kept" in fault.value.__notes__[0] and (tmp_path / "out.partial" / STATE).exists()
+    monkeypatch.undo()
+    notes = []
+    run(tmp_path / "out", RECIPES["masks"], note=notes.append)
+    assert any(said.startswith("going on after 2 blocks") for said in notes)
+
+
 def test_a_short_run_leaves_nothing_to_go_on_from(run, tmp_path, monkeypatch):
     monkeypatch.setattr(resume, "EVERY", 3600.0)
     with pytest.raises(Stopped):
