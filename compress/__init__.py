@@ -6,15 +6,15 @@ on them as on any other model.
 
 from typing import TYPE_CHECKING, Any
 
-from paredown.compress import loading
+from paredown.compress.checkpoint import transformers_plugin
 from paredown.compress.errors import PareError
-from paredown.compress.fusing import fuse
 from paredown.compress.recipe import Recipe
+from paredown.compress.storage.fuse import fuse
 
 if TYPE_CHECKING:
-    from paredown.commands.compress import compress
+    from paredown.compress.run.compress import compress
 
-loading.register()
+transformers_plugin.register()
 
 __all__ = ["PareError", "Recipe", "compress", "fuse"]
 
@@ -22,7 +22,7 @@ __all__ = ["PareError", "Recipe", "compress", "fuse"]
 def __getattr__(name: str) -> Any:
     # the whole run stands with the commands, which know evaluation too; imported when it is first asked for
     if name == "compress":
-        from paredown.commands.compress import compress
+        from paredown.compress.run.compress import compress
 
         return compress
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from paredown.compress.allocation import AllocationSpec
+from paredown.compress.allocation.budget import AllocationSpec
 from paredown.compress.errors import PareError, did_you_mean
 from paredown.compress.methods import Method, build
 

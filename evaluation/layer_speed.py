@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paredown.compress.packed import PackedConv1D, PackedExperts, PackedLinear
+from paredown.compress.storage.modules import PackedConv1D, PackedExperts, PackedLinear
 from paredown.evaluation.gauges import relative_error, spread, weight_bytes
 from paredown.kernels.timing import interleaved
 

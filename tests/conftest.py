@@ -78,7 +78,7 @@ def text_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def windows():
     """Random tokens of a tiny vocabulary, as the pipeline takes them."""
-    from paredown.compress.calibration import Windows
+    from paredown.compress.text.windows import Windows
 
     return Windows(torch.randint(3, 128, (6, 24), generator=torch.Generator().manual_seed(0)), "random", "all", "0")
 
@@ -86,11 +86,11 @@ def windows():
 @pytest.fixture(scope="session")
 def prune(windows):
     """`prune(folder, out, ...)`: the pipeline and the whole record, without report, card and the process that verifies."""
-    from paredown.commands.compress import _write_checkpoint
-    from paredown.compress.pipeline import Run
+    from paredown.compress.checkpoint.source import ModelSource
+    from paredown.compress.checkpoint.writer import CheckpointWriter
     from paredown.compress.recipe import Recipe
-    from paredown.compress.source import ModelSource
-    from paredown.compress.writer import CheckpointWriter
+    from paredown.compress.run.compress import _write_checkpoint
+    from paredown.compress.run.pipeline import Run
 
     def run(
         folder,
@@ -118,10 +118,10 @@ def prune(windows):
 @pytest.fixture(scope="session")
 def logits_of(windows):
     """`logits_of(folder)`: those of transformers' own forward over `windows`."""
-    from paredown.compress import loading
+    from paredown.compress.checkpoint import transformers_plugin
 
     def run(folder):
-        model = loading.load(folder, experts_implementation="eager").eval()
+        model = transformers_plugin.load(folder, experts_implementation="eager").eval()
         with torch.no_grad():
             return model(windows.ids, use_cache=False).logits
 

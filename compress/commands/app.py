@@ -69,8 +69,8 @@ def compress(
     json_output: Json = False,
 ) -> None:
     """Compress MODEL by a recipe into OUT, with figures before and after."""
-    from paredown.commands.compress import compress as run
     from paredown.commands.display import now_line, show_block, show_note
+    from paredown.compress.run.compress import compress as run
 
     with now_line() as doing:
         report = run(
@@ -93,8 +93,8 @@ def plan(
     json_output: Json = False,
 ) -> None:
     """Say what would happen: layers, parameters, bytes, memory and disk. No weight is read."""
-    from paredown.commands.compress import plan_only
     from paredown.commands.display import show_plan
+    from paredown.compress.run.compress import plan_only
 
     made = plan_only(model, recipe, overrides, format.value, device, dtype, revision)
     print(json.dumps(made.to_dict(), indent=2)) if json_output else show_plan(made)
@@ -116,7 +116,7 @@ def evaluate(
 ) -> None:
     """Score a model, dense or packed, block by block; beside its dense original with --against."""
     from paredown.commands.display import out_console, show_note, step_bar
-    from paredown.commands.evaluate import evaluate as run
+    from paredown.compress.run.evaluate import evaluate as run
     from paredown.evaluation.report import render_eval
 
     with step_bar("scoring") as bar:
@@ -149,9 +149,9 @@ def export(
 ) -> None:
     """Convert a checkpoint between packed and dense, without the original model."""
     from paredown.commands.display import out_console, step_bar
-    from paredown.compress.export import export as run
-    from paredown.compress.hub import resolve
-    from paredown.compress.source import ModelSource
+    from paredown.compress.checkpoint.hub import resolve
+    from paredown.compress.checkpoint.source import ModelSource
+    from paredown.compress.run.export import export as run
 
     path, revision = resolve(folder)
     with step_bar("exporting") as bar:
@@ -181,9 +181,9 @@ def bench(
     json_output: Json = False,
 ) -> None:
     """Measure how fast a checkpoint runs, end to end and per layer; beside its dense original with --against."""
-    from paredown.commands.bench import bench as run
-    from paredown.commands.bench import parse_batches
     from paredown.commands.display import out_console, show_note, step_bar
+    from paredown.compress.run.bench import bench as run
+    from paredown.compress.run.bench import parse_batches
     from paredown.evaluation.speed import Settings
     from paredown.evaluation.speed_report import render_bench
 
@@ -201,7 +201,7 @@ def tune(
 ) -> None:
     """Time every kernel on this GPU for the sizes of these checkpoints, and keep the table that products are chosen by."""
     from paredown.commands.display import out_console, step_bar
-    from paredown.commands.tune import tune as run
+    from paredown.compress.run.tune import tune as run
 
     with step_bar("tuning") as bar:
         table, file = run(folders, device, bar)
@@ -212,7 +212,7 @@ def tune(
 @app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="A checkpoint that paredown wrote.", metavar="DIR")]) -> None:
     """Check keys, shapes, hashes, masks, sparsity and losses. Exits with 1 on any fault."""
-    from paredown.compress.verify import verify as run
+    from paredown.compress.run.verify import verify as run
 
     faults = run(folder)
     for fault in faults:
@@ -236,8 +236,8 @@ def demo(
     json_output: Json = False,
 ) -> None:
     """Prune the bundled model to 2:4 by SparseGPT, score it on the bundled text and task, and write the checkpoint."""
-    from paredown.commands.compress import compress as run
     from paredown.commands.display import now_line, show_block, show_note
+    from paredown.compress.run.compress import compress as run
     from paredown.evaluation.reference import model_path
 
     with now_line() as doing:

@@ -9,9 +9,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from paredown.compress.pipeline import BlockDone
-from paredown.compress.plan import Plan
 from paredown.compress.recipe import Recipe, shipped_recipes
+from paredown.compress.run.pipeline import BlockDone
+from paredown.compress.run.plan import Plan
 
 out_console = Console()
 err_console = Console(stderr=True, highlight=False)

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Protocol, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from paredown.compress.edits import Edit
 from paredown.compress.errors import PareError, did_you_mean
-from paredown.compress.sparsity import Sparsity, parse_sparsity
-from paredown.compress.statistics import InputStats
+from paredown.compress.numerics.edits import Edit
+from paredown.compress.numerics.masks import Sparsity, parse_sparsity
+from paredown.compress.numerics.moments import InputStats
 
 Damping = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # of the mean diagonal of H, added to the diagonal
 
@@ -51,7 +51,7 @@ def register(name: str) -> Callable[[M], M]:
 @cache
 def methods() -> dict[str, type]:
     """Every method by name: all files of this package are imported."""
-    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    for module in pkgutil.walk_packages(__path__, f"{__name__}."):
         importlib.import_module(module.name)
     return dict(sorted(_REGISTRY.items()))
 

@@ -18,11 +18,11 @@ from torch import nn
 
 from paredown.commands.display import show_note, step_bar
 from paredown.compress import fuse
+from paredown.compress.checkpoint.source import set_tensor, skeleton
 from paredown.compress.errors import PareError
-from paredown.compress.kinds import kind_of
-from paredown.compress.lowrank import largest_rank
 from paredown.compress.machine import pick_device
-from paredown.compress.source import set_tensor, skeleton
+from paredown.compress.numerics.factorize import largest_rank
+from paredown.compress.storage.kinds import kind_of
 from paredown.evaluation.benchmarks.shapes import DTYPE, SHAPES, random_parameter
 from paredown.evaluation.speed import Settings, measure
 from paredown.evaluation.speed_report import render_bench

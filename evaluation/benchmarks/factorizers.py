@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paredown.compress import compress
-from paredown.compress.lowrank import Metric, Target, factorize, largest_rank
+from paredown.compress.numerics.factorize import Metric, Target, factorize, largest_rank
 from paredown.compress.recipe import Recipe
 from paredown.evaluation.benchmarks.shapes import SHAPES, linears
 from paredown.evaluation.gauges import wait

@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from paredown.commands.compress import max_length, open_source
-from paredown.compress.calibration import Windows, calibration_windows, evaluation_windows
-from paredown.compress.corpora import load_corpus
-from paredown.compress.hub import load_tokenizer
-from paredown.compress.perplexity import perplexity
-from paredown.compress.pipeline import score
+from paredown.compress.checkpoint.hub import load_tokenizer
+from paredown.compress.numerics.perplexity import perplexity
+from paredown.compress.run.compress import max_length, open_source
+from paredown.compress.run.pipeline import score
+from paredown.compress.text.corpora import load_corpus
+from paredown.compress.text.windows import Windows, calibration_windows, evaluation_windows
 from paredown.evaluation.benchmarks.footprint import make_model
 from paredown.evaluation.reference import model_path
 

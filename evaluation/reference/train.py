@@ -27,8 +27,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from paredown.compress import stdlib_text
-from paredown.compress.stdlib_text import Document
+from paredown.compress.text import stdlib_text
+from paredown.compress.text.stdlib_text import Document
 
 VOCABULARY, CONTEXT = 4096, 512
 END_OF_TEXT = "<|endoftext|>"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from paredown.compress.stdlib_text import documents
+from paredown.compress.text.stdlib_text import documents
 
 CONTEXT_LINES = 8
 CHOICES = 4

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from paredown.commands.app import main
-from paredown.compress import compress, loading
-from paredown.compress.verify import verify
+from paredown.compress import compress
+from paredown.compress.checkpoint import transformers_plugin
+from paredown.compress.run.verify import verify
 from paredown.evaluation.schema import check_report
 
 SMALL = ["calibration.sequences=4", "calibration.length=32", "evaluate.length=32", "evaluate.windows=8"]
@@ -65,7 +66,7 @@ def test_compress_eval_export_and_verify_one_model(paredown, arguments, tiny_mod
     assert f"{again}: packed, " in paredown("export", dense, "-o", again, "--format", "packed")[1].replace("\n", "")
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        first, *others = (loading.load(folder).eval()(ids).logits for folder in (out, dense, again))
+        first, *others = (transformers_plugin.load(folder).eval()(ids).logits for folder in (out, dense, again))
     assert all(torch.equal(first, other) for other in others)
     for folder in (out, dense, again):
         assert paredown("verify", folder)[:2] == (0, f"{folder}: sound\n")

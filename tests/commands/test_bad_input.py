@@ -8,8 +8,8 @@ import torch
 import transformers as t
 from safetensors.torch import load_file, save_file
 
-from paredown.commands.compress import compress
 from paredown.compress.errors import PareError
+from paredown.compress.run.compress import compress
 
 SMALL = ("calibration.sequences=2", "calibration.length=16", "evaluate.length=16", "evaluate.windows=4")
 WEIGHT = "model.layers.0.mlp.down_proj.weight"
@@ -161,7 +161,7 @@ def test_a_disk_that_is_too_small(run, monkeypatch):
 
 
 def test_a_memory_that_is_too_small(run, monkeypatch):
-    monkeypatch.setattr("paredown.compress.plan.available_memory", lambda: 1000)
+    monkeypatch.setattr("paredown.compress.run.plan.available_memory", lambda: 1000)
     run("GB are missing")
 
 

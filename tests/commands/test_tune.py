@@ -5,7 +5,7 @@ import torch
 
 from paredown.commands import tune as command
 from paredown.compress.errors import PareError
-from paredown.compress.fusing import products
+from paredown.compress.storage.fuse import products
 from paredown.kernels import dispatch
 from paredown.kernels.dispatch import Choice, DispatchTable
 from paredown.kernels.tuning import Product

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from paredown.compress.lowrank import OUTPUT_DAMPING
 from paredown.compress.methods import build
-from paredown.compress.statistics import GRADIENT_NEEDS, PAIRED_NEEDS, InputStats
+from paredown.compress.numerics.factorize import OUTPUT_DAMPING
+from paredown.compress.numerics.moments import GRADIENT_NEEDS, PAIRED_NEEDS, InputStats
 
 SHAPES = {"wide": (12, 20), "tall": (20, 12)}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as t
 
-from paredown.compress import loading
+from paredown.compress.checkpoint import transformers_plugin
 
 
 @pytest.fixture(scope="session")
@@ -29,9 +29,9 @@ def llama(random_model, tiny_config):
 @pytest.fixture
 def packed(tmp_path, tiny_model, prune):
     prune(tiny_model, tmp_path / "packed")
-    return loading.load(tmp_path / "packed").eval()
+    return transformers_plugin.load(tmp_path / "packed").eval()
 
 
 @pytest.fixture
 def dense(tiny_model):
-    return loading.load(tiny_model).eval()
+    return transformers_plugin.load(tiny_model).eval()

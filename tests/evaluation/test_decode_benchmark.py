@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers as t
 
+from paredown.compress.checkpoint.source import skeleton
 from paredown.compress.errors import PareError
-from paredown.compress.packed import PackedLinear
-from paredown.compress.source import skeleton
+from paredown.compress.storage.modules import PackedLinear
 from paredown.evaluation.benchmarks import decode
 
 CPU = torch.device("cpu")

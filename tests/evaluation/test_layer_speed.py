@@ -6,7 +6,7 @@ import transformers as t
 from torch import nn
 from torch.nn import functional as F
 
-from paredown.compress.fusing import fuse
+from paredown.compress.storage.fuse import fuse
 from paredown.evaluation.layer_speed import dense_product, fused_experts, layer_cases, linear_kinds
 from paredown.evaluation.speed import Settings, measure
 

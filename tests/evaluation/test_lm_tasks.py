@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from paredown.compress import stdlib_text
 from paredown.compress.errors import PareError
+from paredown.compress.text import stdlib_text
 from paredown.evaluation import lm_tasks
 from paredown.evaluation.lm_tasks import Score, TaskScores, check_tasks, compare_tasks, run_tasks
 from paredown.evaluation.reference import model_path

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from paredown.compress import stdlib_text
 from paredown.compress.errors import PareError
+from paredown.compress.text import stdlib_text
 from paredown.evaluation import reference
 from paredown.evaluation.reference import model_path
 from paredown.evaluation.reference import train as training

@@ -8,12 +8,12 @@ import torch
 import transformers
 import yaml
 
-from paredown.compress.edits import LowRank, Masked
-from paredown.compress.gradients import moments
 from paredown.compress.methods import methods
+from paredown.compress.numerics.edits import LowRank, Masked
+from paredown.compress.numerics.masks import NofM
+from paredown.compress.numerics.moments import GRADIENT_NEEDS, NEEDS, PAIRED_NEEDS, RESIDUAL_NEEDS, InputStats
 from paredown.compress.recipe import Recipe, shipped_recipes
-from paredown.compress.sparsity import NofM
-from paredown.compress.statistics import GRADIENT_NEEDS, NEEDS, PAIRED_NEEDS, RESIDUAL_NEEDS, InputStats
+from paredown.compress.survey.gradients import moments
 
 FILES = {f.name.removesuffix(".yaml"): f for f in files("paredown.recipes").iterdir() if f.name.endswith(".yaml")}
 PAPERS = {

@@ -1,0 +1,27 @@
+"""LASER: plain rank reduction of MLP matrices in the last blocks. Sharma et al. 2023 (arXiv 2312.13558)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from paredown.compress.methods import register
+from paredown.compress.methods.lowrank.base import Share
+from paredown.compress.methods.lowrank.svd import SVD
+
+
+@register("laser")
+@dataclass(frozen=True)
+class LASER(SVD):
+    rho: Share = 0.1  # rank as a share of the largest possible one, unless it is asked for otherwise
+    last: Share = 0.25  # share of the blocks, counted from the end
+
+    kept_unasked: ClassVar[float | None] = None
+
+    def chosen_blocks(self, angles: list[float]) -> list[int]:
+        count = len(angles)
+        return list(range(count - max(1, round(self.last * count)), count))
+
+    def planned_rank(self, shape: tuple[int, int]) -> int | None:
+        if self.asked:
+            return super().planned_rank(shape)
+        rank = max(1, int(self.rho * min(shape)))
+        return rank if self.numbers(shape, rank) < shape[0] * shape[1] else 0

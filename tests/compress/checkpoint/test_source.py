@@ -1,0 +1,114 @@
+"""A model as a skeleton: weights come by the class's names, whatever the checkpoint calls and splits them."""
+
+import json
+
+import pytest
+import torch
+import transformers as t
+from safetensors.torch import load_file, save_file
+
+from paredown.compress.checkpoint.source import ModelSource, natural
+from paredown.compress.checkpoint.tensor_files import TensorFiles
+from paredown.compress.errors import PareError
+
+C = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+CONFIGS = {
+    "llama": t.LlamaConfig(**C),
+    "llama tied": t.LlamaConfig(**C, tie_word_embeddings=True),
+    "gpt2": t.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64),
+    "mixtral": t.MixtralConfig(**C, num_local_experts=12),  # 12: `experts.10` must follow `experts.9`
+    "qwen3_moe": t.Qwen3MoeConfig(**C, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_weights_are_those_that_from_pretrained_gives(family, tmp_path, save_model):
+    model = save_model(tmp_path, CONFIGS[family])
+    source = ModelSource(tmp_path, family)
+    assert all(p.is_meta for p in source.model.parameters())
+    read = source.read(source.parameters)
+    assert set(read) == set(source.parameters) and not source.verbatim
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(read[source.tied.get(name, name)], tensor), name
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_names_and_layouts_go_back_to_those_of_the_checkpoint(family, tmp_path, save_model):
+    save_model(tmp_path, CONFIGS[family])
+    source = ModelSource(tmp_path, family)
+    stored, back = TensorFiles(tmp_path), source.checkpoint_names(source.read(source.parameters))
+    assert set(back) == set(stored.entries)
+    for name, tensor in stored.read(stored.entries).items():
+        assert torch.equal(back[name], tensor), name
+
+
+def test_tied_weights_are_one_and_materialising_them_is_undone(tmp_path, save_model):
+    save_model(tmp_path, CONFIGS["llama tied"])
+    source = ModelSource(tmp_path, "tied")
+    assert source.tied == {"lm_head.weight": "model.embed_tokens.weight"} and "lm_head.weight" not in source.parameters
+    prefix = "model.layers.0."
+    names = ["mlp.up_proj.weight", "input_layernorm.weight"]
+    source.materialise(prefix, names)
+    layer = source.model.model.layers[0]
+    assert not layer.mlp.up_proj.weight.is_meta and layer.mlp.down_proj.weight.is_meta
+    source.release(prefix, names)
+    assert all(p.is_meta for p in source.model.parameters())
+
+
+def test_the_compute_dtype_is_asked_for_and_the_stored_one_kept(tiny_model):
+    source = ModelSource(tiny_model, "x", dtype=torch.float32)
+    name = "mlp.up_proj.weight"
+    source.materialise("model.layers.0.", [name])
+    assert source.model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    assert source.read(["model.layers.0." + name])["model.layers.0." + name].dtype == torch.bfloat16
+    assert ModelSource(tiny_model, "x").dtype == torch.bfloat16
+
+
+def test_weights_come_in_the_order_of_their_names(tiny_model):
+    source = ModelSource(tiny_model, "x")
+    assert list(source.read(reversed(list(source.parameters)))) == sorted(source.parameters)
+
+
+def test_tensors_that_the_class_does_not_know_are_copied_verbatim(tiny_model, tmp_path, prune, logits_of):
+    path = tiny_model / "model.safetensors"
+    extra = torch.arange(12.0).view(3, 4)
+    save_file({**load_file(path), "mtp.head.weight": extra}, path, metadata={"format": "pt"})
+    assert ModelSource(tiny_model, "x").verbatim == ["mtp.head.weight"]
+    for format in ("packed", "dense"):
+        prune(tiny_model, tmp_path / format, format=format)
+        assert torch.equal(load_file(tmp_path / format / "model.safetensors")["mtp.head.weight"], extra)
+    assert torch.equal(logits_of(tmp_path / "packed"), logits_of(tmp_path / "dense"))
+
+
+def test_only_data_travels_with_a_checkpoint(tiny_model):
+    for name in ("modeling_evil.py", "pytorch_model.bin", "report.json", "merges.txt", "chat_template.jinja"):
+        (tiny_model / name).write_text("x")
+    names = {path.name for path in ModelSource(tiny_model, "x").companions()}
+    assert {"tokenizer.json", "tokenizer_config.json", "merges.txt", "chat_template.jinja"} <= names
+    assert not names & {"modeling_evil.py", "pytorch_model.bin", "report.json", "config.json", "model.safetensors"}
+
+
+def test_code_of_a_checkpoint_is_never_run(tiny_model):
+    (tiny_model / "evil.py").write_text("raise SystemExit('ran')")
+    config = json.loads((tiny_model / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}, "model_type": "llama"}
+    config["_attn_implementation_internal"] = "evil/kernel"
+    (tiny_model / "config.json").write_text(json.dumps(config))
+    source = ModelSource(tiny_model, "x")
+    assert type(source.model) is t.LlamaForCausalLM and source.config._attn_implementation != "evil/kernel"
+
+
+def test_models_that_do_not_continue_text_are_refused(tmp_path, save_model):
+    t.ViTModel(t.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(PareError, match="vit models are no causal language models"):
+        ModelSource(tmp_path, "vit")
+
+
+def test_natural_order_counts_as_people_do():
+    names = ["experts.10.w", "experts.9.w", "experts.a.w"]
+    assert sorted(names, key=natural)[1:] == ["experts.9.w", "experts.10.w"]

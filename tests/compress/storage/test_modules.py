@@ -1,0 +1,189 @@
+"""Modules that stand in for layers: install checks everything before it changes anything."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from paredown.compress.errors import PareError
+from paredown.compress.storage.kinds import KINDS, MASKS, pack
+from paredown.compress.storage.modules import PackedConv1D, PackedExperts, PackedLinear, install
+from paredown.kernels.bitmap import row_starts
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 6, 8))
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 6)
+        self.experts = Experts()
+
+
+def spec(kind="sparse24", layout="linear", shape=(6, 8), kept=24):
+    return {"kind": kind, "layout": layout, "shape": list(shape), "kept": kept}
+
+
+def halves(*shape):
+    return (torch.rand(*shape[:-1], shape[-1] // 4, 4).argsort(-1) < 2).reshape(shape)
+
+
+def fill(module, tensors):
+    module.load_state_dict({**module.state_dict(), **tensors})
+    return module
+
+
+@pytest.mark.parametrize("kind", ["sparse24", "bitmap"])
+def test_a_packed_linear_multiplies_bit_for_bit_like_the_masked_one(kind):
+    model, keep = Tiny(), halves(6, 8)
+    dense = copy.deepcopy(model.proj)
+    dense.weight.data *= keep
+    install(model, {"proj": spec(kind)})
+    fill(model.proj, pack(kind, dense.weight.data, keep))
+    x = torch.randn(2, 5, 8)
+    assert isinstance(model.proj, PackedLinear) and model.proj.spec == spec(kind) and model.proj.fault() is None
+    assert torch.equal(model.proj(x), dense(x)) and torch.equal(model.proj.weight, dense.weight)
+
+
+@pytest.mark.parametrize("kind", ["sparse24", "bitmap"])
+def test_packed_experts_give_one_expert_at_a_time(kind):
+    model, keep = Tiny(), halves(3, 6, 8)
+    weight = model.experts.gate_up_proj.data * keep
+    install(model, {"experts.gate_up_proj": spec(kind, "experts", (3, 6, 8), 72)})
+    experts = fill(model.experts.gate_up_proj, pack(kind, weight, keep))
+    assert isinstance(experts, PackedExperts) and experts.shape == (3, 6, 8) and experts.fault() is None
+    for twin in (experts, copy.deepcopy(experts)):
+        assert all(torch.equal(twin[torch.tensor(e)], weight[e]) for e in range(3))
+    with pytest.raises(IndexError):
+        experts[3]
+    with pytest.raises(PareError, match="eager"):
+        experts[torch.tensor([0, 1])]
+
+
+def test_conv1d_keeps_its_own_order_of_summation():
+    from transformers.pytorch_utils import Conv1D
+
+    model, keep = nn.Sequential(Conv1D(6, 8)), halves(6, 8)
+    dense = copy.deepcopy(model[0])
+    dense.weight.data *= keep.T
+    install(model, {"0": spec(layout="conv1d")})
+    fill(model[0], pack("sparse24", dense.weight.data.T, keep))
+    x = torch.randn(3, 8)
+    assert isinstance(model[0], PackedConv1D)
+    assert torch.equal(model[0](x), dense(x))
+    assert torch.equal(model[0].weight, dense.weight)
+
+
+def test_a_linear_with_a_forward_of_its_own_keeps_it():
+    class Falcon(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias + 1
+
+    model, keep = nn.Sequential(Falcon(8, 6)), halves(6, 8)
+    dense = copy.deepcopy(model[0])
+    dense.weight.data *= keep
+    install(model, {"0": spec()})
+    fill(model[0], pack("sparse24", dense.weight.data, keep))
+    x = torch.randn(3, 8)
+    assert torch.equal(model[0](x), dense(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "said"),
+    [
+        ("prj", spec(), "Did you mean 'proj'"),
+        ("proj", spec(kind="sparse42"), "Did you mean 'sparse24'"),
+        ("proj", spec(layout="conv1d"), "cannot take the place"),
+        ("proj", spec(layout="line"), "unknown layout"),
+        ("proj", spec(shape=(6, 12), kept=36), "the model's"),
+        ("proj", spec(kept=23), "stores half"),
+        ("proj", {"kind": "bitmap"}, "lacks layout"),
+        ("proj", spec("bitmap", kept=99), "cannot keep"),
+    ],
+)
+def test_specs_that_do_not_fit_are_named_and_nothing_changes(name, wrong, said):
+    model = Tiny()
+    with pytest.raises(PareError, match=said):
+        install(model, {"experts.gate_up_proj": spec("sparse24", "experts", (3, 6, 8), 72), name: wrong})
+    assert isinstance(model.proj, nn.Linear) and isinstance(model.experts.gate_up_proj, nn.Parameter)
+
+
+def test_damaged_index_data_is_a_fault():
+    model, keep = Tiny(), halves(6, 8)
+    install(model, {"proj": spec()})
+    fill(model.proj, pack("sparse24", torch.randn(6, 8), keep))
+    model.proj.indices[0, 0] = 0
+    assert "indices" in model.proj.fault()
+    install(other := Tiny(), {"proj": spec("bitmap")})
+    fill(other.proj, pack("bitmap", torch.randn(6, 8), keep))
+    other.proj.bitmap[0, 0] ^= 1
+    assert "bitmap" in other.proj.fault()
+
+
+def tensors_of(kind):
+    """Some tensors of a (6, 8) weight of each kind."""
+    if kind in MASKS:
+        return pack(kind, torch.randn(6, 8), halves(6, 8))
+    named = {"order": torch.randperm(6).int()}
+    mask = pack(kind.removesuffix("_lowrank"), torch.randn(6, 8), halves(6, 8)) if "_" in kind else {}
+    sizes = KINDS[kind].sizes(spec_of(kind))
+    return {name: mask.get(name, named.get(name, torch.randn(size))) for name, size in sizes.items()}
+
+
+def spec_of(kind, **more):
+    return {**spec(kind), "rank": 3, **more}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_say_their_sizes_and_multiply_as_their_dense_weight_does(kind):
+    tensors, kind_ = tensors_of(kind), KINDS[kind]
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == kind_.sizes(spec_of(kind))
+    x, bias = torch.randn(2, 5, 8), torch.randn(6)
+    dense = kind_.unpack(tensors, (6, 8))
+    torch.testing.assert_close(kind_.matmul(x, tensors, bias), nn.functional.linear(x, dense, bias))
+    assert kind_.fault(tensors, (6, 8)) is None
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - set(MASKS)))
+@pytest.mark.parametrize("added", [False, True])
+def test_a_layer_of_factors_keeps_its_bias_or_brings_one(kind, added):
+    from transformers.pytorch_utils import Conv1D
+
+    for old in (nn.Linear(8, 6, bias=not added), *([] if added else [Conv1D(6, 8)])):
+        model, layout = nn.Sequential(old), "conv1d" if isinstance(old, Conv1D) else "linear"
+        told = {
+            key: spec_of(kind, layout=layout, bias=True)[key] for key in ("kind", "layout", "shape", *KINDS[kind].asks)
+        }
+        told.update({"bias": True} if added else {})
+        install(model, {"0": told})
+        tensors, bias = tensors_of(kind), torch.randn(6)
+        fill(model[0], {**tensors, "bias": bias})
+        x = torch.randn(2, 5, 8)
+        assert model[0].spec == told
+        assert torch.equal(model[0](x), KINDS[kind].matmul(x, tensors, bias))
+
+
+def test_an_order_that_names_a_row_twice_is_a_fault():
+    tensors = tensors_of("pifa")
+    tensors["order"][0] = tensors["order"][1]
+    assert "permutation" in KINDS["pifa"].fault(tensors, (6, 8))
+
+
+def test_factors_cannot_stand_for_fused_experts():
+    with pytest.raises(PareError, match="fused experts are stored as"):
+        install(Tiny(), {"experts.gate_up_proj": {**spec("lowrank", "experts", (3, 6, 8)), "rank": 2}})
+
+
+def test_a_bitmap_layer_compiles_whole_with_what_kernels_derive_from_it(monkeypatch):
+    monkeypatch.setattr(KINDS["bitmap"], "derive", staticmethod(lambda parts: {"starts": row_starts(parts["bitmap"])}))
+    model, keep = Tiny(), torch.rand(6, 8) < 0.4
+    install(model, {"proj": spec("bitmap", kept=int(keep.sum()))})
+    fill(model.proj, pack("bitmap", torch.randn(6, 8), keep))
+    with torch.no_grad():
+        compiled, x = torch.compile(model.proj, fullgraph=True, backend="aot_eager"), torch.randn(3, 8)
+        assert torch.equal(compiled(x), model.proj(x)) and list(model.proj._derived) == ["starts"]

@@ -1,0 +1,411 @@
+"""What the first pass finds, against the whole model in memory; and that there is none where nothing needs it."""
+
+import math
+
+import pytest
+import torch
+import transformers as t
+from safetensors.torch import load_file
+
+from paredown.compress.allocation.budget import AllocationSpec
+from paredown.compress.checkpoint.source import ModelSource
+from paredown.compress.errors import PareError
+from paredown.compress.methods import build
+from paredown.compress.model.blocks import blocks
+from paredown.compress.numerics.factorize import OUTPUT_DAMPING
+from paredown.compress.survey.gradients import backward
+from paredown.compress.survey.survey import of_layer, survey
+
+C = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LLAMA = t.LlamaConfig(**C)
+IDS = torch.randint(3, 64, (6, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model(tmp_path, save_model):
+    """In float64, so that what is compared is not the rounding."""
+    return save_model(tmp_path / "m", LLAMA, torch.float64)
+
+
+@pytest.fixture
+def source(tmp_path, model):
+    return ModelSource(tmp_path / "m", "m")
+
+
+@pytest.fixture
+def scratch(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    return tmp_path / "scratch"
+
+
+def layers_of(source):
+    return {v.name: v for block in blocks(source) for v in block.views()}
+
+
+def surveyed(source, scratch, method, options=None, allocation=None, chosen=None, ids=IDS):
+    spec = None if allocation is None else AllocationSpec.model_validate(allocation)
+    method = build(method, options or {})
+    return survey(source, method, spec, ids, set(chosen or layers_of(source)), scratch), method
+
+
+def data_of(model, ids=IDS):
+    """x (tokens, in) and dL/dy (tokens, out) of every Linear of the blocks, by autograd over the whole model."""
+    found, hooks = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+
+            def keep(module, args, out, name=name):
+                out.retain_grad()
+                found[name] = args[0].detach(), out
+
+            hooks.append(module.register_forward_hook(keep))
+    (model(ids, labels=ids, use_cache=False).loss * (len(ids) * (ids.shape[1] - 1))).backward()
+    for hook in hooks:
+        hook.remove()
+    return {name: (x.flatten(0, 1), out.grad.flatten(0, 1).double()) for name, (x, out) in found.items()}
+
+
+def test_the_dense_model_is_not_read_where_nothing_is_to_be_known_beforehand(source, scratch, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(source, "materialise", refuse)
+    for method, options in [
+        ("wanda", {}),
+        ("sparse_low_rank", {}),
+        ("svd_llm", {"kept": 0.5}),
+        ("svd_llm", {"rank": 3}),
+        ("rom", {"energy": 0.9}),
+        ("paredown_lowrank", {"rank": 3, "two_sided": False}),
+    ]:
+        made, built = surveyed(source, scratch, method, options)
+        assert made.ranks is None and not made.angles and made.strategy == "uniform"
+        assert made.chosen == set(layers_of(source)) and not any(c.losses for c in made.curves.values())
+        assert of_layer(made, built, "model.layers.0.mlp.up_proj") is built
+        assert not any(made.gradients(block, torch.device("cpu")) for block in blocks(source))
+    made, _ = surveyed(source, scratch, "lorap")  # spread by shapes alone: ranks, and still nothing read
+    assert made.strategy == "per_type" and made.ranks.keys() == layers_of(source).keys()
+    assert not list(scratch.iterdir())
+
+
+def test_every_layer_is_told_the_rank_that_the_allocation_gives_it(source, scratch):
+    made, method = surveyed(source, scratch, "svd_llm", {"kept": 0.7}, {"strategy": "global"})
+    assert len(set(made.ranks.values())) > 2 and None in made.ranks.values()
+    for name, rank in made.ranks.items():
+        told = of_layer(made, method, name)
+        assert told is None if rank is None else (told.rank, told.kept) == (rank, None)
+
+
+def brute_force_angles(model):
+    """Mean of arccos of the cosine between each token's hidden state before and after a block, over pi."""
+    found = []
+    hooks = [
+        layer.register_forward_hook(
+            lambda m, args, out: found.append((args[0], out[0] if isinstance(out, tuple) else out))
+        )
+        for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        model(IDS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    angles = []
+    for before, after in found:
+        pairs = zip(before.flatten(0, 1).tolist(), after.flatten(0, 1).tolist(), strict=True)
+        turned = [
+            math.acos(sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b)))
+            for a, b in pairs
+        ]
+        angles.append(sum(turned) / len(turned) / math.pi)
+    return angles
+
+
+def turning(model, sizes):
+    """Blocks that turn their input by clearly different angles."""
+    with torch.no_grad():
+        for layer, size in zip(model.model.layers, sizes, strict=True):
+            layer.self_attn.o_proj.weight *= size
+            layer.mlp.down_proj.weight *= size
+    return model
+
+
+@pytest.mark.parametrize(("sizes", "wanted"), [((1, 9, 50, 3, 1), [1, 3]), ((90, 30, 3, 9, 9), [2, 3])])
+def test_curing_edits_the_inner_blocks_that_turn_their_input_least(sizes, wanted, model, source, scratch):
+    turning(model, sizes).save_pretrained(source.folder)
+    source = ModelSource(source.folder, "m")
+    made, _ = surveyed(source, scratch, "cur", {"blocks": 2})
+    angles = brute_force_angles(model)
+    assert made.angles == pytest.approx(angles, rel=1e-3)
+    assert sorted(sorted(range(1, 4), key=angles.__getitem__)[:2]) == wanted
+    assert {int(name.split(".")[2]) for name in made.chosen} == set(wanted)
+    assert made.chosen == made.curves.keys() == {n for n in layers_of(source) if int(n.split(".")[2]) in wanted}
+    assert surveyed(source, scratch, "cur", {"blocks": None})[0].chosen == set(layers_of(source))
+    assert all(p.is_meta for p in source.model.parameters())
+
+
+@pytest.mark.parametrize(("last", "wanted"), [(0.2, {4}), (0.25, {4}), (0.6, {2, 3, 4}), (0.01, {4})])
+def test_laser_edits_the_last_blocks_without_a_look_at_the_text(last, wanted, source, scratch, monkeypatch):
+    monkeypatch.setattr(source, "materialise", lambda *args: pytest.fail("weights were read"))
+    only = {n for n in layers_of(source) if "mlp" in n}
+    made, _ = surveyed(source, scratch, "laser", {"last": last}, chosen=only)
+    assert made.chosen == {n for n in only if int(n.split(".")[2]) in wanted} and len(made.chosen) == 3 * len(wanted)
+
+
+def test_blocks_that_are_not_chosen_are_written_as_they_were(model, source, tmp_path, prune):
+    turning(model, (1, 9, 50, 3, 1)).save_pretrained(source.folder)
+    result, _ = prune(source.folder, tmp_path / "out", method="cur", options={"blocks": 2})
+    before, after = (load_file(f / "model.safetensors") for f in (source.folder, tmp_path / "out"))
+    assert {int(layer["name"].split(".")[2]) for layer in result.layers} == {1, 3}
+    for name, tensor in before.items():
+        if not name.startswith(("model.layers.1.", "model.layers.3.")):
+            assert torch.equal(after[name], tensor), name
+
+
+FAMILIES = {
+    "llama": LLAMA,
+    "llama tied": t.LlamaConfig(**C, tie_word_embeddings=True),
+    "gpt2": t.GPT2Config(vocab_size=128, n_embd=32, n_layer=3, n_head=4, n_positions=64),
+}
+
+
+@pytest.mark.parametrize("share", [0.35, 0.8])
+@pytest.mark.parametrize(
+    ("family", "method", "options", "allocation"),
+    [
+        ("llama", "svd_llm", {}, None),
+        ("llama tied", "svd_llm", {"storage": "pifa"}, None),
+        ("gpt2", "svd_llm", {}, {"strategy": "per_type", "weights": {"c_attn": 0.5, "c_fc": 2}}),
+        ("llama", "rom", {}, {"strategy": "theoretical_loss"}),
+        ("gpt2", "rom", {}, None),
+        ("llama", "svd_llm", {"storage": "pifa"}, {"strategy": "global"}),
+        ("llama tied", "rom", {}, {"strategy": "global"}),
+    ],
+)
+def test_target_parameters_are_met_by_the_written_model(
+    family, method, options, allocation, share, tmp_path, save_model, prune
+):
+    """Below the target, by less than one rank of each layer; a global split may lack room for one layer's whole step."""
+    save_model(tmp_path / "m", FAMILIES[family])
+    source = ModelSource(tmp_path / "m", "m")
+    whole = sum(p.numel() for p in source.parameters.values())
+    shapes = {name: v.shape for name, v in layers_of(source).items()}
+    target = whole - int((1 - share) * sum(math.prod(shape) for shape in shapes.values()))
+    spread = {"allocation": allocation} if allocation else {}
+    result, _ = prune(
+        tmp_path / "m", tmp_path / "out", method=method, options={**options, "target_parameters": target}, **spread
+    )
+    tensors = load_file(tmp_path / "out" / "model.safetensors").values()
+    written = sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
+    assert written == whole - result.targeted + result.kept
+    slack = sum(sum(shapes[layer["name"]]) for layer in result.layers)  # a rank of each
+    if family == "gpt2" and method == "rom":  # a bias is paid for where the layer has one already
+        slack += sum(shapes[layer["name"]][0] for layer in result.layers)
+    if allocation == {"strategy": "global"}:
+        slack = max(math.prod(shape) for shape in shapes.values())
+    assert target - slack < written <= target
+
+
+@pytest.mark.parametrize("allocation", [None, {"strategy": "global"}, {"strategy": "per_type"}])
+def test_target_parameters_that_no_ranks_can_meet_are_refused(allocation, source, scratch):
+    whole = sum(p.numel() for p in source.parameters.values())
+    targeted = sum(math.prod(v.shape) for v in layers_of(source).values())
+    for target in (1, whole - targeted, whole, whole + 1000):
+        told = (
+            f"target_parameters {target:,} cannot be met: the model has {whole:,}, of which {targeted:,} are targeted"
+        )
+        with pytest.raises(PareError, match=told):
+            surveyed(source, scratch, "svd_llm", {"target_parameters": target}, allocation)
+
+
+def test_a_global_budget_below_rank_one_is_refused(source, scratch):
+    rest = sum(p.numel() for name, p in source.parameters.items() if name.rpartition(".")[0] not in layers_of(source))
+    with pytest.raises(PareError, match="rank 1 in every layer takes"):
+        surveyed(source, scratch, "svd_llm", {"target_parameters": rest + 10}, {"strategy": "global"})
+
+
+@pytest.mark.parametrize("allocation", [None, {"strategy": "per_type"}, {"strategy": "theoretical_loss"}])
+def test_a_target_below_rank_one_is_refused_by_every_strategy(allocation, source, scratch):
+    rest = sum(p.numel() for name, p in source.parameters.items() if name.rpartition(".")[0] not in layers_of(source))
+    with pytest.raises(PareError, match="rank 1"):
+        surveyed(source, scratch, "svd_llm", {"target_parameters": rest + 10}, allocation)
+
+
+@pytest.mark.parametrize("options", [{}, {"target_parameters": 20000}])
+def test_a_model_without_inner_blocks_is_told_that_curing_finds_none(options, tmp_path, save_model, scratch):
+    save_model(tmp_path / "two", t.LlamaConfig(**{**C, "num_hidden_layers": 2}))
+    with pytest.raises(PareError, match="blocks"):
+        surveyed(ModelSource(tmp_path / "two", "two"), scratch, "cur", options)
+
+
+@pytest.mark.parametrize(
+    ("allocation", "pattern"),
+    [
+        ({"strategy": "per_type", "weights": {"v_proj": 3, "vproj": 2}}, "vproj"),
+        ({"strategy": "per_type", "weights": {"self_attn.v_proj": 3}}, "self_attn.v_proj"),  # only the last part counts
+        ({"strategy": "per_type", "weights": {"[ud]*": 3, "down_proj": 2}}, "down_proj"),  # of a layer that is skipped
+        ({"strategy": "global", "weights": {"v_proj": 3}}, "v_proj"),
+        ({"strategy": "uniform", "weights": {"v_proj": 3}}, "v_proj"),
+    ],
+)
+def test_weights_of_an_allocation_that_would_go_unheard_are_refused(allocation, pattern, source, scratch, monkeypatch):
+    monkeypatch.setattr(source, "materialise", lambda *args: pytest.fail("weights were read"))
+    only = {n for n in layers_of(source) if n.endswith(("v_proj", "up_proj"))}
+    told = rf"allocation.weights {pattern!r}: .*strategy per_type .*last part of layers: up_proj, v_proj\."
+    with pytest.raises(PareError, match=told):
+        surveyed(source, scratch, "svd_llm", {}, allocation, only)
+    made, _ = surveyed(source, scratch, "svd_llm", {}, {"strategy": "per_type", "weights": {"[uv]*": 3}}, only)
+    assert made.ranks.keys() == only
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude", "sparse_low_rank"])
+@pytest.mark.parametrize("strategy", ["uniform", "per_type", "global"])
+def test_an_allocation_of_ranks_goes_with_low_rank_methods_only(method, strategy, source, scratch):
+    with pytest.raises(PareError, match=r"goes with low-rank methods only. Leave it out"):
+        surveyed(source, scratch, method, {}, {"strategy": strategy})
+
+
+@pytest.mark.parametrize("strategy", ["per_type", "theoretical_loss", "sensitivity", "global"])
+@pytest.mark.parametrize("options", [{"rank": 4}, {"energy": 0.9}])
+def test_one_budget_cannot_be_spent_where_each_layers_rank_is_given(options, strategy, source, scratch):
+    with pytest.raises(PareError, match=f"allocation {strategy} spends one budget: ask by kept or target_parameters"):
+        surveyed(source, scratch, "svd_llm", options, {"strategy": strategy})
+    made, _ = surveyed(source, scratch, "svd_llm", options, {"strategy": "uniform"})
+    assert made.ranks is None
+
+
+def weighed_losses(weight, x, delta=None, centred=False):
+    """Squared singular values of (G + damping)^1/2 W A^1/2, largest first."""
+    moment = (x - x.mean(0) if centred else x).double()
+    moment = moment.T @ moment / len(x)  # (in, in)
+    values, basis = torch.linalg.eigh(moment)
+    scaled = weight.double() @ basis * values.clamp_min(0).sqrt()
+    if delta is not None:
+        outer = delta.T @ delta / len(delta)  # (out, out)
+        outer += OUTPUT_DAMPING * outer.diagonal().mean() * torch.eye(len(outer), dtype=torch.float64)
+        scaled = torch.linalg.cholesky(outer).T @ scaled
+    return torch.linalg.svdvals(scaled).square()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "strategy", "two_sided", "centred"),
+    [
+        ("svd_llm", {}, "global", False, False),
+        ("svd_llm", {}, "theoretical_loss", False, False),
+        ("rom", {}, "global", False, True),
+        ("rom", {"affine": False}, "global", False, False),
+        ("fisher_svd", {}, "global", True, False),
+        ("paredown_lowrank", {}, None, True, False),
+        ("paredown_lowrank", {"two_sided": False}, None, False, False),
+        ("paredown_lowrank", {"output_damping": 3.0}, None, True, False),
+    ],
+)
+def test_curves_are_the_losses_on_the_whole_models_own_data(
+    method, options, strategy, two_sided, centred, model, source, scratch
+):
+    allocation = {"strategy": strategy} if strategy else None
+    made, _ = surveyed(source, scratch, method, {"kept": 0.6, **options}, allocation)
+    assert made.curves.keys() == layers_of(source).keys()
+    for name, (x, delta) in data_of(model).items():
+        weight = model.get_parameter(f"{name}.weight").detach()
+        wanted = weighed_losses(weight, x, delta if two_sided else None, centred)
+        curve = made.curves[name]
+        assert curve.shape == tuple(weight.shape) and len(curve.losses) == min(weight.shape)
+        found = torch.tensor(curve.losses, dtype=torch.float64)
+        assert (found - wanted).abs().max() <= 1e-4 * wanted[0]
+        for rank in (0, 1, 5, len(wanted)):
+            assert curve.loss(rank) == pytest.approx(float(wanted[rank:].sum()), abs=1e-4 * float(wanted.sum()))
+            assert made.predicted(name, rank) == pytest.approx(float(wanted[rank:].sum() / wanted.sum()), abs=1e-4)
+
+
+@pytest.mark.parametrize(("method", "strategy"), [("fisher_svd", "global"), ("svd_llm", "global"), ("rom", "global")])
+def test_the_first_block_loses_what_was_predicted(method, strategy, model, source, tmp_path, prune):
+    """Before anything is compressed, the walk's data are the survey's; later layers are told both losses."""
+    result, _ = prune(
+        source.folder, tmp_path / "out", method=method, options={"kept": 0.6}, allocation={"strategy": strategy}
+    )
+    first = [layer for layer in result.layers if layer["name"].startswith("model.layers.0.")]
+    assert first
+    for layer in first:
+        assert (
+            layer["measured_loss"] == pytest.approx(layer["predicted_loss"], rel=1e-3) and layer["predicted_loss"] > 0
+        )
+    assert all(layer["predicted_loss"] > 0 and layer["measured_loss"] > 0 for layer in result.layers)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "needs"),
+    [
+        ("fwsvd", {}, {"fisher_rows"}),
+        ("fwsvd", {"gradient": "per_token"}, {"fisher_rows_per_token"}),
+        ("fisher_svd", {}, {"output_gradient", "output_gradient_diagonal"}),
+        ("fisher_svd", {"labels": "sampled"}, {"output_gradient", "output_gradient_diagonal"}),
+        ("paredown_lowrank", {"rank": 4}, {"output_gradient", "output_gradient_diagonal"}),
+    ],
+)
+def test_gradients_are_read_back_by_layer_and_block(method, options, needs, source, scratch, tmp_path):
+    only = {n for n in layers_of(source) if "mlp" in n and ".2." not in n}
+    made, built = surveyed(source, scratch, method, options, chosen=only)
+    assert sorted(f.name for f in scratch.iterdir()) == [f"gradients-{i}.safetensors" for i in (0, 1, 3, 4)]
+    (tmp_path / "again").mkdir()
+    labels = getattr(built, "labels", "data")
+    for block, stats in backward(source, IDS, only, frozenset(), frozenset(needs), tmp_path / "again", labels=labels):
+        found = made.gradients(block, torch.device("cpu"))
+        assert found.keys() == stats.keys()
+        for name, s in stats.items():
+            assert found[name].keys() == needs
+            for need in needs:
+                assert torch.equal(found[name][need], s.gradient(need).float().double())
+
+
+def test_fused_experts_are_no_part_of_the_first_pass(tmp_path, save_model, scratch):
+    save_model(tmp_path / "m", t.MixtralConfig(**{**C, "num_hidden_layers": 2}, num_local_experts=4))
+    source = ModelSource(tmp_path / "m", "m")
+    made, _ = surveyed(source, scratch, "fisher_svd", {"kept": 0.5}, {"strategy": "global"})
+    attention = {n for n in layers_of(source) if "self_attn" in n}
+    assert made.curves.keys() == made.ranks.keys() == attention
+    for block in blocks(source):
+        assert made.gradients(block, torch.device("cpu")).keys() == {n for n in attention if n.startswith(block.prefix)}
+
+
+def test_measured_sensitivities_are_the_losses_of_the_model_with_one_layer_compressed(model, source, scratch):
+    made, _ = surveyed(source, scratch, "svd_llm", {"kept": 0.6}, {"strategy": "sensitivity"})
+    assert made.sensitivities.keys() == layers_of(source).keys()
+    data = data_of(model)
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj", "model.layers.4.mlp.up_proj"):
+        parameter, (x, _) = model.get_parameter(f"{name}.weight"), data[name]
+        weight, moment = parameter.detach().clone(), (x.T @ x / len(x)).detach()
+        vectors = torch.linalg.eigh(weight @ moment @ weight.T)[1].flip(1)  # (out, out)
+        for share, found in made.sensitivities[name].items():
+            rank = int(share * weight.numel() / sum(weight.shape) + 1e-9)
+            with torch.no_grad():
+                parameter.copy_(vectors[:, :rank] @ vectors[:, :rank].T @ weight)
+                assert found == pytest.approx(float(model(IDS, labels=IDS, use_cache=False).loss), rel=1e-5)
+                parameter.copy_(weight)
+    with pytest.raises(PareError, match="choose a method without gradients"):
+        surveyed(source, scratch, "fisher_svd", {"kept": 0.6}, {"strategy": "sensitivity"})
+
+
+def test_measured_sensitivities_of_an_affine_method_count_its_bias(model, source, scratch):
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[:8] += 3  # so that a mean is worth keeping
+        model.model.embed_tokens.weight[:, :8] += 0.1
+    model.save_pretrained(source.folder)
+    made, method = surveyed(ModelSource(source.folder, "m"), scratch, "rom", {"kept": 0.6}, {"strategy": "sensitivity"})
+    name = "model.layers.1.self_attn.v_proj"
+    x, weight, module = data_of(model)[name][0], model.get_parameter(f"{name}.weight"), model.get_submodule(name)
+    dense, mean = weight.detach().clone(), x.mean(0)
+    spread = (x - mean) @ dense.T  # (tokens, out)
+    for share, found in made.sensitivities[name].items():
+        rank = method.with_share(share).planned_rank(tuple(dense.shape))
+        top = torch.linalg.svd(spread, full_matrices=False)[2][:rank].T  # (out, rank)
+        with torch.no_grad():
+            weight.copy_(top @ top.T @ dense)
+            without = float(model(IDS, labels=IDS, use_cache=False).loss)
+            module.bias = torch.nn.Parameter((dense - weight) @ mean)
+            assert found == pytest.approx(float(model(IDS, labels=IDS, use_cache=False).loss), rel=1e-6)
+            assert found != pytest.approx(without, rel=1e-6)
+            module.bias = None
+            weight.copy_(dense)
