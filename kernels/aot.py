@@ -1,12 +1,12 @@
-"""What the kernels compile to, on any machine: no GPU is needed, only Triton's own compiler and disassembler.
+"""What the kernels compile to, on any machine: no GPU is needed, only the compiler and disassembler inside Triton.
 
     python -m paredown.kernels.aot [--arch 80 90] [--kernel NAME]
 
 Prints a row per kernel and architecture: registers, spills, shared memory, tensor core instructions (HMMA.SP: sparse
-ones), instructions of the main loop per weight and thread. A row over its budget is a fault and the exit status is 1:
-spills; no HMMA.SP, or a layout that Triton promises nobody, where the kernel needs them; too many instructions. At full
-bandwidth an H100 can afford 9.9 instructions per weight and thread for 2:4 weights of 9 bits, an H200 6.9.
-Where the compiler's parts are missing it says so and stops with status 0.
+ones), and instructions of the main loop per weight and thread. Faults are: spills; more instructions than the budget; and,
+in a kernel with `mma.sp`, no HMMA.SP or a wrong register layout, which Triton does not guarantee. Any fault makes the exit
+status 1. At full bandwidth an H100 has time for 9.9 instructions per weight and thread for 2:4 weights of 9 bits, an H200
+for 6.9. If Triton or one of its tools is missing, the command says so and exits with status 0.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,18 +33,20 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A launch to compile: `launch()` calls a launcher with tensors on `meta`; the launch number `which` is taken."""
+    """A kernel to compile. `launch()` calls the kernels of a product with tensors on `meta`; `which` of them is meant."""
 
     name: str
     launch: Callable[[], object]
-    weights: Callable[[dict[str, Any]], float] = lambda options: 0.0  # that one turn of the main loop takes
-    budget: float = 0.0  # instructions per weight and thread; 0: not counted
+    weights: Callable[[dict[str, Any]], float] = lambda options: 0.0  # weights per iteration of the main loop
+    budget: float = 0.0  # most instructions per weight and thread; 0: not counted
     which: int = 0
     mma_sp: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
+    """What a case compiled to. spills: instructions and bytes of local memory; shared: bytes; fault: what is wrong."""
+
     name: str
     arch: int
     registers: int
@@ -57,8 +59,8 @@ class Row:
 
 
 def cases() -> list[Case]:
-    """Decode sizes at the tiles that the default table takes, and the kernels that write dense weights."""
-    from paredown.kernels import bitmap_expand, lowrank_chain, sparse24_expand, sparse24_mma
+    """The kernels for few tokens with the tiles of the shipped tables, and the kernels that write dense weights."""
+    from paredown.kernels import bitmap_expand, lowrank_chain, obs_sweep, sparse24_expand, sparse24_mma
     from paredown.kernels.sparse24 import index_bytes
 
     out, inner = SHAPE
@@ -76,6 +78,7 @@ def cases() -> list[Case]:
     left, right = half(out, 1024), half(1024, inner)
     pivots, coefficients, order = half(1024, inner), half(out - 1024, 1024), of(torch.int32, out)
     summed = (half(out, 64), of(torch.float32, 4, 1, 64))
+    block, factor, keep = of(torch.float32, 128, out), of(torch.float32, 128, 128), of(torch.bool, 128, out)
 
     def mma_weights(o: dict[str, Any]) -> float:
         return float(16 * o["ROW_TILES"] * 64 * o["WARPS"] * o["UNROLL"])
@@ -104,11 +107,13 @@ def cases() -> list[Case]:
             "pifa up", which=1,
             launch=lambda: lowrank_chain.pifa_matmul(x, pivots, coefficients, order, bias, y, [1024], [out]),
         ),
+        Case("SparseGPT sweep, fixed mask", lambda: obs_sweep.sweep(block, factor, keep)),
+        Case("SparseGPT sweep, 4:8", lambda: obs_sweep.sweep(block, factor, pattern=(4, 8))),
     ]  # fmt: skip
 
 
 def compile_case(case: Case, arch: int) -> Row:
-    """Raises what Triton raises where a kernel does not compile."""
+    """Compile a case for an architecture (90 for compute capability 9.0). Triton's own error if that fails."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -117,19 +122,21 @@ def compile_case(case: Case, arch: int) -> Row:
     settings = {key: value for key, value in options.items() if key in ("num_warps", "num_stages")}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=settings)
     lines, resources = _disassembled(compiled.asm["cubin"])
-    loop = max(_loops(lines), key=len, default=[])
-    if case.mma_sp:  # the loop over weights is the one with sparse products; another adds up partial sums
-        loop = max((body for body in _loops(lines) if any("HMMA.SP" in line for line in body)), key=len, default=[])
+    bodies = loops(lines)
+    if case.mma_sp:  # the loop over weights is the one with sparse products; another one adds partial sums
+        bodies = [body for body in bodies if any("HMMA.SP" in line for line in body)]
+    loop = max(bodies, key=len, default=[])
     weights = case.weights(arguments)
     row = Row(
         case.name, arch, resources["REG"], _count(lines, r"\b(STL|LDL)\b") + resources["LOCAL"], compiled.metadata.shared,
-        _count(lines, r"\bHMMA\.SP"), _count(lines, r"\bH?G?MMA(?!\.SP)"),
+        _count(lines, r"\bHMMA\.SP"), _count(lines, r"(?<!\.)\bH?G?MMA(?!\.SP)"),
         len(loop) * 32 * settings["num_warps"] / weights if weights else 0.0, None,
     )  # fmt: skip
-    return Row(**{**row.__dict__, "fault": _fault(case, row, compiled.asm["ttgir"])})
+    return Row(**{**row.__dict__, "fault": fault_of(case, row, compiled.asm["ttgir"])})
 
 
-def _fault(case: Case, row: Row, ttgir: str) -> str | None:
+def fault_of(case: Case, row: Row, ttgir: str) -> str | None:
+    """What is wrong with a row, or None. ttgir: Triton's GPU code of the kernel, which shows the register layouts."""
     from paredown.kernels.sparse24_mma import layout_fault
 
     if row.spills:
@@ -145,34 +152,36 @@ def _fault(case: Case, row: Row, ttgir: str) -> str | None:
 
 @contextmanager
 def _recording() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Launches are written down instead of run."""
+    """Launches are recorded as (kernel, arguments, options) instead of run."""
     from triton.runtime.jit import JITFunction
 
-    seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        seen.append((self, args, options))
+        launches.append((self, args, options))
 
     with mock.patch.object(JITFunction, "run", run):
-        yield seen
+        yield launches
 
 
 def _launches(launch: Callable[[], object], arch: int) -> list[tuple[Any, dict[str, Any], dict[str, Any]]]:
     """(kernel, its arguments by name, launch options) of every launch."""
-    with _recording() as seen:
+    with _recording() as recorded:
         launch()
-    found = []
-    for kernel, args, options in seen:
+    launches = []
+    for kernel, args, options in recorded:
         names = [parameter.name for parameter in kernel.params]
         arguments = dict(zip(names, args, strict=False)) | {k: v for k, v in options.items() if k in names}
-        # what a launcher decides by the device it finds: a dependent launch from sm_90 on, never the interpreter
-        decided = {"INTERP": False, "PDL": arch >= 90}
-        found.append((kernel, arguments | {name: decided[name] for name in decided.keys() & set(names)}, options))
-    return found
+        # a real launch sets these by its device: dependent launches from sm_90 on, never the interpreter
+        by_device = {"INTERP": False, "PDL": arch >= 90}
+        launches.append(
+            (kernel, arguments | {name: by_device[name] for name in by_device.keys() & set(names)}, options)
+        )
+    return launches
 
 
 def _source(kernel: Any, arguments: dict[str, Any]) -> Any:
-    """As a launch specialises it: aligned pointers, and numbers that are divisible by 16."""
+    """The kernel, specialised as a launch would: for aligned pointers and numbers that are divisible by 16."""
     from triton.compiler import ASTSource
 
     signature: dict[str, Any] = {}
@@ -194,27 +203,27 @@ def _source(kernel: Any, arguments: dict[str, Any]) -> Any:
 
 
 def _disassembled(cubin: bytes) -> tuple[list[str], dict[str, int]]:
-    """Labels and instructions, and what cuobjdump says of resources."""
+    """The labels and instructions of a cubin, and the registers (REG) and local memory (LOCAL) that it uses."""
     tools = _tools()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run([tools["nvdisasm"], "-c", file.name], check=True, capture_output=True, text=True).stdout
         used = subprocess.run([tools["cuobjdump"], "-res-usage", file.name], check=True, capture_output=True, text=True)
-    found = re.findall(r"\b(REG|LOCAL):(\d+)", used.stdout + used.stderr)
+    resources = re.findall(r"\b(REG|LOCAL):(\d+)", used.stdout + used.stderr)
     lines = [m[1] or m[2] for m in re.finditer(r"^\s*(?:(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(.*?);)", text, re.MULTILINE)]
-    return lines, {name: int(number) for name, number in found}
+    return lines, {name: int(number) for name, number in resources}
 
 
-def _loops(lines: list[str]) -> list[list[str]]:
-    """The instructions between each label and a jump back to it."""
+def loops(lines: list[str]) -> list[list[str]]:
+    """The instructions of each loop: those between a label and a jump back to it. lines: labels and instructions."""
     places = {line: place for place, line in enumerate(lines) if line.startswith(".L_x_")}
-    found = []
+    bodies = []
     for place, line in enumerate(lines):
         target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
         if target and places.get(target[1], place) < place:
-            found.append([one for one in lines[places[target[1]] : place + 1] if not one.startswith(".L_x_")])
-    return found
+            bodies.append([text for text in lines[places[target[1]] : place + 1] if not text.startswith(".L_x_")])
+    return bodies
 
 
 def _count(lines: list[str], pattern: str) -> int:
@@ -232,8 +241,8 @@ def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
     try:
         import triton  # noqa: F401
-    except ImportError as fault:
-        return f"triton cannot be imported ({fault})"
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
     from paredown.kernels.primitives import INTERPRETED
 
     if INTERPRETED:
@@ -242,20 +251,21 @@ def missing() -> str | None:
     return f"this Triton comes without {', '.join(absent)}" if absent else None
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; `arguments` replaces those of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
-    parser.add_argument("--kernel", default="", help="only those whose name holds this")
-    chosen = parser.parse_args()
-    # Triton 3.9 warns that its default will change; said here, so that versions compile alike
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    options = parser.parse_args(arguments)
+    # Triton 3.9 warns that this default will change; setting it makes all versions compile alike
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if reason := missing():
         print(f"skipped: {reason}")
         return 0
     print(f"{'kernel':<40} arch  registers  spills  shared  HMMA.SP  other MMA  per weight")
     faults = 0
-    for case in (case for case in cases() if chosen.kernel in case.name):
-        for arch in chosen.arch:
+    for case in (case for case in cases() if options.kernel in case.name):
+        for arch in options.arch:
             row = compile_case(case, arch)
             per_weight = f"{row.per_weight:.2f}" if row.per_weight else ""
             print(

@@ -1,25 +1,26 @@
-"""Weights with any mask as a bitmap and the kept values: 1 bit per weight and 16 per kept one.
+"""Weights with any mask, stored as a bitmap and the kept values: 1 bit per weight plus 16 bits per kept weight.
 
-Bit `j` of byte `i` of a row tells whether column `8 i + j` is kept (bits past the last column are 0); `values` holds
-the kept weights of all rows one after another, in natural order.
+Bit `j` of byte `i` of a row says whether column `8 i + j` is kept (bits beyond the last column are 0). `values` holds
+the kept weights of all rows, row after row, in column order.
 
-These are the reference functions: plain torch, exact, any device and any floating dtype.
+These are the reference functions: plain torch, exact, for any device and any floating dtype.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 1 << 19  # elements of the dense matrix that are built at a time: small enough for a core's cache
-MOST_VALUES = 2**31 - 1
+BLOCK = 1 << 19  # elements of the dense matrix that are processed at a time: they fit into the cache of a CPU core
+MOST_VALUES = 2**31 - 1  # the kernels address values with int32
 
 
 @torch.no_grad()
 def pack_bitmap(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Store only what `keep` marks.
+    """Store only the weights that `keep` marks.
 
-    weight (..., out, in), floating; keep (..., out, in), bool. Kept zeros are stored like any other value.
-    Returns values (kept,) of weight's dtype, bit for bit, and bitmap (..., out, ceil(in / 8)) uint8.
+    weight (..., out, in), floating; keep (..., out, in), bool. Zeros that are kept are stored like any other value.
+    Returns values (kept,), bit for bit in the dtype of weight, and bitmap (..., out, ceil(in / 8)) uint8.
+    Raises ValueError if keep is not bool or not shaped like weight.
     """
     if keep.shape != weight.shape or keep.dtype != torch.bool:
         raise ValueError(
@@ -38,10 +39,11 @@ def pack_bitmap(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def unpack_bitmap(values: Tensor, bitmap: Tensor, in_features: int) -> Tensor:
-    """The dense weight (..., out, in) of `pack_bitmap`: dropped positions are +0.0. Block by block, in one buffer.
+    """Rebuild the dense weight (..., out, in) that `pack_bitmap` stored. Weights that were not kept are +0.0.
 
     values (kept,); bitmap (..., out, ceil(in / 8)) uint8.
-    Raises ValueError if the bitmap's width or its number of set bits does not belong to `in_features` and `values`.
+    Raises ValueError if the bitmap has another width than `in_features` needs, or marks another number of weights than
+    `values` holds.
     """
     if bitmap.dtype != torch.uint8 or bitmap.shape[-1] != -(-in_features // 8) or values.dim() != 1:
         raise ValueError(
@@ -63,7 +65,7 @@ def unpack_bitmap(values: Tensor, bitmap: Tensor, in_features: int) -> Tensor:
 
 
 def bitmap_matmul(x: Tensor, values: Tensor, bitmap: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias` of a packed weight (out, in). Bit-equal to `F.linear` with the dense weight.
+    """`x @ weight.T + bias` for a packed weight (out, in). Bit-equal to `F.linear` with the dense weight.
 
     x (..., in); values (kept,); bitmap (out, ceil(in / 8)); bias (out,). Returns (..., out).
     """
@@ -71,22 +73,26 @@ def bitmap_matmul(x: Tensor, values: Tensor, bitmap: Tensor, bias: Tensor | None
 
 
 def count_bits(bitmap: Tensor) -> Tensor:
-    """How many bits are set in each row: (..., bytes) uint8 -> (...) int64. Adds neighbours of 1, 2 and 4 bits."""
+    """How many bits are set in each row: (..., bytes) uint8 -> (...) int64.
+
+    The bits of a byte are summed in place: by twos, by fours, then all 8.
+    """
     pairs = bitmap - ((bitmap >> 1) & 0x55)
     nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return ((nibbles + (nibbles >> 4)) & 0x0F).sum(-1, dtype=torch.int64)
 
 
 @torch.no_grad()
-def row_starts(bitmap: Tensor) -> Tensor:
-    """Where each row's values begin, and their number: (out, bytes) uint8 -> (out + 1,) int32. Built once, at load.
+def row_starts(bitmap: Tensor, most_values: int = MOST_VALUES) -> Tensor:
+    """Where the values of each row start, and in the last place how many there are in all.
 
-    Raises ValueError if there are more values than int32 counts to.
+    bitmap (out, bytes) uint8. Returns (out + 1,) int32. A layer computes it once, when it is loaded.
+    Raises ValueError if there are more than `most_values` values.
     """
     ends = count_bits(bitmap).cumsum(0)
-    # the number is read from the device only where it may be too large: torch.compile and CUDA graphs allow no reading
-    if 8 * bitmap.numel() > MOST_VALUES and not ends.is_meta and int(ends[-1]) > MOST_VALUES:
-        raise ValueError(f"{int(ends[-1])} values are stored, and kernels count up to {MOST_VALUES}")
+    # the count is copied from the device only if it can be too large: torch.compile and CUDA graphs forbid such a copy
+    if 8 * bitmap.numel() > most_values and not ends.is_meta and int(ends[-1]) > most_values:
+        raise ValueError(f"{int(ends[-1])} values are stored, and kernels count up to {most_values}")
     return F.pad(ends, (1, 0)).to(torch.int32)
 
 

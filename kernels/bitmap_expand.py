@@ -1,10 +1,12 @@
-"""Products with a bitmap weight for few tokens, and the dense weight for many: plain Triton.
+"""Products with a bitmap weight for few tokens, and the dense weight for products with many tokens. Plain Triton.
 
-A thread takes 32 columns of a row at a time, one word of the bitmap. It carries the place of its row's next value,
-reads a value for each set bit and keeps zero for the others. In the product, 8 rows by 4 words are a warp's step, and
-the columns are handed to the tensor cores in the order in which the threads hold them (the activations likewise), so
-that nothing is exchanged between threads. The warps of a program split the columns: each first counts the bits of its
-part to learn where the others begin, and their sums are added in a fixed order.
+A thread takes 32 columns of a row at a time: one word of the bitmap. It tracks the position of the next value of its row,
+loads a value for each set bit, and uses zero for the other bits.
+
+In the product, a warp processes 8 rows by 4 words per step. The tensor cores get the columns in the order in which the
+threads hold them, and the activations in the same order, so threads exchange no data. The warps of a program split the
+columns. First each warp counts the bits of its part; from these counts follows where the values of each warp start. At the
+end their sums are added in a fixed order.
 """
 
 import torch
@@ -17,7 +19,7 @@ from paredown.kernels.primitives import INTERPRETED, dot
 
 @triton.jit
 def count(word):
-    """How many bits of a uint32 are set. The compiler knows the formula and makes it one instruction."""
+    """How many bits of a uint32 are set. The compiler recognises the formula and emits one instruction."""
     pairs = word - ((word >> 1) & 0x55555555)
     nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
     return ((((nibbles + (nibbles >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
@@ -25,7 +27,8 @@ def count(word):
 
 @triton.jit
 def load_word(bitmap_ptr, row, at, row_bytes, WORDS: tl.constexpr, EVEN: tl.constexpr):
-    """Columns 32 at .. 32 at + 31 of a row. WORDS: a row is whole words and bitmap_ptr points at them; EVEN: all exist."""
+    """The bits of columns 32 at .. 32 at + 31 of a row. WORDS: rows consist of whole words, and bitmap_ptr points to words
+    instead of bytes; EVEN: every word asked for exists."""
     if WORDS:
         source = bitmap_ptr + row * (row_bytes // 4) + at
         if EVEN:
@@ -42,7 +45,7 @@ def load_word(bitmap_ptr, row, at, row_bytes, WORDS: tl.constexpr, EVEN: tl.cons
 
 @triton.jit
 def stack(tiles, LEVELS: tl.constexpr):
-    """2^LEVELS tiles as one with as many last axes of size 2, the first tile's number written in binary."""
+    """2^LEVELS tiles as one tile with LEVELS more axes of size 2 at the end: the number of the tile in binary."""
     for level in tl.static_range(LEVELS):
         joined = ()
         for i in tl.static_range(2 ** (LEVELS - 1 - level)):
@@ -53,7 +56,7 @@ def stack(tiles, LEVELS: tl.constexpr):
 
 @triton.jit
 def expand(values_ptr, word, place):
-    """The 32 weights of each word (threads,), whose values begin at `place`, as (threads, 2, 2, 2, 2, 2)."""
+    """The 32 weights of each word (threads,), as (threads, 2, 2, 2, 2, 2). Their values start at `place`."""
     weights = ()
     for j in tl.static_range(32):
         keep = (word & (1 << j)) != 0
@@ -64,7 +67,7 @@ def expand(values_ptr, word, place):
 
 @triton.jit
 def before(counts, GROUP: tl.constexpr):
-    """Of each GROUP neighbours: the sum of those before, and of all. (threads,) both."""
+    """For each thread, in its group of GROUP neighbours: the sum of the counts before it, and of all. Both (threads,)."""
     SIZE: tl.constexpr = counts.shape[0]
     groups = tl.reshape(counts, (SIZE // GROUP, GROUP))
     total = tl.broadcast_to(tl.sum(groups, 1)[:, None], (SIZE // GROUP, GROUP))
@@ -73,7 +76,8 @@ def before(counts, GROUP: tl.constexpr):
 
 @triton.jit
 def before_parts(counts, WARPS: tl.constexpr):
-    """Of each thread's row: the sum over the warps before its own. (threads,) both; lane, row, warp from fast to slow."""
+    """For the row of each thread: the sum of the counts of all warps before its own. Both (threads,); in the thread number
+    the lane varies fastest, then the row, then the warp."""
     parts = tl.sum(tl.reshape(counts, (WARPS, 8, 4)), 2)
     ahead = tl.cumsum(parts, 0) - parts
     return tl.reshape(tl.broadcast_to(ahead[:, :, None], (WARPS, 8, 4)), (32 * WARPS,))
@@ -85,16 +89,16 @@ def bitmap_matmul_kernel(
     BIAS: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr, OCTETS: tl.constexpr, ROW_LEVELS: tl.constexpr,
     TOKEN_OCTETS: tl.constexpr, TOKEN_LEVELS: tl.constexpr, WARPS: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """x (tokens, columns), y (tokens, rows). A program makes 8 OCTETS rows of 8 TOKEN_OCTETS tokens."""
+    """x (tokens, columns), y (tokens, rows). A program computes 8 OCTETS rows for 8 TOKEN_OCTETS tokens."""
     thread = tl.arange(0, 32 * WARPS)
     warp, group, lane = thread // 32, thread % 32 // 4, thread % 4
     first_row = tl.program_id(0) * (8 * OCTETS)
     first_token = tl.program_id(1) * (8 * TOKEN_OCTETS)
-    part = tl.cdiv(row_bytes, 16 * WARPS) * 4  # words of a row that are one warp's
+    part = tl.cdiv(row_bytes, 16 * WARPS) * 4  # words of a row per warp
     mine = warp * part + lane
     row_of, counts = (), ()
     for r in tl.static_range(OCTETS):
-        # rows past the last are computed and not stored
+        # rows beyond the last are computed but not stored
         row_of += (tl.minimum(first_row + 8 * r + group, rows - 1).to(tl.int64),)
         counts += (tl.zeros((32 * WARPS,), tl.int32),)
     for step in tl.range(0, part, 4, loop_unroll_factor=4):
@@ -124,7 +128,7 @@ def bitmap_matmul_kernel(
             ws += (expand(values_ptr, word, places[r] + ahead),)
             next_places += (places[r] + all_four,)
         places = next_places
-        # the tensor cores' column: 8 (column % 32 // 2) + 2 lane + column % 2, which is how a lane holds its operand
+        # the tensor cores see column 8 (column % 32 // 2) + 2 lane + column % 2: the order in which a lane holds its operand
         w = tl.reshape(stack(ws, ROW_LEVELS), (WARPS, 8, 4, 16, 2, OCTETS))
         w = tl.reshape(tl.permute(w, (0, 5, 1, 3, 2, 4)), (WARPS, 8 * OCTETS, 128))
         x = tl.reshape(stack(xs, TOKEN_LEVELS + 2), (WARPS, 8, 4, 4, 2, TOKEN_OCTETS, 4))
@@ -144,9 +148,9 @@ def bitmap_decompress_kernel(
     values_ptr, bitmap_ptr, starts_ptr, dense_ptr, rows, columns, row_bytes,
     WORDS: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """values and dense (rows, columns) as int16. LANES threads go along a row together, a word each."""
+    """values and dense (rows, columns) as int16. LANES threads work on a row together, one word each per step."""
     thread = tl.arange(0, THREADS)
-    # rows past the last write the last one's bits once more
+    # threads beyond the last row write the last row once more
     row = tl.minimum(tl.program_id(0) * (THREADS // LANES) + thread // LANES, rows - 1).to(tl.int64)
     place = tl.load(starts_ptr + row)
     for step in range(0, tl.cdiv(row_bytes, 4), LANES):
@@ -164,13 +168,14 @@ def matmul(
     *, row_octets: int = 2, token_octets: int = 0, warps: int = 8,
 ) -> None:  # fmt: skip
     """y = x @ weight.T + bias. x (tokens, in), values (kept,), bitmap (out, ceil(in / 8)), starts (out + 1,) of
-    `row_starts`, y (tokens, out); all contiguous, x and values float16 or bfloat16. Any number of tokens, made for few.
+    `row_starts`, y (tokens, out); all contiguous, x and values float16 or bfloat16. Any number of tokens, but it is fast
+    for few only.
 
-    A program makes 8 row_octets rows (at least 2) of 8 token_octets tokens (0: what the tokens need, at most 64); its
-    warps split the columns. All three are powers of 2.
+    A program computes 8 row_octets rows for 8 token_octets tokens; its warps split the columns. row_octets is at least 2;
+    token_octets = 0 takes as many as the tokens need, at most 8. All three are powers of 2.
     """
     (tokens, columns), rows = x.shape, y.shape[1]
-    # activations whose rows do not begin at 16 bytes are read number by number: fewer at a time
+    # activations whose rows are not aligned to 16 bytes are loaded number by number: take fewer tokens at a time
     octets = token_octets or min(2 if columns % 16 else 8, triton.next_power_of_2(triton.cdiv(tokens, 8)))
     codes, words = _words(bitmap)
     bitmap_matmul_kernel[(triton.cdiv(rows, 8 * row_octets), triton.cdiv(tokens, 8 * octets))](
@@ -185,9 +190,10 @@ def matmul(
 def decompress(
     values: Tensor, bitmap: Tensor, starts: Tensor, dense: Tensor, *, lanes: int = 32, warps: int = 4
 ) -> None:
-    """The dense weight (out, in), bit for bit, +0.0 where dropped, written to `dense`; arguments as in `matmul`.
+    """Write the dense weight (out, in) to `dense`, bit for bit, with +0.0 for weights that were not kept; other arguments
+    as in `matmul`.
 
-    32 warps / lanes rows go to a program, and `lanes` threads along each; powers of 2.
+    A program writes 32 warps / lanes rows, each with `lanes` threads. Both are powers of 2.
     """
     rows, columns = dense.shape
     codes, words = _words(bitmap)
@@ -199,6 +205,6 @@ def decompress(
 
 
 def _words(bitmap: Tensor) -> tuple[Tensor, bool]:
-    """The bitmap as int32 words where its rows are made of them."""
+    """The bitmap as int32 words and True, if its rows are aligned and consist of whole words; else itself and False."""
     fits = bitmap.shape[1] % 4 == 0 and bitmap.storage_offset() % 4 == 0 and bitmap.data_ptr() % 4 == 0
     return (bitmap.view(torch.int32), True) if fits else (bitmap, False)

@@ -1,14 +1,14 @@
-"""Low-rank weights for few tokens: the chain in two kernels, for one linear or for several that share their input.
+"""Products with low-rank weights for few tokens, in two kernels; for one linear or for several with the same input.
 
-`down` writes `x @ right.T` as partial sums over the columns, so that there are enough programs to read at full bandwidth
-and no atomics; `up` adds them in a fixed order, rounds once to the weights' dtype as the reference does, and multiplies
-by `left`. From compute capability 9.0 on `up` starts while `down` ends (programmatic dependent launch) and has its first
-weights by the time it may read the sums.
+`down` writes `x @ right.T` as partial sums over parts of the columns: this gives enough programs to read at full bandwidth
+without atomics. `up` adds the partial sums in a fixed order, rounds once to the dtype of the weights as the reference does,
+and multiplies by `left`. From compute capability 9.0 on, `up` starts while `down` finishes (programmatic dependent launch):
+it loads its first weights before the sums are ready.
 
-A group (q, k and v; gate and up) has its `right`s one below another (sum of ranks, in), its `left`s (out_i, rank_i) one
-after another in one flat tensor, and its outputs side by side. PIFA takes the same two kernels: a pivot row's product is
-copied from the sums, the others' coefficients are gathered, and so the order of rows costs nothing. CUR is `down`, `up`
-into float32 and `up`.
+A group is several linears with one input (q, k and v; gate and up), its members. Their `right` factors are stacked (sum of
+ranks, in), their `left` factors (out_i, rank_i) follow one another in one flat tensor, and their outputs are side by side.
+PIFA uses the same two kernels: the output of a pivot row is copied from the sums, and the coefficients of the other rows
+are loaded in the order of the output, so the permutation costs nothing. CUR is `down`, `up` into float32, and `up` again.
 """
 
 from collections.abc import Sequence
@@ -30,14 +30,15 @@ def down(
     PDL: tl.constexpr, INTERP: tl.constexpr,
     TOKENS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """x (tokens, columns); right (ranks, columns); sums (SPLITS, tokens, ranks): of every SPLITS-th block of COLUMNS."""
+    """x (tokens, columns); right (ranks, columns); sums (SPLITS, tokens, ranks). A split sums every SPLITS-th block of
+    COLUMNS columns."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     rank = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
     split = tl.program_id(2)
     step = tl.arange(0, COLUMNS)
-    if PDL:  # `up` may come as soon as there is room for it: what it waits for is the end of this kernel
+    if PDL:  # `up` may start as soon as the GPU has room for it; it waits for the end of this kernel itself
         tl.extra.cuda.gdc_launch_dependents()
-    # ranks past the last are computed and not stored
+    # ranks beyond the last are computed but not stored
     right = right_ptr + tl.minimum(rank, ranks - 1).to(tl.int64)[:, None] * columns + step[None, :]
     x = x_ptr + token[None, :] * columns + step[:, None]
     total = tl.zeros((RANKS, TOKENS), tl.float32)
@@ -54,7 +55,7 @@ def down(
 
 @triton.jit
 def hidden(sums, split_size, SPLITS: tl.constexpr, there, DTYPE: tl.constexpr):
-    """The splits added in order and rounded. sums: pointers into the first split."""
+    """The sum of the splits, in order, rounded to DTYPE. sums: pointers into the first split; there: which are valid."""
     total = tl.load(sums, there, other=0.0)
     for split in tl.static_range(1, SPLITS):
         total += tl.load(sums + split * split_size, there, other=0.0)
@@ -67,9 +68,9 @@ def up(
     MEMBERS: tl.constexpr, PIFA: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr, INTERP: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """sums (SPLITS, tokens, sum of ranks); left flat; y (tokens, sum of outs); ranks and outs: a tuple with a number per
-    member. PIFA: left is the coefficients, order (sum of outs,)."""
-    # the member that this tile belongs to: its rank and rows, and where its tiles, ranks, rows and weights begin
+    """sums (SPLITS, tokens, sum of ranks); left flat; y (tokens, sum of outs); ranks and outs: tuples with one number per
+    member. PIFA: left holds the coefficients, and order is (sum of outs,)."""
+    # the member that this tile belongs to: its rank and rows, and where its tiles, ranks, rows and weights start
     tile = tl.program_id(1)
     zero = tl.full((), 0, tl.int64)
     rank, out = ranks[0], outs[0]
@@ -126,12 +127,12 @@ def up(
 
 @dataclass(frozen=True)
 class Tile:
-    """How a chain is cut up; what is None is chosen from the sizes. All are powers of two except `splits` and `stages`."""
+    """Launch parameters of a product. None: chosen from the sizes. All are powers of two, except `splits` and `stages`."""
 
     block_tokens: int | None = None  # at least 16
     down_ranks: int = 32
     down_columns: int | None = None  # per step
-    splits: int | None = None  # of the columns
+    splits: int | None = None  # number of partial sums, each over a part of the columns
     up_rows: int = 32
     up_ranks: int | None = None  # per step
     warps: int = 4
@@ -145,10 +146,11 @@ def lowrank_matmul(
     x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, y: Tensor,
     ranks: Sequence[int], outs: Sequence[int], **tile: int,
 ) -> None:  # fmt: skip
-    """y = x @ (left_i @ right_i).T + bias for each member i of a group, side by side; a single linear is a group of one.
+    """y = x @ (left_i @ right_i).T + bias for each member i of a group, side by side. A single linear is a group of one.
 
-    x (tokens, in); right (sum of ranks, in); left: the members' (out_i, rank_i), flat or, of a group of one, as it is;
-    bias (sum of outs,); y (tokens, sum of outs), in x's dtype or float32. All contiguous, on one device. `tile`: see Tile.
+    x (tokens, in); right (sum of ranks, in); left: the (out_i, rank_i) of all members, flat (of a single one, in any shape);
+    bias (sum of outs,); y (tokens, sum of outs), in the dtype of x or float32. All contiguous, on one device. `tile`: fields
+    of Tile; another name raises TypeError.
     """
     _up(partial_sums(x, right, **tile), left, None, bias, y, ranks, outs, Tile(**tile))
 
@@ -157,37 +159,39 @@ def pifa_matmul(
     x: Tensor, pivots: Tensor, coefficients: Tensor, order: Tensor, bias: Tensor | None, y: Tensor,
     ranks: Sequence[int], outs: Sequence[int], **tile: int,
 ) -> None:  # fmt: skip
-    """The same for members in PIFA's form: pivots (sum of ranks, in); the members' coefficients (out_i - rank_i, rank_i),
-    flat; order (sum of outs,) int32: where each row stands among its own member's pivots followed by the others."""
+    """The same for members in the form of PIFA: pivots (sum of ranks, in); coefficients: the (out_i - rank_i, rank_i) of all
+    members, flat; order (sum of outs,) int32: the place of each row in the list of its own member's pivots followed by
+    that member's other rows."""
     _up(partial_sums(x, pivots, **tile), coefficients, order, bias, y, ranks, outs, Tile(**tile))
 
 
 def cur_matmul(
     x: Tensor, columns: Tensor, link: Tensor, rows: Tensor, bias: Tensor | None, y: Tensor, **tile: int
 ) -> None:
-    """y = x @ (columns @ link @ rows).T + bias. columns (out, c); link (c, r); rows (r, in)."""
-    cut, (out, kept), rank = Tile(**tile), columns.shape, link.shape[1]
-    linked = torch.empty(1, len(x), kept, dtype=torch.float32, device=x.device)
-    _up(partial_sums(x, rows, **tile), link, None, None, linked, [rank], [kept], cut)
-    _up(linked, columns, None, bias, y, [kept], [out], cut)
+    """y = x @ (columns @ link @ rows).T + bias. x (tokens, in); columns (out, c); link (c, r); rows (r, in); bias (out,); y
+    (tokens, out)."""
+    launch, (out, width), rank = Tile(**tile), columns.shape, link.shape[1]
+    linked = torch.empty(1, len(x), width, dtype=torch.float32, device=x.device)
+    _up(partial_sums(x, rows, **tile), link, None, None, linked, [rank], [width], launch)
+    _up(linked, columns, None, bias, y, [width], [out], launch)
 
 
 def partial_sums(x: Tensor, right: Tensor, **tile: int) -> Tensor:  # (splits, tokens, ranks)
-    """float32 numbers whose sum over the splits is `x @ right.T`. x (tokens, in); right (ranks, in)."""
-    (tokens, columns), ranks, cut = x.shape, len(right), Tile(**tile)
-    block = cut.tokens_for(tokens)
-    step = cut.down_columns or max(64, 4096 // block)
-    programs = triton.cdiv(tokens, block), triton.cdiv(ranks, cut.down_ranks)
-    # as many as keep a large GPU's processors busy, but each makes `up` read as many sums again
-    wanted = triton.next_power_of_2(triton.cdiv(128, programs[0] * programs[1]))
-    splits = cut.splits or min(wanted, 8, max(1, 256 // block))
+    """float32 partial sums: added over the splits they are `x @ right.T`. x (tokens, in); right (ranks, in)."""
+    (tokens, columns), ranks, launch = x.shape, len(right), Tile(**tile)
+    block = launch.tokens_for(tokens)
+    step = launch.down_columns or max(64, 4096 // block)
+    programs = triton.cdiv(tokens, block), triton.cdiv(ranks, launch.down_ranks)
+    # enough programs to fill a large GPU; but every further split is one more set of sums for `up` to read
+    busy = triton.next_power_of_2(triton.cdiv(128, programs[0] * programs[1]))
+    splits = launch.splits or min(busy, 8, max(1, 256 // block))
     splits = min(splits, triton.cdiv(columns, step))
     sums = torch.empty(splits, tokens, ranks, dtype=torch.float32, device=x.device)
     down[(*programs, splits)](
         x, right, sums, tokens, ranks, columns,
         PDL=_dependent_launch(x.device), INTERP=INTERPRETED,
-        TOKENS=block, RANKS=cut.down_ranks, COLUMNS=step, SPLITS=splits,
-        num_warps=cut.warps, num_stages=cut.stages,
+        TOKENS=block, RANKS=launch.down_ranks, COLUMNS=step, SPLITS=splits,
+        num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return sums
 
@@ -198,9 +202,9 @@ def _up(
 ) -> None:  # fmt: skip
     splits, tokens, _ = sums.shape
     block = tile.tokens_for(tokens)
-    # the sums of a step take at most 16 KB of shared memory
-    room = triton.next_power_of_2(4096 // (block * splits) + 1) // 2
-    step = tile.up_ranks or max(16, min(triton.next_power_of_2(max(ranks)), room))
+    # the partial sums of a step take at most 16 KB of shared memory
+    most_ranks = triton.next_power_of_2(4096 // (block * splits) + 1) // 2
+    step = tile.up_ranks or max(16, min(triton.next_power_of_2(max(ranks)), most_ranks))
     dependent = _dependent_launch(sums.device)
     options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
     up[(triton.cdiv(tokens, block), sum(triton.cdiv(out, tile.up_rows) for out in outs))](
@@ -211,8 +215,10 @@ def _up(
     )  # fmt: skip
 
 
-@cache
-def _dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel may be launched to start before the one ahead of it ends."""
-    nvidia = device.type == "cuda" and not torch.version.hip and not INTERPRETED
+def has_dependent_launch(device: torch.device, interpreted: bool = INTERPRETED) -> bool:
+    """Whether a kernel can start on this device before the previous one has finished: on NVIDIA from 9.0 on."""
+    nvidia = device.type == "cuda" and not torch.version.hip and not interpreted
     return nvidia and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+_dependent_launch = cache(has_dependent_launch)  # asking the device takes time at every launch

@@ -1,12 +1,13 @@
-"""Products with packed weights: `x @ weight.T + bias`, as operators that torch.compile and CUDA graphs can hold.
+"""Products with packed weights, `x @ weight.T + bias`, as operators for torch.compile and CUDA graphs.
 
-On a GPU that Triton knows, float16 and bfloat16 go through a kernel that the device's table chooses by the number of
-tokens; everything else, and whatever asks for gradients, through the reference in plain torch. Shapes: x (..., in),
-bias (out,), results (..., out); packed tensors as in sparse24.py, bitmap.py and lowrank.py.
+On a GPU that Triton supports, float16 and bfloat16 run in a kernel; the table of the device chooses which one by the
+number of tokens. All other tensors, and calls that need gradients, run in the reference functions in plain torch.
+Shapes: x (..., in), bias (out,), results (..., out); packed tensors as in sparse24.py, bitmap.py and lowrank.py.
+Every function raises ValueError if sizes do not fit each other.
 
-Linears that share an input are one product (q, k, v; gate, up): their packed rows one after another. Factors of several
-linears: `right` or `pivots` (sum of ranks, in), `left` or `coefficients` flat, one linear after another, and `ranks` and
-`outs` tell their sizes; a single linear needs neither.
+Linears that share an input (q, k and v; gate and up) are one product: their packed rows follow one another. In low-rank
+forms, `right` and `pivots` are (sum of ranks, in), `left` and `coefficients` are flat, one linear after the other, and
+the lists `ranks` and `outs` give the sizes of each linear. A single linear needs neither list.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from paredown.kernels import lowrank as lowranks
 from paredown.kernels import paths
 from paredown.kernels import sparse24 as sparse24s
 from paredown.kernels.dispatch import choose
-from paredown.kernels.paths import on_gpu
+from paredown.kernels.paths import kernels_run
 
 Sizes = list[int] | None
 
@@ -29,7 +30,7 @@ Sizes = list[int] | None
 def _sparse24_matmul(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
     rows, columns = values.shape[0], 2 * values.shape[1]
     _expect(x, columns, indices.shape == (rows, sparse24s.index_bytes(columns)), "indices", indices, bias, rows)
-    if not on_gpu(x, values):
+    if not kernels_run(x, values):
         return sparse24s.sparse24_matmul(x, values, indices, bias)
     return _launch(paths.sparse24, "sparse24", x, (values, indices), bias, rows)
 
@@ -41,7 +42,7 @@ def _sparse24_lowrank_matmul(
     rows, columns = values.shape[0], 2 * values.shape[1]
     _expect(x, columns, indices.shape == (rows, sparse24s.index_bytes(columns)), "indices", indices, bias, rows)
     _expect(x, right.shape[1], left.shape == (rows, right.shape[0]), "left", left, bias, rows)
-    if not on_gpu(x, values, left, right):
+    if not kernels_run(x, values, left, right):
         return sparse24s.sparse24_matmul(x, values, indices, bias) + lowranks.lowrank_matmul(x, left, right)
     return _launch(paths.sparse24_lowrank, "sparse24_lowrank", x, (values, indices, left, right), bias, rows)
 
@@ -50,10 +51,10 @@ def _sparse24_lowrank_matmul(
 def _bitmap_matmul(x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor | None, bias: Tensor | None) -> Tensor:
     rows, columns = bitmap.shape[0], x.shape[-1]
     _expect(x, columns, bitmap.shape[1] == -(-columns // 8), "bitmap", bitmap, bias, rows)
-    if not on_gpu(x, values):
+    if not kernels_run(x, values):
         return bitmaps.bitmap_matmul(x, values, bitmap, bias)
-    begins = bitmaps.row_starts(bitmap) if starts is None else starts
-    return _launch(paths.bitmap, "bitmap", x, (values, bitmap, begins), bias, rows)
+    starts = bitmaps.row_starts(bitmap) if starts is None else starts
+    return _launch(paths.bitmap, "bitmap", x, (values, bitmap, starts), bias, rows)
 
 
 @torch.library.custom_op("paredown::lowrank_matmul", mutates_args=())
@@ -63,7 +64,7 @@ def _lowrank_matmul(
     sizes = sum(out * rank for out, rank in zip(outs, ranks, strict=True))
     fits = left.numel() == sizes and right.shape[0] == sum(ranks)
     _expect(x, right.shape[1], fits, "left", left, bias, sum(outs))
-    if not on_gpu(x, left, right):
+    if not kernels_run(x, left, right):
         return lowranks.grouped_lowrank_matmul(x, left, right, bias, ranks, outs)
     return _launch(paths.lowrank, "lowrank", x, (left, right, ranks, outs), bias, sum(outs))
 
@@ -81,7 +82,7 @@ def _pifa_matmul(
     sizes = sum((out - rank) * rank for out, rank in zip(outs, ranks, strict=True))
     fits = coefficients.numel() == sizes and pivots.shape[0] == sum(ranks) and len(order) == sum(outs)
     _expect(x, pivots.shape[1], fits, "coefficients", coefficients, bias, sum(outs))
-    if not on_gpu(x, pivots, coefficients):
+    if not kernels_run(x, pivots, coefficients):
         return lowranks.grouped_pifa_matmul(x, pivots, coefficients, order, bias, ranks, outs)
     return _launch(paths.pifa, "pifa", x, (pivots, coefficients, order, ranks, outs), bias, sum(outs))
 
@@ -90,7 +91,7 @@ def _pifa_matmul(
 def _cur_matmul(x: Tensor, columns: Tensor, link: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     fits = link.shape == (columns.shape[1], rows.shape[0])
     _expect(x, rows.shape[1], fits, "link", link, bias, columns.shape[0])
-    if not on_gpu(x, columns, link, rows):
+    if not kernels_run(x, columns, link, rows):
         return lowranks.cur_matmul(x, columns, link, rows, bias)
     return _launch(paths.cur, "cur", x, (columns, link, rows), bias, columns.shape[0])
 
@@ -134,7 +135,7 @@ def _(x: Tensor, columns: Tensor, link: Tensor, rows: Tensor, bias: Tensor | Non
 
 
 def sparse24_matmul(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:
-    """values (out, in / 2), indices (out, index_bytes(in)) uint8. Raises ValueError where sizes do not fit, as all do."""
+    """A 2:4 weight: values (out, in / 2), indices (out, index_bytes(in)) uint8."""
     if _wants_gradients(x, values, bias):
         return sparse24s.sparse24_matmul(x, values, indices, bias)
     product: Tensor = _sparse24_matmul(x, values, indices, bias)
@@ -144,7 +145,8 @@ def sparse24_matmul(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | N
 def sparse24_lowrank_matmul(
     x: Tensor, values: Tensor, indices: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """As `sparse24_matmul`, with left (out, k) @ right (k, in) added to the weight; k's products are rounded once."""
+    """As `sparse24_matmul`, with left (out, k) @ right (k, in) added to the weight. `x @ right.T` is rounded to the dtype
+    of x before it is multiplied by `left`."""
     if _wants_gradients(x, values, left, right, bias):
         return sparse24s.sparse24_matmul(x, values, indices, bias) + lowranks.lowrank_matmul(x, left, right)
     product: Tensor = _sparse24_lowrank_matmul(x, values, indices, left, right, bias)
@@ -154,7 +156,10 @@ def sparse24_lowrank_matmul(
 def bitmap_matmul(
     x: Tensor, values: Tensor, bitmap: Tensor, bias: Tensor | None = None, starts: Tensor | None = None
 ) -> Tensor:
-    """values (kept,), bitmap (out, ceil(in / 8)) uint8, starts (out + 1,) int32 from `row_starts`, counted anew without."""
+    """A bitmap weight: values (kept,), bitmap (out, ceil(in / 8)) uint8.
+
+    starts (out + 1,) int32: the result of `row_starts(bitmap)`, which a kernel call computes itself if it is None.
+    """
     if _wants_gradients(x, values, bias):
         return bitmaps.bitmap_matmul(x, values, bitmap, bias)
     product: Tensor = _bitmap_matmul(x, values, bitmap, starts, bias)
@@ -164,7 +169,7 @@ def bitmap_matmul(
 def lowrank_matmul(
     x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None, ranks: Sizes = None, outs: Sizes = None
 ) -> Tensor:
-    """left (out, k), right (k, in), or those of several linears (see above)."""
+    """Two factors: left (out, k) and right (k, in), or those of several linears (see the top of this module)."""
     if ranks is None or outs is None:
         ranks, outs = [right.shape[0]], [left.shape[0]]
     if _wants_gradients(x, left, right, bias):
@@ -177,7 +182,8 @@ def pifa_matmul(
     x: Tensor, pivots: Tensor, coefficients: Tensor, order: Tensor, bias: Tensor | None = None,
     ranks: Sizes = None, outs: Sizes = None,
 ) -> Tensor:  # fmt: skip
-    """pivots (k, in), coefficients (out - k, k), order (out,) int32; of several linears, each its own order."""
+    """PIFA: pivots (k, in), coefficients (out - k, k), order (out,) int32, or those of several linears (see the top of
+    this module); the order of each linear counts its own rows only."""
     if ranks is None or outs is None:
         ranks, outs = [pivots.shape[0]], [order.shape[0]]
     if _wants_gradients(x, pivots, coefficients, bias):
@@ -187,7 +193,7 @@ def pifa_matmul(
 
 
 def cur_matmul(x: Tensor, columns: Tensor, link: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
-    """columns (out, c), link (c, r), rows (r, in)."""
+    """CUR: columns (out, c), link (c, r), rows (r, in)."""
     if _wants_gradients(x, columns, link, rows, bias):
         return lowranks.cur_matmul(x, columns, link, rows, bias)
     product: Tensor = _cur_matmul(x, columns, link, rows, bias)
@@ -195,16 +201,16 @@ def cur_matmul(x: Tensor, columns: Tensor, link: Tensor, rows: Tensor, bias: Ten
 
 
 def _launch(path: paths.Path, op: str, x: Tensor, tensors: Sequence[Any], bias: Tensor | None, rows: int) -> Tensor:
-    """`path` by what the table chooses, with x as an aligned matrix (tokens, in) and a place for the result."""
+    """Run `path` with the choice of the table. x becomes an aligned, contiguous matrix (tokens, in)."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    # kernels count rows by their length: a slice of a wider tensor is copied
+    # kernels expect each row right behind the one before it: a slice of a wider tensor is copied
     tensors = [t.contiguous() if isinstance(t, Tensor) else t for t in tensors]
     bias = None if bias is None else bias.contiguous()
     if flat.data_ptr() % 16:
         flat = flat.clone()
     y = flat.new_empty(len(flat), rows)
     if y.numel():
-        with torch.cuda.device(x.device):
+        with torch.cuda.device_of(x):
             y = path(choose(op, x.device, len(flat), rows, x.shape[-1]), flat, tensors, bias, y)
     return y.view(*x.shape[:-1], rows)
 

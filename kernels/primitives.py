@@ -1,8 +1,8 @@
-"""What the Triton kernels share.
+"""Shared by the Triton kernels.
 
-Triton's interpreter (TRITON_INTERPRET=1, chosen when a kernel is decorated) runs them on CPU tensors. It computes
-bfloat16 wrongly and truncates what it should round (triton 3.9), so that kernels take a constexpr INTERP: then products
-are made in float32, and tests ask for float32 outputs.
+With TRITON_INTERPRET=1 in the environment when a kernel is defined, Triton's interpreter runs it on CPU tensors. The
+interpreter computes bfloat16 wrongly and truncates where it should round (triton 3.9). Kernels therefore take a constexpr
+INTERP: when it is set they multiply in float32, and tests ask for float32 outputs.
 """
 
 import triton

@@ -1,11 +1,12 @@
-"""What a product can take at best, from bytes, instructions and launches; and the tables for GPUs nobody measured yet.
+"""The shortest time a product can take, modelled from bytes, instructions and launches; tables for unmeasured GPUs.
 
     python -m paredown.kernels.roofline [--write]
 
 A time is the largest of bytes / bandwidth, operations / tensor throughput and instructions / issue rate, plus 2 us for
-every launch inside a CUDA graph. Bandwidth is taken at 90%, tensor cores at 70% of their peak. Prints the ratio to a
-dense product that is just as efficient; --write makes kernels/tables/*.json, marked "modelled", one path per shape
-and number of tokens. A table that `paredown tune` or kernels/benchmark.py measured takes its place.
+every launch inside a CUDA graph. The model assumes 90% of the peak bandwidth and 70% of the peak of the tensor cores.
+Prints the ratio dense time / our time, with the same efficiency assumed for the dense product. --write writes
+kernels/tables/*.json, marked "modelled", with one path per shape and number of tokens. A table measured by `paredown tune`
+or kernels/benchmark.py takes precedence.
 """
 
 import argparse
@@ -35,7 +36,7 @@ DEVICES = {
     "h200": Device("NVIDIA H200", 90, 4.8e12, 989e12, 29.6e12),
 }
 SHAPES = [(1024, 4096), (4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (2048, 2048)]
-# thread instructions per weight (python -m paredown.kernels.aot), with 64 tokens where they grow with tokens
+# thread instructions per weight, as counted by python -m paredown.kernels.aot; of mma.sp by number of tokens
 MMA, EXPAND, BITMAP = {8: 0.9, 16: 1.4, 32: 2.3, 64: 3.5}, 5.3, 12.4
 
 
@@ -43,7 +44,10 @@ def seconds(
     device: Device, weights: int, tokens: int, sizes: tuple[int, int], bits: float, *,
     instructions: float = 0.0, sparse: bool = False, launches: int = 1,
 ) -> float:  # fmt: skip
-    """`weights` of `bits` bits each, read once, times `tokens` tokens of sizes (out, in)."""
+    """The time of a product of `tokens` tokens with a weight of `weights` numbers, `bits` bits each, that is read once.
+
+    sizes: (out, in). instructions: per weight and thread. sparse: the tensor cores skip half of the operations.
+    """
     read = weights * bits / 8 + 2 * tokens * sum(sizes)
     operations = 2 * tokens * weights / (2 if sparse else 1)
     return launches * LAUNCH + max(
@@ -54,11 +58,12 @@ def seconds(
 
 
 def dense(device: Device, tokens: int, shape: tuple[int, int]) -> float:
+    """Seconds of the dense product with a 16-bit weight."""
     return seconds(device, shape[0] * shape[1], tokens, shape, 16)
 
 
 def paths(device: Device, op: str, tokens: int, shape: tuple[int, int]) -> Iterator[tuple[float, str, dict[str, int]]]:
-    """(seconds, path, tile) of everything that runs an op at these sizes. Factors: half of the parameters."""
+    """(seconds, path, tile) of all paths for an op. Low-rank weights are assumed to have half of the parameters."""
     weights = shape[0] * shape[1]
     turns = -(-tokens // 64)
     if op in ("sparse24", "sparse24_lowrank"):
@@ -70,29 +75,30 @@ def paths(device: Device, op: str, tokens: int, shape: tuple[int, int]) -> Itera
             yield seconds(device, weights, tokens, shape, 9, instructions=per_weight, sparse=True), "mma", tile
         wide = {"rows": 64, "tokens": min(64, max(16, 1 << (tokens - 1).bit_length()))}
         yield turns * seconds(device, weights, min(tokens, 64), shape, 9, instructions=EXPAND), "portable", wide
-        yield _written_first(device, tokens, shape, 9), "dense", {}
+        yield _dense_after_unpacking(device, tokens, shape, 9), "dense", {}
     elif op == "bitmap":
         yield turns * seconds(device, weights, min(tokens, 64), shape, 9, instructions=BITMAP), "portable", {}
-        yield _written_first(device, tokens, shape, 9), "dense", {}
+        yield _dense_after_unpacking(device, tokens, shape, 9), "dense", {}
     else:
         time = seconds(device, weights // 2, tokens, shape, 16, launches=2)
-        # with a dependent launch the second kernel begins before the first one ends
+        # with a dependent launch the second kernel starts before the first one ends
         yield time - (LAUNCH / 2 if device.arch >= 90 else 0) if tokens <= 64 else 2 * time, "portable", {}
         yield time, "torch", {}
 
 
-def _written_first(device: Device, tokens: int, shape: tuple[int, int], bits: float) -> float:
-    """The dense weight is written to memory, and multiplied with."""
+def _dense_after_unpacking(device: Device, tokens: int, shape: tuple[int, int], bits: float) -> float:
+    """Seconds to write the dense weight to memory and then multiply with it."""
     weights = shape[0] * shape[1]
     return seconds(device, weights, 0, shape, bits + 16) + dense(device, tokens, shape)
 
 
 def table(device: Device) -> DispatchTable:
+    """The modelled table: for each op, shape and number of tokens the path with the shortest time."""
     choices = []
     for op in ("sparse24", "sparse24_lowrank", "bitmap", "lowrank", "pifa", "cur"):
         for shape in SHAPES:
             for tokens in BUCKETS:
-                _, path, tile = min(paths(device, op, tokens, shape), key=lambda one: one[0])
+                _, path, tile = min(paths(device, op, tokens, shape), key=lambda candidate: candidate[0])
                 choices.append(Choice(op, *shape, tokens, path, tile))
     return DispatchTable(device.name, device.arch, "modelled", tuple(choices))
 
@@ -100,20 +106,20 @@ def table(device: Device) -> DispatchTable:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
-    chosen = parser.parse_args()
+    options = parser.parse_args()
     for file, device in DEVICES.items():
         affordable = device.issue / (device.bandwidth / (9 / 8))  # at 9 bits a weight and full bandwidth
         print(f"{device.name}: {affordable:.1f} instructions per weight and thread; tokens: dense time / ours")
         for shape in SHAPES:
             ratios = []
             for tokens in (1, 16, 64, 1024):
-                of = {op: min(paths(device, op, tokens, shape))[0] for op in ("sparse24", "lowrank")}
+                times = {op: min(paths(device, op, tokens, shape))[0] for op in ("sparse24", "lowrank")}
                 ratios.append(
                     f"{tokens}: "
-                    + ", ".join(f"{op} {dense(device, tokens, shape) / time:.2f}x" for op, time in of.items())
+                    + ", ".join(f"{op} {dense(device, tokens, shape) / time:.2f}x" for op, time in times.items())
                 )
             print(f"  {shape[0]:>6} x {shape[1]:<6}", " | ".join(ratios))
-        if chosen.write:
+        if options.write:
             (Path(__file__).parent / "tables" / f"{file}.json").write_text(table(device).to_json())
 
 

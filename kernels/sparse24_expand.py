@@ -1,6 +1,6 @@
-"""2:4 products on any device that Triton knows: weights are expanded in registers and multiplied as dense tiles.
+"""2:4 products on any device that Triton supports: weights are expanded in registers and multiplied as dense tiles.
 
-Also `decompress`, for products of so many tokens that a dense product pays for writing the dense weight first.
+Also `decompress`: with many tokens it is faster to write the dense weight first and multiply with that.
 """
 
 import torch
@@ -15,8 +15,8 @@ from paredown.kernels.primitives import INTERPRETED, dot
 def dense_tile(
     values_ptr, indices_ptr, row, block, columns, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr
 ):
-    """The bits (ROWS, 64 BLOCKS), int16, of the rows `row` (ROWS,) from the 64-column block `block` on.
-    0 past the last column, which is there only if not EVEN."""
+    """The dense weights (ROWS, 64 BLOCKS), as int16 bits, of the rows `row` (ROWS,), from the 64-column block `block` on.
+    EVEN: all of these columns exist; otherwise columns beyond the last are 0."""
     n = row.to(tl.int64)[:, None, None]
     b = block + tl.arange(0, BLOCKS)[None, :, None]
     t = tl.arange(0, 4)[None, None, :]
@@ -28,7 +28,7 @@ def dense_tile(
         group = 16 * b + 4 * j + t
         pairs = values_ptr + n * (columns // 4) + group
         two = tl.load(pairs, eviction_policy="evict_first") if EVEN else tl.load(pairs, group < columns // 4, other=0)
-        # in 64 bits, four columns, either value moves to its place: 16 times its column
+        # the four columns of a group in 64 bits: each of its two values is shifted by 16 times its column
         place0 = ((word << 4) >> (4 * j)) & 48
         place1 = ((word << 2) >> (4 * j)) & 48
         four = ((two & 0xFFFF).to(tl.int64) << place0) | (((two >> 16) & 0xFFFF).to(tl.int64) << place1)
@@ -49,7 +49,7 @@ def sparse24_expand(
 ):  # fmt: skip
     """x (tokens, columns), values (rows, columns / 4) as int32 pairs, indices as int16 words, y (tokens, rows).
     RANKED adds hidden @ left.T: left (rows, rank), hidden the sum of (splits, tokens, rank) float32.
-    EVEN: columns are divisible by 64 BLOCKS. Rows and tokens past the last are computed as the last, and not stored."""
+    EVEN: columns are divisible by 64 BLOCKS. Rows and tokens beyond the last repeat the last and are not stored."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     total = tl.zeros((ROWS, TOKENS), tl.float32)
@@ -81,7 +81,7 @@ def sparse24_expand(
 def sparse24_dense(
     values_ptr, indices_ptr, dense_ptr, rows, columns, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr
 ):
-    """Writes the bits of the dense weight (rows, columns), int16."""
+    """Write the dense weight (rows, columns) as int16 bits."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(1) * BLOCKS
     bits = dense_tile(values_ptr, indices_ptr, tl.minimum(row, rows - 1), block, columns, EVEN, ROWS, BLOCKS)
@@ -96,8 +96,8 @@ def matmul(
     *, rows: int = 64, tokens: int = 16, blocks: int = 2, warps: int = 4, stages: int = 1,
 ) -> None:  # fmt: skip
     """y = x @ weight.T + bias. x (tokens, in), values (out, in / 2), indices (out, index_bytes(in)), y (tokens, out);
-    all contiguous, x and values float16 or bfloat16. `lowrank`: left (out, rank) and x @ right.T as float32 partial
-    sums (splits, tokens, rank), whose product is added. Tile: `rows` x 64 `blocks` of the weight, `tokens` of x."""
+    all contiguous, x and values float16 or bfloat16. `lowrank`: left (out, rank), and x @ right.T as float32 partial
+    sums (splits, tokens, rank); their product is added to y. Tile: `rows` x 64 `blocks` of the weight, `tokens` of x."""
     count, columns = x.shape
     left, hidden = lowrank or (y, y)
     sparse24_expand[(triton.cdiv(y.shape[1], rows), triton.cdiv(count, tokens))](
@@ -111,7 +111,8 @@ def matmul(
 def decompress(
     values: Tensor, indices: Tensor, dense: Tensor, *, rows: int = 16, blocks: int = 4, warps: int = 4
 ) -> None:
-    """Fills `dense` (out, in), bit for bit, +0.0 where nothing is kept. All contiguous, 16-bit values."""
+    """Write the dense weight to `dense` (out, in), bit for bit, with +0.0 for weights that were not kept. values (out, in /
+    2), of 16 bits; indices (out, index_bytes(in)); all contiguous."""
     out, columns = dense.shape
     sparse24_dense[(triton.cdiv(out, rows), triton.cdiv(columns, 64 * blocks))](
         values.view(torch.int32), indices.view(torch.int16), dense.view(torch.int16), out, columns,

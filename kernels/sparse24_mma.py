@@ -1,11 +1,13 @@
-"""2:4 products for few tokens on NVIDIA's sparse tensor cores: `mma.sp`, reached from plain Triton by inline assembly.
+"""2:4 products for few tokens on NVIDIA's sparse tensor cores: `mma.sp`, called from plain Triton by inline assembly.
 
-The kernel reads a packed weight as it lies in the checkpoint. A warp takes 16 rows and 64 columns of the weight at a
-time: lane `l` holds of the rows `l // 4` and `l // 4 + 8` the 16 bytes with groups `4 t .. 4 t + 3`, `t = l % 4`, of
-the 16 groups there, and feeds them to two `m16n8k32` steps. Step s multiplies, as its group q < 4, group `4 q + 2 s`,
-and as q >= 4 group `4 (q - 4) + 2 s + 1`: any order will do, as long as activations and indices follow it. So lane
-`2 s + h` supplies the indices of groups `2 s + h, 4 + .., 8 + .., 12 + ..` for both rows, one nibble each.
-The weight is the 16-row operand and the tokens are the 8 columns, so that 1 to 8 tokens cost one instruction.
+The kernel reads a packed weight exactly as it is stored in the checkpoint. A warp takes 16 rows and 64 columns of the weight
+at a time, which are 16 groups per row. Lane `l`, with `t = l % 4`, loads the 16 bytes with groups `4 t .. 4 t + 3` of two
+rows, `l // 4` and `l // 4 + 8`, and passes them to two `m16n8k32` steps. In step s, the group that the instruction calls
+q is our group `4 q + 2 s` for q < 4, and `4 (q - 4) + 2 s + 1` for q >= 4: any order is correct, as long as activations
+and indices follow it. With this one, lane `2 s + h` supplies the indices of groups `2 s + h, 4 + .., 8 + .., 12 + ..` for
+both rows, one nibble each.
+
+The weight is the operand with 16 rows and the tokens are the 8 columns, so that 1 to 8 tokens take one instruction.
 The warps of a program split the columns, and their sums are added in a fixed order.
 
 Source of the fragment layouts: PTX ISA, "Matrix fragments for sparse mma.m16n8k32 with .f16/.bf16 types".
@@ -23,8 +25,9 @@ from torch import Tensor
 
 @cache
 def mma_sp(dtype: str) -> str:
-    """Two `mma.sp` steps over 64 columns. Operands: 4 sums, 4 + 4 registers of weights, 4 + 4 of tokens, the sums
-    again, and the word of indices 4 times (Triton hands over 4 registers of everything; one is read)."""
+    """Assembly of two `mma.sp` steps over 64 columns; dtype "f16" or "bf16". Operands: 4 sums, 4 + 4 registers of weights,
+    4 + 4 of tokens, the sums again, and the word of indices 4 times (Triton passes 4 registers of each operand; one of
+    these is read)."""
     step = f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{dtype}.{dtype}.f32 {{$0,$1,$2,$3}},"
     return (
         f"{step}{{$4,$8,$5,$9}},{{$12,$13,$14,$15}},{{$20,$21,$22,$23}},$24,0x0;"
@@ -34,20 +37,20 @@ def mma_sp(dtype: str) -> str:
 
 @cache
 def mma(dtype: str) -> str:
-    """Two dense `m16n8k16` steps over 32 columns, of which a lane holds 8 neighbours. Operands as for `mma_sp`: 4 sums,
-    4 + 4 registers of weights, 4 of tokens, the sums again."""
+    """Assembly of two dense `m16n8k16` steps over 32 columns, of which a lane holds 8 neighbours. Operands: 4 sums, 4 + 4
+    registers of weights, 4 of tokens, the sums again."""
     step = f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 {{$0,$1,$2,$3}},"
     return f"{step}{{$4,$8,$5,$9}},{{$12,$13}},{{$16,$17,$18,$19}};{step}{{$6,$10,$7,$11}},{{$14,$15}},{{$0,$1,$2,$3}};"
 
 
-# the outputs are written before the second step has read its operands: they must not share registers
+# the first step writes the outputs before the second step reads its operands: the two must not share registers
 CONSTRAINTS = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 16 + ["f"] * 4 + ["r"] * 4))
 DENSE_CONSTRAINTS = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 12 + ["f"] * 4))
 
 
 @triton.jit
 def _rounded_bits(number, BF16: tl.constexpr):
-    """The 16 bits, in an int32, of float32 numbers rounded to nearest even (the interpreter's own cast truncates)."""
+    """float32 numbers rounded to nearest even, as 16 bits in an int32 (the interpreter's own cast truncates)."""
     if BF16:
         bits = number.to(tl.int32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
@@ -57,7 +60,7 @@ def _rounded_bits(number, BF16: tl.constexpr):
 
 @triton.jit
 def _hidden_pair(hidden_ptr, splits, size, place, inside, BF16: tl.constexpr):
-    """Elements `place` and `place + 1` of the partial sums, added up, rounded and packed."""
+    """Elements `place` and `place + 1` of `x @ right.T`: partial sums added, rounded, and packed into one int32."""
     even = tl.load(hidden_ptr + place, inside, other=0)
     odd = tl.load(hidden_ptr + place + 1, inside, other=0)
     for split in range(1, splits):
@@ -74,7 +77,7 @@ def sparse24_mma(
     ROW_TILES: tl.constexpr, TOKEN_TILES: tl.constexpr, WARPS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """x (tokens, columns) and values (rows, columns / 2) as int32 pairs, indices (rows, ceil(columns / 64) * 8) as int16;
-    EVEN: columns are divisible by 64 WARPS; y (tokens, rows). A program makes 16 ROW_TILES rows of 8 TOKEN_TILES tokens.
+    EVEN: columns are divisible by 64 WARPS; y (tokens, rows). A program computes 16 ROW_TILES rows for 8 TOKEN_TILES tokens.
     RANKED adds hidden @ left.T: left (rows, rank) as int32 pairs, hidden the sum of (splits, tokens, rank) float32."""
     thread = tl.arange(0, 32 * WARPS)[:, None].to(tl.int64)
     slot = tl.arange(0, 4)[None, :].to(tl.int64)
@@ -84,7 +87,7 @@ def sparse24_mma(
     blocks = tl.cdiv(columns, 64)
     # register `slot` of lane t: columns t % 2 of group slot // 2 (+ 2 in the second step) of chunk 2 (slot % 2) + t // 2
     pair = 8 * (lane // 2) + lane % 2 + 16 * (slot % 2) + 2 * (slot // 2)  # in units of two columns
-    chunk = 4 * lane + slot  # in units of a group's two values
+    chunk = 4 * lane + slot  # in units of one group, which are two values
     sums = ()
     for _ in tl.static_range(ROW_TILES * TOKEN_TILES):
         sums += (tl.zeros((32 * WARPS, 4), tl.float32),)
@@ -92,7 +95,7 @@ def sparse24_mma(
         k = block + warp
         xs = ()
         for t in tl.static_range(TOKEN_TILES):
-            token = tl.minimum(first_token + 8 * t + group, tokens - 1)  # tokens past the last, too
+            token = tl.minimum(first_token + 8 * t + group, tokens - 1)  # tokens beyond the last repeat it
             x = x_ptr + token * (columns // 2) + 32 * k + pair
             if EVEN:
                 xs += (tl.load(x), tl.load(x + 4))
@@ -101,7 +104,7 @@ def sparse24_mma(
                 xs += (tl.load(x, here, other=0), tl.load(x + 4, 32 * k + pair + 4 < columns // 2, other=0))
         new = ()
         for r in tl.static_range(ROW_TILES):
-            upper = tl.minimum(first + 16 * r + group, rows - 1)  # rows past the last are computed and not stored
+            upper = tl.minimum(first + 16 * r + group, rows - 1)  # rows beyond the last repeat it and are not stored
             lower = tl.minimum(first + 16 * r + group + 8, rows - 1)
             v0 = values_ptr + upper * (columns // 4) + 16 * k + chunk
             v1 = values_ptr + lower * (columns // 4) + 16 * k + chunk
@@ -169,9 +172,9 @@ def matmul(
     *, row_tiles: int = 1, warps: int = 8, unroll: int = 4,
 ) -> Any:  # fmt: skip
     """y = x @ weight.T + bias. x (tokens, in), values (out, in / 2), indices (out, index_bytes(in)), y (tokens, out);
-    all contiguous, x and values float16 or bfloat16. Made for at most 64 tokens; more are taken 64 at a time.
-    `lowrank`: left (out, rank), rank even, and x @ right.T as float32 partial sums (splits, tokens, rank), whose
-    product is added. Returns the compiled kernel, for `layout_fault`."""
+    all contiguous, x and values float16 or bfloat16. Meant for at most 64 tokens; more are processed 64 at a time.
+    `lowrank`: left (out, rank) with an even rank, and x @ right.T as float32 partial sums (splits, tokens, rank); their
+    product is added to y. Returns the compiled kernel, for `layout_fault`; None under Triton's interpreter."""
     tokens, columns = x.shape
     left, hidden = (lowrank[0].view(torch.int32), lowrank[1]) if lowrank else (y, y)
     dtype = "bf16" if x.dtype == torch.bfloat16 else "f16"
@@ -187,16 +190,16 @@ def matmul(
 
 
 def layout_fault(ttgir: str) -> str | None:
-    """What is wrong with the registers that a compiled kernel hands to `mma.sp`, or None.
+    """What is wrong with the register layout of a compiled kernel, or None. ttgir: Triton's GPU code of the kernel.
 
-    Triton promises no layout: a lane must hold the 4 elements of its row, in order, of each operand. Checked where the
-    kernel is compiled (python -m paredown.kernels.aot) and before its first result is used.
+    `mma.sp` needs each lane to hold, in order, the 4 elements of its row of every operand. Triton does not guarantee any
+    layout, so it is checked by python -m paredown.kernels.aot, and before the first result of a kernel is used.
     """
     layouts = dict(re.findall(r"(#\w+) = (#ttg\.blocked<\{.*?\}>)", ttgir))
     used = re.findall(r"elementwise_inline_asm.*?-> tensor<\d+x4xf32, (#\w+)>", ttgir)
-    # 1, 2 or 4 elements at a time make the same registers: a row's 4 are never spread over lanes or warps
+    # with 1, 2 or 4 elements at a time the registers are the same: the 4 of a row never spread over lanes or warps
     row_per_lane = r"sizePerThread = \[1, [124]\], threadsPerWarp = \[32, 1\], warpsPerCTA = \[\d+, 1\]"
     if not used:
         return "no mma.sp in it"
-    odd = [layouts.get(name, name) for name in used if not re.search(row_per_lane, layouts.get(name, ""))]
-    return f"mma.sp works on {odd[0]}" if odd else None
+    wrong = [layouts.get(name, name) for name in used if not re.search(row_per_lane, layouts.get(name, ""))]
+    return f"mma.sp works on {wrong[0]}" if wrong else None

@@ -1,9 +1,9 @@
-"""How long a call takes: the median of repeats with the smallest and the largest, several calls measured in turn.
+"""How long calls take: the median over repeats, with the smallest and the largest. Several calls take turns.
 
-On CUDA a call is captured into a graph, so that the GPU's work is timed and not Python's; before each repeat a buffer
-larger than the L2 cache is written, because the weights of a model that decodes come from memory; and time is what
-passes between two CUDA events, which the launch of a graph is a part of (a few microseconds, for every call alike).
-On a CPU it is `time.perf_counter`, and caches are as the calls leave them.
+On CUDA each call is captured into a graph, so that the work of the GPU is timed and not that of Python. Before each repeat
+a buffer larger than the L2 cache is written, because a model that decodes reads its weights from memory. The time is that
+between two CUDA events; it includes the launch of the graph, a few microseconds that are the same for every call.
+On a CPU the time is that of `time.perf_counter`, and the caches hold whatever the calls left in them.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,14 +13,14 @@ from time import perf_counter
 
 import torch
 
-WARM_UP = 3  # calls before the first that counts: lazy initialisation, compilation, choice of algorithms
+WARM_UP = 3  # untimed calls at the start: lazy initialisation, compilation, choice of algorithms
 
 Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds. `graph` says whether a CUDA graph was timed, or the call as Python launches it."""
+    """Median, smallest and largest time in seconds. `graph`: a CUDA graph was timed, and not the call from Python."""
 
     median: float
     low: float
@@ -32,16 +32,14 @@ class Timing:
         return cls(median(seconds), min(seconds), max(seconds), graph)
 
 
-def median_seconds(call: Call, device: torch.device, repeats: int = 20) -> Timing:
-    """The time of one call. It must not depend on being called only once."""
-    return interleaved({"": call}, device, repeats)[""]
+def interleaved(
+    calls: Mapping[str, Call], device: torch.device, repeats: int = 20, clock: Callable[[], float] = perf_counter
+) -> dict[str, Timing]:
+    """The time of each call. The calls take turns, so that other load on the machine slows all of them alike.
 
-
-def interleaved(calls: Mapping[str, Call], device: torch.device, repeats: int = 20) -> dict[str, Timing]:
-    """The time of each call, one of each in turn: what the machine does meanwhile then falls on all of them alike.
-
-    If one of them cannot be captured into a CUDA graph, none of them is timed as a graph. Raises ValueError for fewer
-    than one repeat.
+    A call runs more than `repeats` times, and every run must do the same work. If one of the calls cannot be captured into
+    a CUDA graph, none is timed as a graph. `clock` returns seconds and is read on a CPU only; on CUDA, events are.
+    Raises ValueError for fewer than one repeat.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, not {repeats}")
@@ -55,42 +53,45 @@ def interleaved(calls: Mapping[str, Call], device: torch.device, repeats: int = 
                 call()
         for repeat in range(repeats):
             for name in in_turn(calls, repeat):
-                began = perf_counter()
+                start = clock()
                 calls[name]()
-                seconds[name].append(perf_counter() - began)
-    return {name: Timing.of(measured) for name, measured in seconds.items()}
+                seconds[name].append(clock() - start)
+    return {name: Timing.of(times) for name, times in seconds.items()}
 
 
 def in_turn(names: Iterable[str], repeat: int) -> list[str]:
-    """The order of one repeat: forwards and backwards in turn, so that none always follows the same one."""
+    """The order of calls in one repeat: forwards if `repeat` is even, else backwards. So none always follows the same."""
     return list(names)[:: 1 if repeat % 2 == 0 else -1]
 
 
 def _on_cuda(calls: Mapping[str, Call], device: torch.device, repeats: int) -> dict[str, Timing]:
     graphs = captured(calls)
     launches = calls if graphs is None else {name: graph.replay for name, graph in graphs.items()}
-    flush = torch.empty(_flush_bytes(device), dtype=torch.uint8, device=device)
+    flush = torch.empty(max(2 * l2_bytes(device), 1 << 26), dtype=torch.uint8, device=device)
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     for launch in launches.values():
         launch()
     torch.cuda.synchronize(device)
     for repeat in range(repeats):
         for name in in_turn(calls, repeat):
-            began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            flush.zero_()  # takes the GPU longer than the CPU needs to queue what follows
-            began.record()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            flush.zero_()  # keeps the GPU busy until the CPU has queued the launch below
+            start.record()
             launches[name]()
-            ended.record()
-            events[name].append((began, ended))
+            end.record()
+            events[name].append((start, end))
         torch.cuda.synchronize(device)
     return {
-        name: Timing.of([began.elapsed_time(ended) / 1000 for began, ended in pairs], graphs is not None)
+        name: Timing.of([start.elapsed_time(end) / 1000 for start, end in pairs], graphs is not None)
         for name, pairs in events.items()
     }
 
 
 def captured(calls: Mapping[str, Call]) -> dict[str, torch.cuda.CUDAGraph] | None:
-    """A CUDA graph of each call on the current device, after a warm-up on a stream of its own; None if one fails."""
+    """A CUDA graph of each call, on the current device; None if one of them cannot be captured.
+
+    Each call first runs WARM_UP times, on a separate stream.
+    """
     current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -105,13 +106,14 @@ def captured(calls: Mapping[str, Call]) -> dict[str, torch.cuda.CUDAGraph] | Non
         try:
             with torch.cuda.graph(graph, stream=stream):
                 call()
-        except Exception:  # whatever a call does that a graph cannot hold; run eagerly, a real fault shows again
-            torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
+        except Exception:  # the call cannot be captured; if it is simply wrong, it fails again when it is run directly
+            torch.cuda.set_stream(current)  # a failed capture does not restore the stream
             torch.cuda.synchronize()
             return None
         graphs[name] = graph
     return graphs
 
 
-def _flush_bytes(device: torch.device) -> int:
-    return max(2 * int(torch.cuda.get_device_properties(device).L2_cache_size), 1 << 26)
+def l2_bytes(device: torch.device) -> int:
+    """The size of a GPU's L2 cache; 0 for a CPU."""
+    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0

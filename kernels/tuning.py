@@ -1,18 +1,18 @@
-"""Measure which path and tile is fastest for a product on this GPU, beside the dense product; make its table.
+"""Measure which path and tile is fastest for a product on this GPU, compare it with the dense product, write a table.
 
-The dense product is cuBLAS (rocBLAS) on the same pruned weight. Weights take turns, so many that a repeat finds none of
-them in the L2 cache; a repeat is one CUDA graph that multiplies with each of them once.
+The dense product is cuBLAS (rocBLAS) with the same pruned weight. Several copies of the weight take turns: so many that
+the next repeat does not find a copy in the L2 cache. A repeat is one CUDA graph that multiplies with each copy once.
 """
 
+import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
-from itertools import product
 from multiprocessing import get_context
 from typing import Any
 
@@ -25,15 +25,20 @@ from paredown.kernels import lowrank as lowranks
 from paredown.kernels import paths
 from paredown.kernels import sparse24 as sparse24s
 from paredown.kernels.dispatch import BUCKETS, Choice, DispatchTable, arch_of
-from paredown.kernels.timing import Timing, interleaved
+from paredown.kernels.timing import Call, Timing, interleaved, l2_bytes
 
-DECODE = 64  # tokens up to which kernels that read packed weights are tried
-WRONG = 0.03  # relative error; that of a chain of three products in bfloat16 is below 0.01
+DECODE = 64  # kernels that read packed weights are tried up to this number of tokens
+WRONG = 0.03  # relative error of a wrong result; three products in a row in bfloat16 stay below 0.01
+
+Timer = Callable[[Mapping[str, Call], int], Mapping[str, Timing]]  # calls by name, repeats -> times by name
 
 
 @dataclass(frozen=True, order=True)
 class Product:
-    """A weight (rows, columns) of an op of `paths.PATHS`; `rank` where it has one, `density` of a bitmap."""
+    """A product with a weight (rows, columns). `op` is a key of `paths.PATHS`.
+
+    `rank`: of the factors, in the ops that have them. `density`: the share of weights that a bitmap keeps.
+    """
 
     op: str
     rows: int
@@ -43,25 +48,29 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
+    """The fastest choice, its time and the time of the dense product. Times are those of one product."""
+
     choice: Choice
     time: Timing
     dense: Timing
 
 
-def candidates(op: str, tokens: int, device: torch.device) -> Iterator[tuple[str, dict[str, int]]]:
-    """Every path and tile worth timing. Some may not run here."""
+def candidates(op: str, tokens: int, arch: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """Every path and tile worth timing on an architecture (`dispatch.arch_of`). Some may not run on this device."""
     if op in ("sparse24", "sparse24_lowrank"):
-        has_mma = arch_of(device) >= 80 and tokens <= DECODE
+        has_mma = arch >= 80 and tokens <= DECODE
         if has_mma:
             token_tiles = _power(math.ceil(tokens / 8))
-            for row_tiles, warps, unroll in product((1, 2, 4), (4, 8, 16), (1, 2, 4)):
-                # sums, what is loaded ahead, and addresses: fitted to what ptxas takes, so that nothing spills
+            for row_tiles, warps, unroll in itertools.product((1, 2, 4), (4, 8, 16), (1, 2, 4)):
+                # registers for sums, prefetched operands and addresses: fitted to what ptxas reports, to avoid spills
                 registers = 4 * row_tiles * token_tiles + unroll * (8 * token_tiles + 9 * row_tiles) + 56
                 if registers <= min(255, 2048 // warps) and row_tiles * unroll <= 8:
                     yield "mma", {"row_tiles": row_tiles, "warps": warps, "unroll": unroll}
-        # where mma.sp is there, the portable kernel rarely wins: two tiles tell
-        for rows, warps, stages in ((64, 4, 1), (64, 8, 2)) if has_mma else product((32, 64, 128), (4, 8), (1, 2)):
+        # the portable kernel rarely beats mma.sp: two tiles are enough to find out
+        for rows, warps, stages in (
+            ((64, 4, 1), (64, 8, 2)) if has_mma else itertools.product((32, 64, 128), (4, 8), (1, 2))
+        ):
             yield (
                 "portable",
                 {"rows": rows, "tokens": min(64, max(16, _power(tokens))), "warps": warps, "stages": stages},
@@ -71,105 +80,121 @@ def candidates(op: str, tokens: int, device: torch.device) -> Iterator[tuple[str
             yield "cusparselt", {}
     elif op == "bitmap":
         if tokens <= DECODE:
-            for octets, warps in ((2, 8), (2, 16), *(((4, 4), (4, 8)) if tokens <= 8 else ())):  # others spill
+            for octets, warps in ((2, 8), (2, 16), *(((4, 4), (4, 8)) if tokens <= 8 else ())):  # other tiles spill
                 yield "portable", {"row_octets": octets, "warps": warps}
         yield "dense", {}
     else:
         if tokens <= DECODE:
-            for rows, splits, warps, stages in product((32, 64), (1, 2, 4, 8), (4, 8), (3, 4)):
+            for rows, splits, warps, stages in itertools.product((32, 64), (1, 2, 4, 8), (4, 8), (3, 4)):
                 if splits * max(16, _power(tokens)) <= 256:
                     yield "portable", {"up_rows": rows, "splits": splits, "warps": warps, "stages": stages}
         yield "torch", {}
 
 
 @torch.no_grad()
-def best(wanted: Product, tokens: int, device: torch.device, dtype: torch.dtype, repeats: int = 20) -> Measured:
-    """The fastest candidate: all are timed briefly, the best three again beside the dense product."""
-    weights = _weights(wanted, device, dtype)
-    x = torch.randn(tokens, wanted.columns, device=device, dtype=dtype)
+def best(product: Product, tokens: int, device: torch.device, dtype: torch.dtype, repeats: int = 20) -> Measurement:
+    """The fastest candidate for this product with `tokens` tokens, and how it compares with the dense product."""
+    weights = _copies(product, device, dtype)
+    x = torch.randn(tokens, product.columns, device=device, dtype=dtype)
     exact = F.linear(x.float(), weights[-1][1].float())
-    calls: dict[tuple[str, tuple[tuple[str, int], ...]], Callable[[], object]] = {}
-    for path, tile in candidates(wanted.op, tokens, device):
-        choice = Choice(wanted.op, wanted.rows, wanted.columns, tokens, path, tile)
-        call = _calls(choice, x, [tensors for tensors, _ in weights])
-        if _is_right(choice, call, exact):
-            calls[path, tuple(sorted(tile.items()))] = call
-    brief = {key: interleaved({"": call}, device, 3)[""].median for key, call in calls.items()}
-    finalists = sorted(brief, key=lambda key: brief[key])[:3]
+    trials = list(_trials(product, x, [tensors for tensors, _ in weights], exact))
 
     def dense() -> None:
         for _, weight in weights:
             F.linear(x, weight)
 
-    timed = interleaved({"dense": dense, **{str(i): calls[key] for i, key in enumerate(finalists)}}, device, repeats)
-    winner = min(range(len(finalists)), key=lambda i: timed[str(i)].median)
-    path, items = finalists[winner]
-    ratio = timed["dense"].median / timed[str(winner)].median
-    choice = Choice(wanted.op, wanted.rows, wanted.columns, tokens, path, dict(items), round(ratio, 3))
-    return Measured(choice, *(_each(timed[name], len(weights)) for name in (str(winner), "dense")))
+    return fastest(trials, dense, len(weights), repeats, lambda calls, repeats: interleaved(calls, device, repeats))
+
+
+def fastest(
+    trials: Sequence[tuple[Choice, Call]], dense: Call, products: int, repeats: int, timer: Timer
+) -> Measurement:
+    """The fastest of `trials`: each is timed 3 times alone, then the best three `repeats` times, in turn with `dense`.
+
+    `products`: how many products one call computes.
+    """
+    medians = [timer({"": call}, 3)[""].median for _, call in trials]
+    finalists = [trials[i] for i in sorted(range(len(trials)), key=lambda i: medians[i])[:3]]
+    times = timer({"dense": dense, **{str(i): call for i, (_, call) in enumerate(finalists)}}, repeats)
+    winner = min(range(len(finalists)), key=lambda i: times[str(i)].median)
+    choice, time = finalists[winner][0], times[str(winner)]
+    ratio = round(times["dense"].median / time.median, 3)
+    choice = replace(choice, tile=dict(sorted(choice.tile.items())), ratio=ratio)
+    return Measurement(choice, _per_product(time, products), _per_product(times["dense"], products))
 
 
 def compile_ahead(work: Iterable[tuple[Product, int]], device: torch.device, dtype: torch.dtype) -> None:
-    """Compile what `best` will time for these products and tokens, on all cores; Triton keeps it on disk.
+    """Compile, on all cores, the kernels that `best` will time for these products and tokens; Triton caches them on disk.
 
-    One shape stands for all of its op: most variants are the same. What fails here shows again where it is timed.
+    Only one shape of each op is compiled: most of its variants serve all shapes. Errors are ignored: `best` meets them
+    again.
     """
-    cases = {(one.op, tokens): (one, tokens, device, dtype) for one, tokens in work}
+    cases = {(product.op, tokens): (product, tokens, device, dtype) for product, tokens in work}
     jobs = min(8, os.cpu_count() or 1, len(cases))
     with suppress(Exception), ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for waiting in [pool.submit(_run_candidates, *case) for case in cases.values()]:
-            waiting.result()
+        for future in [pool.submit(_run_candidates, *case) for case in cases.values()]:
+            future.result()
 
 
 @torch.no_grad()
-def _run_candidates(wanted: Product, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
-    tensors, dense = random_product(wanted, device, dtype)
-    x = torch.randn(tokens, wanted.columns, device=device, dtype=dtype)
+def _run_candidates(product: Product, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+    tensors, dense = random_product(product, device, dtype)
+    x = torch.randn(tokens, product.columns, device=device, dtype=dtype)
     exact = F.linear(x.float(), dense.float())
     warnings.simplefilter("ignore")
-    for path, tile in candidates(wanted.op, tokens, device):
-        choice = Choice(wanted.op, wanted.rows, wanted.columns, tokens, path, tile)
-        _is_right(choice, _calls(choice, x, [tensors]), exact)
+    for _ in _trials(product, x, [tensors], exact):
+        pass
+
+
+def _trials(
+    product: Product, x: Tensor, weights: list[tuple[Any, ...]], exact: Tensor
+) -> Iterator[tuple[Choice, Callable[[], Tensor]]]:
+    """The candidates that run on the device of x and are right, each with its call."""
+    for path, tile in candidates(product.op, len(x), arch_of(x.device)):
+        choice = Choice(product.op, product.rows, product.columns, len(x), path, tile)
+        call = _call(choice, x, weights)
+        if is_right(choice, call, exact):
+            yield choice, call
 
 
 def tune(
-    wanted: Iterable[Product], device: torch.device, dtype: torch.dtype, buckets: Sequence[int] = BUCKETS,
+    products: Iterable[Product], device: torch.device, dtype: torch.dtype, buckets: Sequence[int] = BUCKETS,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> DispatchTable:  # fmt: skip
-    """A measured table of this device for these products."""
+    """A measured table of this device for these products. `progress` is called with the steps done and their number."""
     import triton
 
-    work = [(one, tokens) for one in sorted(set(wanted)) for tokens in buckets]
+    work = [(product, tokens) for product in sorted(set(products)) for tokens in buckets]
     progress(0, len(work))
     compile_ahead(work, device, dtype)
     choices = []
-    for done, (one, tokens) in enumerate(work, start=1):
-        choices.append(best(one, tokens, device, dtype).choice)
+    for done, (product, tokens) in enumerate(work, start=1):
+        choices.append(best(product, tokens, device, dtype).choice)
         progress(done, len(work))
     versions = {"torch": str(torch.__version__), "triton": str(triton.__version__)}
     name = torch.cuda.get_device_name(device)
     return DispatchTable(name, arch_of(device), "measured", tuple(choices), versions, date.today().isoformat())
 
 
-def random_product(wanted: Product, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], Tensor]:
-    """The op's tensors of a random weight, as `paths.PATHS` takes them, and the dense weight."""
-    rows, columns, rank = wanted.rows, wanted.columns, wanted.rank
+def random_product(product: Product, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], Tensor]:
+    """A random weight: the tensors that the function of `paths.PATHS` takes, and the dense weight (rows, columns)."""
+    rows, columns, rank = product.rows, product.columns, product.rank
     weight = (torch.randn(rows, columns, device=device) / columns**0.5).to(dtype)
     left = (torch.randn(rows, max(rank, 1), device=device) / max(rank, 1) ** 0.5).to(dtype)
     right = (torch.randn(max(rank, 1), columns, device=device) / columns**0.5).to(dtype)
-    if wanted.op in ("sparse24", "sparse24_lowrank"):
+    if product.op in ("sparse24", "sparse24_lowrank"):
         keep = torch.rand(rows, columns // 4, 4, device=device).argsort(-1).argsort(-1).lt(2).reshape(rows, columns)
         packed = sparse24s.pack24(weight, keep)
-        if wanted.op == "sparse24":
+        if product.op == "sparse24":
             return packed, weight * keep
         return (*packed, left, right), weight * keep + left @ right
-    if wanted.op == "bitmap":
-        keep = torch.rand(rows, columns, device=device) < wanted.density
+    if product.op == "bitmap":
+        keep = torch.rand(rows, columns, device=device) < product.density
         values, bitmap = bitmaps.pack_bitmap(weight, keep)
         return (values, bitmap, bitmaps.row_starts(bitmap)), weight * keep
-    if wanted.op == "lowrank":
+    if product.op == "lowrank":
         return (left, right, [rank], [rows]), lowranks.lowrank_dense(left, right)
-    if wanted.op == "pifa":
+    if product.op == "pifa":
         order = torch.randperm(rows, device=device).int()
         coefficients = left[rank:].clone()
         return (right, coefficients, order, [rank], [rows]), lowranks.pifa_dense(right, coefficients, order)
@@ -177,20 +202,22 @@ def random_product(wanted: Product, device: torch.device, dtype: torch.dtype) ->
     return (left, link, right), lowranks.cur_dense(left, link, right)
 
 
-def _weights(wanted: Product, device: torch.device, dtype: torch.dtype) -> list[tuple[tuple[Any, ...], Tensor]]:
-    """Copies of one weight, packed and dense: together four times the L2 cache and more, and so many that launching
-    their graph, which is timed with it, counts for little."""
-    tensors, dense = random_product(wanted, device, dtype)
+def _copies(product: Product, device: torch.device, dtype: torch.dtype) -> list[tuple[tuple[Any, ...], Tensor]]:
+    """8 to 64 copies of one weight, packed and dense: if 64 suffice, at least four times the L2 cache.
+
+    With this many, the launch of their graph, which is timed as well, counts for little.
+    """
+    tensors, dense = random_product(product, device, dtype)
     size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-    copies = max(8, math.ceil(4 * torch.cuda.get_device_properties(device).L2_cache_size / size))
+    copies = max(8, math.ceil(4 * l2_bytes(device) / size))
     return [
         (tuple(t.clone() if isinstance(t, Tensor) else t for t in tensors), dense.clone())
         for _ in range(min(copies, 64))
     ]
 
 
-def _calls(choice: Choice, x: Tensor, weights: list[tuple[Any, ...]]) -> Callable[[], Tensor]:
-    """Multiplies with each weight once and returns the last product."""
+def _call(choice: Choice, x: Tensor, weights: list[tuple[Any, ...]]) -> Callable[[], Tensor]:
+    """A call that multiplies x with each weight once and returns the last product."""
     y = x.new_empty(len(x), choice.rows)
 
     def call() -> Tensor:
@@ -201,9 +228,12 @@ def _calls(choice: Choice, x: Tensor, weights: list[tuple[Any, ...]]) -> Callabl
     return call
 
 
-def _is_right(choice: Choice, call: Callable[[], Tensor], exact: Tensor) -> bool:
-    """Whether a candidate runs here (a tile may need more shared memory than there is, a library or the compiler may
-    refuse it) and multiplies right: a table must not hold what is fast and wrong."""
+def is_right(choice: Choice, call: Callable[[], Tensor], exact: Tensor) -> bool:
+    """Whether a candidate runs on this device and its product is close to `exact`: no table may hold a wrong kernel.
+
+    A tile that needs more shared memory than the device has is left out silently. Other errors, and results with a
+    relative error of WRONG or more, give a warning.
+    """
     from triton.errors import TritonError
     from triton.runtime.errors import OutOfResources
 
@@ -211,17 +241,18 @@ def _is_right(choice: Choice, call: Callable[[], Tensor], exact: Tensor) -> bool
         error = float((call().float() - exact).norm() / exact.norm())
     except OutOfResources:
         return False
-    except (RuntimeError, TritonError) as fault:
-        warnings.warn(f"left out, because it fails here: {choice} ({fault})", stacklevel=2)
+    except (RuntimeError, TritonError) as failure:
+        warnings.warn(f"left out, because it fails here: {choice} ({failure})", stacklevel=2)
         return False
-    if not error < WRONG:  # nor if it is NaN
+    if not error < WRONG:  # also true for NaN
         warnings.warn(f"left out, because its result is wrong by {error:.1%}: {choice}", stacklevel=2)
     return error < WRONG
 
 
-def _each(time: Timing, count: int) -> Timing:
-    return Timing(time.median / count, time.low / count, time.high / count, time.graph)
+def _per_product(time: Timing, products: int) -> Timing:
+    return Timing(time.median / products, time.low / products, time.high / products, time.graph)
 
 
 def _power(tokens: int) -> int:
+    """The smallest power of 2 that is at least `tokens`."""
     return 1 << (tokens - 1).bit_length()

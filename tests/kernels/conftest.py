@@ -1,4 +1,4 @@
-"""What the interpreter lacks: inline assembly. An emulator of `mma.sp`, from the PTX ISA's fragment tables."""
+"""An emulator of `mma.sp`, after the fragment tables of the PTX ISA: Triton's interpreter has no inline assembly."""
 
 import re
 
@@ -23,7 +23,7 @@ def dense_operand(a, word, selector, dtype):
     for register, (row, chunk) in enumerate([(0, 0), (8, 0), (0, 4), (8, 4)]):
         kept = pair(a[register], dtype)  # (warp, lane, 2)
         for lane in LANE:
-            group, quad = lane // 4, lane % 4 + chunk  # the quad of columns that this lane's two values stand in
+            group, quad = lane // 4, lane % 4 + chunk  # quad: the 4 columns that the two values of this lane belong to
             source = word[:, 4 * group + 2 * selector + quad // 4] >> (16 if row else 0)
             nibble = source >> 4 * (quad % 4) & 15
             warps = np.arange(len(word))
@@ -53,7 +53,7 @@ def sparse_step(text, registers):
 
 
 def dense_step(text, registers):
-    """One dense mma: A's registers hold columns 2 t, 2 t + 1 (a0, a1) and those + 8 (a2, a3); B's rows the same."""
+    """One dense mma. A: a0 and a1 hold columns 2 t, 2 t + 1, a2 and a3 columns 2 t + 8, 2 t + 9; B: the same for rows."""
     pattern = r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(b?f16)\.\1\.f32 "
     dtype, *fields = re.fullmatch(pattern + FOUR, text).groups()
     d, a, b, c = numbers(fields)
@@ -94,7 +94,7 @@ def run(asm, operands):
 
 @pytest.fixture
 def mma_sp_emulated(monkeypatch):
-    """Inline assembly of the interpreted kernels runs through the emulator; yields the list of assembly texts seen."""
+    """Interpreted kernels run their inline assembly in the emulator; yields the list of the assembly texts it ran."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -115,7 +115,7 @@ def mma_sp_emulated(monkeypatch):
 
 @pytest.fixture
 def random_24():
-    """`random_24(rows, columns, dtype)`: a random 2:4 weight, dense, and the mask of what is kept; some kept are -0.0."""
+    """`random_24(rows, columns, dtype)`: a random dense 2:4 weight, some -0.0 among its kept values, and its mask."""
 
     def make(rows, columns, dtype, seed=0):
         generator = torch.Generator().manual_seed(seed)

@@ -12,14 +12,14 @@ from paredown.kernels import aot
 
 @pytest.fixture(scope="module")
 def printed():
-    """The command's output, in a process that compiles instead of interpreting."""
+    """The output of the command, in a process that compiles instead of interpreting."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "paredown.kernels.aot"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.stdout.startswith("skipped"):
-        pytest.skip(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.stdout.startswith("skipped"):
+        pytest.skip(result.stdout)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def test_every_kernel_keeps_to_its_budget_on_both_architectures(printed):
@@ -33,9 +33,8 @@ def test_the_sparse_kernel_uses_sparse_tensor_cores_and_less_than_one_instructio
     assert rows and all(int(row[-3]) > 0 and 0 < float(row[-1]) <= 1 for row in rows)
 
 
-def test_under_the_interpreter_it_skips_with_a_reason(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["aot"])
-    assert aot.main() == 0
+def test_under_the_interpreter_it_skips_with_a_reason(capsys):
+    assert aot.main([]) == 0
     assert "TRITON_INTERPRET" in capsys.readouterr().out
 
 
@@ -59,10 +58,10 @@ def test_a_row_over_its_budget_is_a_fault(change, reason):
         "#b = #ttg.blocked<{sizePerThread = [1, 4], threadsPerWarp = [32, 1], warpsPerCTA = [4, 1], order = [1, 0]}>\n"
         "tt.elementwise_inline_asm -> tensor<128x4xf32, #b>"
     )
-    assert aot._fault(case, aot.Row(**sound, fault=None), text) is None
-    assert reason in aot._fault(case, aot.Row(**{**sound, **change}, fault=None), text)
+    assert aot.fault_of(case, aot.Row(**sound, fault=None), text) is None
+    assert reason in aot.fault_of(case, aot.Row(**{**sound, **change}, fault=None), text)
 
 
-def test_loops_are_found_between_a_label_and_the_jump_back():
+def test_a_loop_is_what_stands_between_a_label_and_the_jump_back():
     lines = [".L_x_0", "A", ".L_x_1", "B", "@P0 BRA `(.L_x_1)", "C", "BRA `(.L_x_2)", ".L_x_2", "D"]
-    assert aot._loops(lines) == [["B", "@P0 BRA `(.L_x_1)"]]
+    assert aot.loops(lines) == [["B", "@P0 BRA `(.L_x_1)"]]

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from paredown.kernels import bitmap as reference
-from paredown.kernels.bitmap import pack_bitmap, row_starts, unpack_bitmap
+from paredown.kernels.bitmap import MOST_VALUES, pack_bitmap, row_starts, unpack_bitmap
 from paredown.kernels.bitmap_expand import decompress, matmul
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -16,7 +15,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def weight_and_mask(rows, columns, dtype, density=0.4, seed=0):
-    """Random, some weights -0.0; a row of nothing, a row of everything, and the rest as dense as `density`."""
+    """Random; some weights are -0.0. Some rows keep nothing, some everything, the others a share of `density`."""
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=draw).to(dtype)
     weight[torch.rand(rows, columns, generator=draw) < 0.1] = -0.0
@@ -67,7 +66,7 @@ def test_any_number_of_tokens_is_multiplied(tokens):
     ids=str,
 )
 @pytest.mark.parametrize("shape", [(21, 256), (40, 84)], ids=str)
-def test_every_tile_makes_the_same_product(tile, shape):
+def test_every_tile_gives_the_same_product(tile, shape):
     check(*weight_and_mask(*shape, torch.bfloat16), tokens=11, biased=True, **tile)
 
 
@@ -102,7 +101,7 @@ def test_a_dropped_weight_leaves_the_bias_alone():
 
 
 def test_numbers_beyond_the_last_column_are_not_read():
-    """x is the middle of a buffer of infinities: whatever is read past its end would show."""
+    """x is in the middle of a buffer of infinities: anything read beyond its end shows in the result."""
     weight, keep = weight_and_mask(6, 41, torch.bfloat16, density=1.1)
     buffer = torch.full((5 * 41,), torch.inf).bfloat16()
     x = buffer[41:164].view(3, 41)
@@ -137,7 +136,7 @@ def test_the_dense_weight_is_the_references_bit_for_bit(shape, tile):
 
 @dtypes
 def test_every_bit_pattern_comes_back(dtype):
-    """NaN payloads, infinities, subnormal numbers and -0.0 are moved as bits; what is dropped is +0.0."""
+    """NaN payloads, infinities, subnormal numbers and -0.0 are copied as bits; what is not kept is +0.0."""
     patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(64, 1024)
     keep = torch.rand(64, 1024, generator=torch.Generator().manual_seed(4)) < 0.5
     dense = torch.full((64, 1024), torch.nan).to(dtype)
@@ -153,11 +152,9 @@ def test_starts_are_the_numbers_of_values_before_each_row():
     assert starts.tolist() == [sum(counts[:i]) for i in range(24)]
 
 
-def test_more_values_than_int32_counts_are_refused(monkeypatch):
+def test_more_values_than_int32_counts_are_refused():
     bitmap = torch.full((3, 2), 255, dtype=torch.uint8)
-    assert torch.iinfo(torch.int32).max == reference.MOST_VALUES
-    monkeypatch.setattr(reference, "MOST_VALUES", 48)
-    assert row_starts(bitmap).tolist() == [0, 16, 32, 48]
-    monkeypatch.setattr(reference, "MOST_VALUES", 47)
+    assert torch.iinfo(torch.int32).max == MOST_VALUES
+    assert row_starts(bitmap, most_values=48).tolist() == [0, 16, 32, 48]
     with pytest.raises(ValueError, match="48 values are stored"):
-        row_starts(bitmap)
+        row_starts(bitmap, most_values=47)

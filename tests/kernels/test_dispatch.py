@@ -1,4 +1,4 @@
-"""Tables: found, parsed, nearest; the user's own before the shipped ones, and what is shipped is what the model says."""
+"""Dispatch tables: which one is read, which choice it gives, and that the shipped tables are what the roofline says."""
 
 import json
 from dataclasses import replace
@@ -45,8 +45,8 @@ def a_gpu(monkeypatch, tmp_path):
     ],
 )
 def test_the_smallest_bucket_that_holds_the_tokens_and_the_nearest_shape_decide(op, tokens, rows, columns, path, tile):
-    found = TABLE.find(op, tokens, rows, columns)
-    assert (found.path, found.tile) == (path, tile)
+    choice = TABLE.find(op, tokens, rows, columns)
+    assert (choice.path, choice.tile) == (path, tile)
 
 
 def test_a_table_of_few_tokens_says_nothing_about_many():
@@ -83,6 +83,19 @@ def test_the_users_own_table_comes_before_the_shipped_one(a_gpu):
     assert dispatch.choose("sparse24", GPU, 2, 14336, 4096) == TABLE.choices[2]
 
 
+def test_a_table_in_use_decides_everywhere_until_its_block_ends(a_gpu):
+    a_gpu("NVIDIA H100 PCIe")
+    before = dispatch.choose("bitmap", GPU, 5, 4096, 4096)
+    with dispatch.using(TABLE):
+        for device in (GPU, torch.device("cpu")):
+            assert dispatch.choose("bitmap", device, 5, 4096, 4096) == TABLE.choices[3] != before
+        assert dispatch.choose("bitmap", GPU, 9, 4096, 4096).path == "portable"  # not in the table
+        with dispatch.using(replace(TABLE, choices=())):
+            assert dispatch.choose("bitmap", GPU, 5, 4096, 4096).path == "portable"
+        assert dispatch.table_in_use() == TABLE
+    assert dispatch.table_in_use() is None and dispatch.choose("bitmap", GPU, 5, 4096, 4096) == before
+
+
 def test_an_unknown_gpu_takes_the_nearest_older_table_and_a_strange_one_the_portable_kernel(a_gpu, monkeypatch):
     a_gpu("NVIDIA H100 PCIe")
     assert dispatch.table_of(0).arch == 90 and dispatch.choose("sparse24", GPU, 1, 4096, 4096).path == "mma"
@@ -100,10 +113,10 @@ def test_an_unknown_gpu_takes_the_nearest_older_table_and_a_strange_one_the_port
 
 
 def test_shipped_tables_are_what_the_roofline_says_and_only_name_launch_parameters():
-    assert {json.loads(path.read_text())["device"] for path in dispatch._shipped()} == {
+    assert {json.loads(path.read_text())["device"] for path in dispatch.shipped_files()} == {
         device.name for device in roofline.DEVICES.values()
     }
-    for path in dispatch._shipped():
+    for path in dispatch.shipped_files():
         table = DispatchTable.parse(path.read_text())
         if table.basis == "modelled":
             assert table == roofline.table(next(d for d in roofline.DEVICES.values() if d.name == table.device))
@@ -113,8 +126,8 @@ def test_shipped_tables_are_what_the_roofline_says_and_only_name_launch_paramete
 def test_the_roofline_repeats_the_ceilings_counted_by_hand():
     h100 = roofline.DEVICES["h100"]
     for shape, ratio in (((1024, 4096), 1.34), ((4096, 4096), 1.59), ((14336, 4096), 1.71)):
-        found = min(roofline.paths(h100, "sparse24", 1, shape))[0]
-        assert abs(roofline.dense(h100, 1, shape) / found - ratio) < 0.01
+        seconds = min(roofline.paths(h100, "sparse24", 1, shape))[0]
+        assert abs(roofline.dense(h100, 1, shape) / seconds - ratio) < 0.01
     # 16 bits a weight at 90% of 3.35 TB/s and one launch
     assert abs(roofline.dense(h100, 1, (4096, 4096)) - (4096 * 4096 * 2 + 2 * 8192) / (0.9 * 3.35e12) - 2e-6) < 1e-12
 

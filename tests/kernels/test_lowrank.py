@@ -1,4 +1,4 @@
-"""Factors, PIFA and CUR: chains and dense products against sums written out in float64."""
+"""Factors, PIFA and CUR: their products and dense weights, compared with loops in float64."""
 
 import pytest
 import torch
@@ -23,16 +23,16 @@ def factors(kind, shape, dtype, seed=0):
         "pifa": [(rank, inner), (out - rank, rank)],
         "cur": [(out, rank), (rank, rank), (rank, inner)],
     }[kind]
-    made = [torch.randn(size, generator=draw).to(dtype) for size in sizes]
-    return [*made, torch.randperm(out, generator=draw).int()] if kind == "pifa" else made
+    tensors = [torch.randn(size, generator=draw).to(dtype) for size in sizes]
+    return [*tensors, torch.randperm(out, generator=draw).int()] if kind == "pifa" else tensors
 
 
 def product(a, b, size=float):
     """a @ b, number by number; `size=abs` sums absolute values."""
     a, b = a.double().tolist(), b.double().tolist()
     columns = len(b[0]) if b else 0
-    made = [[sum(size(x) * size(b[k][j]) for k, x in enumerate(row)) for j in range(columns)] for row in a]
-    return torch.tensor(made, dtype=torch.float64).view(len(a), columns)
+    rows = [[sum(size(x) * size(b[k][j]) for k, x in enumerate(row)) for j in range(columns)] for row in a]
+    return torch.tensor(rows, dtype=torch.float64).view(len(a), columns)
 
 
 def slow_weight(kind, parts, size=float):
@@ -48,17 +48,17 @@ def slow_weight(kind, parts, size=float):
 
 
 def slow_matmul(kind, x, parts, bias, size=float):
-    """x (tokens, in) times the transposed weight, plus bias; with `size=abs` what rounding errors are measured by."""
-    made = product(x, slow_weight(kind, parts, size).T.contiguous(), size)
-    return made if bias is None else made + (bias.double() if size is float else bias.double().abs())
+    """x (tokens, in) times the transposed weight, plus bias; `size=abs` gives the scale of rounding errors."""
+    y = product(x, slow_weight(kind, parts, size).T.contiguous(), size)
+    return y if bias is None else y + (bias.double() if size is float else bias.double().abs())
 
 
 def check(kind, x, parts, bias, dtype):
-    made = KINDS[kind][0](x, *parts, bias)
+    y = KINDS[kind][0](x, *parts, bias)
     out = len(slow_weight(kind, parts))
-    assert made.dtype == dtype and made.shape == (*x.shape[:-1], out)
+    assert y.dtype == dtype and y.shape == (*x.shape[:-1], out)
     flat = x.reshape(-1, x.shape[-1])
-    wrong = (made.reshape(-1, out).double() - slow_matmul(kind, flat, parts, bias)).abs()
+    wrong = (y.reshape(-1, out).double() - slow_matmul(kind, flat, parts, bias)).abs()
     # every step of the chain rounds once to dtype
     assert (wrong <= 3 * torch.finfo(dtype).eps * slow_matmul(kind, flat, parts, bias, abs) + 1e-30).all()
 
@@ -83,9 +83,9 @@ def test_any_leading_dimensions_are_kept(kind, dtype, tokens):
 
 @kinds
 @dtypes
-def test_no_token_makes_no_output(kind, dtype):
-    made = KINDS[kind][0](torch.zeros(2, 0, 5, dtype=dtype), *factors(kind, (7, 5, 3), dtype))
-    assert made.shape == (2, 0, 7) and made.dtype == dtype
+def test_no_token_gives_no_output(kind, dtype):
+    y = KINDS[kind][0](torch.zeros(2, 0, 5, dtype=dtype), *factors(kind, (7, 5, 3), dtype))
+    assert y.shape == (2, 0, 7) and y.dtype == dtype
 
 
 @kinds
@@ -105,11 +105,11 @@ def test_inputs_need_not_be_contiguous(kind, dtype):
 @dtypes
 def test_the_dense_weight_is_the_product_rounded_once(kind, shape, dtype):
     parts = factors(kind, shape, dtype)
-    made, wanted = KINDS[kind][1](*parts), slow_weight(kind, parts)
-    assert made.dtype == dtype and made.shape == shape[:2]
+    dense, wanted = KINDS[kind][1](*parts), slow_weight(kind, parts)
+    assert dense.dtype == dtype and dense.shape == shape[:2]
     single = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2 * wanted.abs()
     summed = 3 * torch.finfo(torch.float32).eps * slow_weight(kind, parts, abs)
-    assert ((made.double() - wanted).abs() <= single + summed + 1e-30).all()
+    assert ((dense.double() - wanted).abs() <= single + summed + 1e-30).all()
 
 
 @shapes
@@ -117,9 +117,9 @@ def test_the_dense_weight_is_the_product_rounded_once(kind, shape, dtype):
 def test_pivot_rows_come_back_bit_for_bit(shape, dtype):
     pivots, coefficients, order = factors("pifa", shape, dtype)
     dense = pifa_dense(pivots, coefficients, order)
-    found = {place: row for row, place in enumerate(order.tolist()) if place < len(pivots)}
-    assert len(found) == shape[2]
-    assert all(torch.equal(dense[row], pivots[place]) for place, row in found.items())
+    row_of = {place: row for row, place in enumerate(order.tolist()) if place < len(pivots)}
+    assert len(row_of) == shape[2]
+    assert all(torch.equal(dense[row], pivots[place]) for place, row in row_of.items())
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])

@@ -1,7 +1,7 @@
-"""The kernels for low-rank chains in Triton's interpreter; what they compile to is checked by test_aot.py.
+"""The low-rank kernels in Triton's interpreter; what they compile to is checked by test_aot.py.
 
-Weights of the first product and activations are small integers where a claim is exact: then the middle of the chain is
-a number of the 16-bit type, and rounding it, which the interpreter does wrongly in bfloat16, changes nothing.
+Exact claims use small integers as activations and as weights of the first product: its result is then a number of the
+16-bit type, and rounding it, which the interpreter does wrongly in bfloat16, changes nothing.
 """
 
 from itertools import accumulate
@@ -46,13 +46,13 @@ def whole(low, high, *size, dtype):
 
 def fine(*size, dtype):
     """Ordinary numbers, some -0.0."""
-    made = torch.randn(size)
-    made[torch.rand(size) < 0.05] = -0.0
-    return made.to(dtype)
+    numbers = torch.randn(size)
+    numbers[torch.rand(size) < 0.05] = -0.0
+    return numbers.to(dtype)
 
 
 def fenced(tensor):
-    """The same tensor in the middle of NaNs: what is read beside it shows."""
+    """The same tensor between NaNs: anything read outside of it shows in the result."""
     size = tensor.numel()
     field = torch.full((size + 1024,), NAN if tensor.is_floating_point() else 2**30, dtype=tensor.dtype)
     field[512 : 512 + size] = tensor.flatten()
@@ -64,7 +64,7 @@ def flat(parts):
 
 
 def answer(tokens, outs, bias, launch):
-    """What `launch(bias, y)` writes to y (tokens, outs), and that it writes all of it and nothing else."""
+    """What `launch(bias, y)` writes to y (tokens, outs). It must write all of y and nothing else."""
     field = torch.full((tokens * outs + 1024,), NAN)
     y = field[512 : 512 + tokens * outs].view(tokens, outs)
     launch(None if bias is None else fenced(bias), y)
@@ -100,18 +100,18 @@ def pifa_group(group, dtype, tokens, biased):
 
 
 def lowrank_slow(x, lefts, rights, bias):
-    made = [exact(x.double() @ r.double().T, x.dtype) @ m.double().T for m, r in zip(lefts, rights, strict=True)]
-    return torch.cat(made, dim=1) + (0 if bias is None else bias.double())
+    parts = [exact(x.double() @ r.double().T, x.dtype) @ m.double().T for m, r in zip(lefts, rights, strict=True)]
+    return torch.cat(parts, dim=1) + (0 if bias is None else bias.double())
 
 
 def pifa_slow(x, pivots, coefficients, orders, bias):
     """Row by row."""
-    made = []
+    columns = []
     for own, others, order in zip(pivots, coefficients, orders, strict=True):
         h = exact(x.double() @ own.double().T, x.dtype)
         for place in order.tolist():
-            made.append(h[:, place] if place < len(own) else h @ others[place - len(own)].double())
-    return torch.stack(made, dim=1) + (0 if bias is None else bias.double())
+            columns.append(h[:, place] if place < len(own) else h @ others[place - len(own)].double())
+    return torch.stack(columns, dim=1) + (0 if bias is None else bias.double())
 
 
 def run_lowrank(x, lefts, rights, bias, **tile):
@@ -136,8 +136,8 @@ def run_pifa(x, pivots, coefficients, orders, bias, **tile):
 @pytest.mark.parametrize(("tokens", "biased"), [(1, False), (3, True), (17, False)])
 def test_a_group_equals_the_float64_products(group, dtype, tokens, biased):
     torch.manual_seed(0)
-    made = lowrank_group(group, dtype, tokens, biased)
-    assert error(run_lowrank(*made), lowrank_slow(*made)) < 1e-6
+    data = lowrank_group(group, dtype, tokens, biased)
+    assert error(run_lowrank(*data), lowrank_slow(*data)) < 1e-6
 
 
 @groups
@@ -145,8 +145,8 @@ def test_a_group_equals_the_float64_products(group, dtype, tokens, biased):
 @pytest.mark.parametrize(("tokens", "biased"), [(1, True), (5, False)])
 def test_a_group_in_pifa_form_equals_its_rows_written_out(group, dtype, tokens, biased):
     torch.manual_seed(1)
-    *made, _ = pifa_group(group, dtype, tokens, biased)
-    assert error(run_pifa(*made), pifa_slow(*made)) < 1e-6
+    *data, _ = pifa_group(group, dtype, tokens, biased)
+    assert error(run_pifa(*data), pifa_slow(*data)) < 1e-6
 
 
 @pytest.mark.parametrize("sizes", [(64, 32, 16, 128), (45, 7, 9, 100), (5, 1, 1, 3), (70, 40, 37, 20)], ids=str)
@@ -169,10 +169,10 @@ def test_cur_equals_the_float64_product(sizes, dtype, tokens, biased):
 def test_any_number_of_tokens(tokens):
     torch.manual_seed(3)
     group = (40, [5, 18], [33, 20])
-    made = lowrank_group(group, torch.float16, tokens, True)
-    assert error(run_lowrank(*made), lowrank_slow(*made)) < 1e-6
-    *made, _ = pifa_group(group, torch.float16, tokens, True)
-    assert error(run_pifa(*made), pifa_slow(*made)) < 1e-6
+    data = lowrank_group(group, torch.float16, tokens, True)
+    assert error(run_lowrank(*data), lowrank_slow(*data)) < 1e-6
+    *data, _ = pifa_group(group, torch.float16, tokens, True)
+    assert error(run_pifa(*data), pifa_slow(*data)) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -190,13 +190,13 @@ def test_any_number_of_tokens(tokens):
     ],
     ids=str,
 )
-def test_any_tile_makes_the_same_product(tile):
+def test_any_tile_gives_the_same_product(tile):
     torch.manual_seed(4)
     group = (130, [37, 3], [70, 33])
-    made = lowrank_group(group, torch.bfloat16, 18, True)
-    assert error(run_lowrank(*made, **tile), lowrank_slow(*made)) < 1e-6
-    *made, _ = pifa_group(group, torch.bfloat16, 18, True)
-    assert error(run_pifa(*made, **tile), pifa_slow(*made)) < 1e-6
+    data = lowrank_group(group, torch.bfloat16, 18, True)
+    assert error(run_lowrank(*data, **tile), lowrank_slow(*data)) < 1e-6
+    *data, _ = pifa_group(group, torch.bfloat16, 18, True)
+    assert error(run_pifa(*data, **tile), pifa_slow(*data)) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -245,8 +245,8 @@ def run_spoilt(x, lefts, rights, bias, tile, ranks, outs):
 @dtypes
 def test_the_same_call_gives_the_same_bits(dtype):
     torch.manual_seed(6)
-    made = lowrank_group((200, [40], [50]), dtype, 4, True, draw=lambda low, high, *s, dtype: fine(*s, dtype=dtype))
-    assert torch.equal(run_lowrank(*made, splits=4, down_columns=32), run_lowrank(*made, splits=4, down_columns=32))
+    data = lowrank_group((200, [40], [50]), dtype, 4, True, draw=lambda low, high, *s, dtype: fine(*s, dtype=dtype))
+    assert torch.equal(run_lowrank(*data, splits=4, down_columns=32), run_lowrank(*data, splits=4, down_columns=32))
 
 
 def test_the_middle_is_rounded_to_16_bits_as_the_reference_does():
@@ -255,15 +255,15 @@ def test_the_middle_is_rounded_to_16_bits_as_the_reference_does():
     h, order = x.double() @ right.double().T, torch.randperm(42).int()
     rounded, unrounded = h.half().double() @ left.double().T, h @ left.double().T
     y = run_lowrank(x, [left], [right], None)
-    # a sum may stand so close to a rounding's edge that float32 falls to the other side
+    # float32 may round a sum to the other neighbour if it is almost in the middle of two 16-bit numbers
     assert error(y, rounded) < 0.2 * error(y, unrounded) and error(y, unrounded) > 1e-5
-    made = run_pifa(x, [right], [left], [order], None)
-    assert error(made, torch.cat((h.half().double(), rounded), dim=1)[:, order.long()]) < 0.2 * error(y, unrounded)
+    pifa_y = run_pifa(x, [right], [left], [order], None)
+    assert error(pifa_y, torch.cat((h.half().double(), rounded), dim=1)[:, order.long()]) < 0.2 * error(y, unrounded)
 
 
 @dtypes
 def test_the_kernels_agree_with_the_reference_functions(dtype):
-    """On ordinary numbers; the middle and the output are rounded to 16 bits, in the interpreter bfloat16 is cut off."""
+    """On ordinary numbers: the intermediate result and the output are rounded to 16 bits (bfloat16 is truncated here)."""
     torch.manual_seed(8)
     x, bias, order = fine(4, 60, dtype=dtype), fine(50, dtype=dtype), torch.randperm(50).int()
     left, right, rest, link = (fine(*size, dtype=dtype) for size in [(50, 14), (14, 60), (36, 14), (14, 14)])
@@ -306,13 +306,12 @@ def test_orders_are_relative_to_their_member():
 def test_only_new_nvidia_devices_start_the_second_kernel_early(monkeypatch, capability, hip, interpreted, wanted):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(lowrank_chain, "INTERPRETED", interpreted)
-    decide = lowrank_chain._dependent_launch.__wrapped__
-    assert decide(torch.device("cuda", 0)) is wanted and decide(torch.device("cpu")) is False
+    assert lowrank_chain.has_dependent_launch(torch.device("cuda", 0), interpreted) is wanted
+    assert lowrank_chain.has_dependent_launch(torch.device("cpu"), interpreted) is False
 
 
 def test_every_row_belongs_to_one_member():
-    """Members smaller and larger than a tile: each row of y tells which member and row made it."""
+    """Members smaller and larger than a tile: each row of y shows which member and row it was computed from."""
     outs = [1, 32, 33, 64, 2]
     lefts = [torch.arange(out).view(-1, 1).half() for out in outs]
     rights = [torch.tensor([[1000.0 * (i + 1)]]).half() / 1000 for i in range(len(outs))]

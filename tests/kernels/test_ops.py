@@ -1,14 +1,12 @@
-"""The operators on a CPU: the reference behind them, and what torch.compile and torch.export ask of an operator."""
-
-import contextlib
+"""The operators on a CPU: equal to the reference, accepted by torch.compile and torch.export, launched as the table says."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from paredown.kernels import lowrank, ops, paths
+from paredown.kernels import dispatch, lowrank, ops, paths
 from paredown.kernels.bitmap import pack_bitmap
-from paredown.kernels.dispatch import Choice
+from paredown.kernels.dispatch import Choice, DispatchTable
 from paredown.kernels.sparse24 import pack24
 
 OUT, IN = 24, 40
@@ -48,13 +46,15 @@ def sparse24_lowrank():
     return (values, indices, left, right), sparse.double() + product
 
 
+REGISTERED = torch.ops.paredown  # the operators as torch.compile sees them
+
 CASES = {
-    "sparse24": (sparse24, ops.sparse24_matmul, ops._sparse24_matmul, lambda t, b: (*t, b)),
-    "sparse24_lowrank": (sparse24_lowrank, ops.sparse24_lowrank_matmul, ops._sparse24_lowrank_matmul, lambda t, b: (*t, b)),
-    "bitmap": (bitmap, ops.bitmap_matmul, ops._bitmap_matmul, lambda t, b: (*t, None, b)),
-    "lowrank": (factors, ops.lowrank_matmul, ops._lowrank_matmul, lambda t, b: (*t, b, [5], [OUT])),
-    "pifa": (pifa, ops.pifa_matmul, ops._pifa_matmul, lambda t, b: (*t, b, [5], [OUT])),
-    "cur": (cur, ops.cur_matmul, ops._cur_matmul, lambda t, b: (*t, b)),
+    "sparse24": (sparse24, ops.sparse24_matmul, REGISTERED.sparse24_matmul, lambda t, b: (*t, b)),
+    "sparse24_lowrank": (sparse24_lowrank, ops.sparse24_lowrank_matmul, REGISTERED.sparse24_lowrank_matmul, lambda t, b: (*t, b)),
+    "bitmap": (bitmap, ops.bitmap_matmul, REGISTERED.bitmap_matmul, lambda t, b: (*t, None, b)),
+    "lowrank": (factors, ops.lowrank_matmul, REGISTERED.lowrank_matmul, lambda t, b: (*t, b, [5], [OUT])),
+    "pifa": (pifa, ops.pifa_matmul, REGISTERED.pifa_matmul, lambda t, b: (*t, b, [5], [OUT])),
+    "cur": (cur, ops.cur_matmul, REGISTERED.cur_matmul, lambda t, b: (*t, b)),
 }  # fmt: skip
 
 
@@ -137,32 +137,41 @@ def test_the_reference_stands_behind_the_operator_bit_for_bit():
 
 
 @pytest.mark.parametrize("lead", [(), (3,)])
-def test_unpacking_on_a_gpu_goes_through_the_kernels_and_gives_the_same_bits(lead, monkeypatch):
+def test_unpacking_on_a_gpu_goes_through_the_kernels_and_gives_the_same_bits(lead):
     weight = torch.randn(*lead, 10, 24).bfloat16()
     keep = torch.rand(*lead, 10, 6, 4).argsort(-1).argsort(-1).lt(2).flatten(-2)
     packed, loose = pack24(weight, keep), pack_bitmap(weight, keep)
-    monkeypatch.setattr(paths, "on_gpu", lambda *tensors: True)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    for dense in (paths.sparse24_dense(*packed), paths.bitmap_dense(*loose, 24)):
-        assert torch.equal(dense, weight * keep)
+    with dispatch.using(DispatchTable("an interpreter", 90, "modelled", ())):
+        assert paths.kernels_run(packed[0]) and paths.kernels_run(loose[0])
+        for dense in (paths.sparse24_dense(*packed), paths.bitmap_dense(*loose, 24)):
+            assert torch.equal(dense, weight * keep)
 
 
-def test_what_a_gpu_would_launch_is_what_the_table_says(monkeypatch):
+def test_kernels_take_half_precision_of_one_dtype_and_cpu_tensors_only_while_a_table_is_in_use():
+    half, other, single = torch.zeros(2).half(), torch.zeros(2).bfloat16(), torch.zeros(2)
+    assert not paths.kernels_run(half, half)
+    with dispatch.using(DispatchTable("an interpreter", 90, "modelled", ())):
+        assert paths.kernels_run(half, half) and paths.kernels_run(other)
+        assert not paths.kernels_run(half, other) and not paths.kernels_run(single)
+        assert not paths.kernels_run(half.to("meta"))
+
+
+def test_what_a_gpu_would_launch_is_what_the_table_says():
     (values, indices), dense = sparse24()
     asked = []
 
-    def choose(op, device, tokens, rows, columns):
-        asked.append((op, tokens, rows, columns))
-        return Choice(op, rows, columns, tokens, "portable")
+    class Recording(DispatchTable):
+        def find(self, op, tokens, rows, columns):
+            asked.append((op, tokens, rows, columns))
+            return Choice(op, rows, columns, tokens, "portable")
 
-    monkeypatch.setattr(ops, "on_gpu", lambda *tensors: True)
-    monkeypatch.setattr(ops, "choose", choose)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    table = Recording("an interpreter", 90, "modelled", ())
     x = torch.randn(IN, 6).bfloat16().t()[1:].unflatten(0, (5, 1))  # neither contiguous nor aligned
     wide, bias = torch.cat((values, values), dim=1), torch.randn(OUT, 2).bfloat16()[:, 0]
     wanted = x.double() @ dense.double().T + bias.double()
     for stored in (values, wide[:, : values.shape[1]]):
-        y = ops.sparse24_matmul(x, stored, indices, bias)
+        with dispatch.using(table):
+            y = ops.sparse24_matmul(x, stored, indices, bias)
         assert y.shape == (5, 1, OUT)
         assert float((y.double() - wanted).norm() / wanted.norm()) < 2e-2  # the interpreter truncates to bfloat16
     assert asked == [("sparse24", 5, OUT, IN)] * 2

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from paredown.kernels import sparse24
-from paredown.kernels.sparse24 import count_invalid24, index_bytes, pack24, sparse24_matmul, unpack24
+from paredown.kernels.sparse24 import BLOCK, count_invalid24, index_bytes, pack24, sparse24_matmul, unpack24
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -35,7 +34,7 @@ def test_every_pair_of_columns_has_its_documented_nibble():
         keep = torch.zeros(1, 4, dtype=torch.bool)
         keep[0, [low, high]] = True
         values, indices = pack24(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), keep)
-        assert indices[0].tolist() == [low | high << 2 | 0x40, *[0x44] * 7]  # filled up with the pair (0, 1)
+        assert indices[0].tolist() == [low | high << 2 | 0x40, *[0x44] * 7]  # padded with the pair (0, 1)
         assert values.tolist() == [[low + 1.0, high + 1.0]]
 
 
@@ -54,13 +53,15 @@ def test_negative_zero_and_zero_are_values_like_any_other():
     assert torch.signbit(dense).tolist() == [[True, False, False, False]]
 
 
-def test_blocks_of_rows_change_nothing(monkeypatch):
-    weight, keep = torch.randn(37, 16), random_mask(37, 16)
-    whole = pack24(weight, keep)
-    monkeypatch.setattr(sparse24, "BLOCK", 40)
-    parts = pack24(weight, keep)
-    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
-    assert torch.equal(unpack24(*whole), unpack24(*parts))
+def test_blocks_of_rows_change_nothing():
+    rows = 2 * BLOCK // 4096 + 5  # two whole blocks and a part of one
+    weight, keep = torch.randn(rows, 4096), random_mask(rows, 4096)
+    values, indices = pack24(weight, keep)
+    parts = [pack24(w, k) for w, k in zip(weight.split(37), keep.split(37), strict=True)]  # less than a block each
+    assert torch.equal(values, torch.cat([v for v, _ in parts])) and torch.equal(
+        indices, torch.cat([i for _, i in parts])
+    )
+    assert torch.equal(unpack24(values, indices), torch.cat([unpack24(*part) for part in parts]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

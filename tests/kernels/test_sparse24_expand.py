@@ -43,7 +43,7 @@ def test_decompressing_is_exact_to_the_bit(random_24, shape):
     dense, keep = random_24(*shape, torch.bfloat16)
     out = torch.full(shape, torch.nan).bfloat16()
     sparse24_expand.decompress(*pack24(dense, keep), out)
-    # what is dropped comes back as +0.0, what is kept keeps its sign
+    # what is not kept is +0.0, what is kept keeps its sign
     assert torch.equal(out.view(torch.int16), torch.where(keep, dense, 0.0).view(torch.int16))
     assert torch.signbit(out[keep & (dense == 0)]).any() or shape == (1, 4)
 

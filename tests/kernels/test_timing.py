@@ -1,21 +1,25 @@
-"""Times that mean something: the median of repeats, calls in turn, graphs where there are any."""
+"""Times are the median over repeats, of calls that take turns, and of CUDA graphs if all calls can be captured."""
 
 import time
 
 import pytest
 import torch
 
-from paredown.kernels import timing
-from paredown.kernels.timing import WARM_UP, Timing, captured, in_turn, interleaved, median_seconds
+from paredown.kernels.timing import WARM_UP, Timing, captured, in_turn, interleaved
 
 CPU = torch.device("cpu")
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+def time_of(call, repeats, **options):
+    """The time of one call on the CPU."""
+    return interleaved({"": call}, CPU, repeats, **options)[""]
+
+
 def test_a_call_that_sleeps_takes_as_long_as_it_sleeps():
-    found = median_seconds(lambda: time.sleep(0.02), CPU, repeats=5)
-    assert 0.02 <= found.low <= found.median <= found.high and found.median < 0.03
-    assert not found.graph
+    result = time_of(lambda: time.sleep(0.02), repeats=5)
+    assert 0.02 <= result.low <= result.median <= result.high and result.median < 0.03
+    assert not result.graph
 
 
 def test_the_median_is_that_of_sorted_times_and_the_range_their_ends():
@@ -28,38 +32,36 @@ def test_the_median_is_that_of_sorted_times_and_the_range_their_ends():
 def test_calls_are_measured_in_turn_and_none_always_after_the_same_one():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    found = interleaved(calls, CPU, repeats=4)
-    assert list(found) == ["a", "b", "c"]
+    times = interleaved(calls, CPU, repeats=4)
+    assert list(times) == ["a", "b", "c"]
     measured = order[3 * WARM_UP :]
     assert "".join(measured) == "abccbaabccba"
     assert in_turn(calls, 0) == ["a", "b", "c"] and in_turn(calls, 1) == ["c", "b", "a"]
 
 
-def test_warm_up_calls_are_not_counted(monkeypatch):
-    clock = iter(range(1000))
-    monkeypatch.setattr(timing, "perf_counter", lambda: float(next(clock)))
-    calls = []
-    found = median_seconds(lambda: calls.append(len(calls)), CPU, repeats=2)
+def test_warm_up_calls_are_not_counted():
+    seconds, calls = iter(range(1000)), []
+    result = time_of(lambda: calls.append(len(calls)), repeats=2, clock=lambda: float(next(seconds)))
     assert len(calls) == WARM_UP + 2
-    assert found == Timing(1.0, 1.0, 1.0) and next(clock) == 4  # the clock was read around the two that count
+    assert result == Timing(1.0, 1.0, 1.0) and next(seconds) == 4  # the clock was read before and after two calls only
 
 
 def test_gradients_are_not_recorded_while_timing():
     seen = []
-    median_seconds(lambda: seen.append(torch.is_grad_enabled()), CPU, repeats=1)
+    time_of(lambda: seen.append(torch.is_grad_enabled()), repeats=1)
     assert seen and not any(seen)
 
 
 def test_less_than_one_repeat_is_refused():
     with pytest.raises(ValueError, match="at least 1, not 0"):
-        median_seconds(lambda: None, CPU, repeats=0)
+        time_of(lambda: None, repeats=0)
 
 
 @on_cuda
 def test_on_cuda_a_graph_is_timed_that_computes_what_the_call_computes():
     x, y = torch.randn(256, 256, device="cuda"), torch.zeros(256, 256, device="cuda")
-    found = interleaved({"sum": lambda: y.add_(1), "product": lambda: x @ x}, torch.device("cuda"), repeats=5)
-    assert all(timed.graph and 0 < timed.low <= timed.median <= timed.high < 1 for timed in found.values())
+    times = interleaved({"sum": lambda: y.add_(1), "product": lambda: x @ x}, torch.device("cuda"), repeats=5)
+    assert all(timed.graph and 0 < timed.low <= timed.median <= timed.high < 1 for timed in times.values())
     assert float(y[0, 0]) == float(y[-1, -1]) == WARM_UP + 1 + 5  # capturing itself adds nothing
 
 
@@ -67,7 +69,7 @@ def test_on_cuda_a_graph_is_timed_that_computes_what_the_call_computes():
 def test_a_call_that_no_graph_can_hold_is_timed_eagerly_and_so_is_its_rival():
     x = torch.randn(64, device="cuda")
     before = torch.cuda.current_stream()
-    found = interleaved({"reads": lambda: x.sum().item(), "plain": lambda: x + 1}, torch.device("cuda"), repeats=3)
-    assert not any(timed.graph for timed in found.values())
+    times = interleaved({"reads": lambda: x.sum().item(), "plain": lambda: x + 1}, torch.device("cuda"), repeats=3)
+    assert not any(timed.graph for timed in times.values())
     assert torch.cuda.current_stream() == before
     assert captured({"plain": lambda: x + 1}) is not None  # and the next capture works
