@@ -11,7 +11,7 @@ PACKAGES := -p paredown.compress -p paredown.commands -p paredown.kernels -p par
 help:
 	@echo "make demo    prune the bundled model to 2:4, print before and after, leave out/demo"
 	@echo "make test    lint, types and tests"
-	@echo "make lint    ruff and mypy only"
+	@echo "make lint    ruff, mypy and the direction of imports only"
 	@echo "make format  rewrite the sources with ruff"
 	@echo "make clean   remove .venv and out"
 
@@ -26,6 +26,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(PACKAGES)
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .

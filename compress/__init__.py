@@ -1,28 +1,62 @@
 """Post-training compression of language models.
 
 Importing this package teaches transformers to load packed checkpoints: `AutoModelForCausalLM.from_pretrained` then works
-on them as on any other model.
+on them as on any other model. What follows the colon is imported when it is first used.
+
+compress, plan: `paredown compress` and `plan`            evaluate, bench, verify, export: of the commands of these names
+load: a packed or dense checkpoint as a model             fuse: join packed layers after `.to("cuda")`
+Recipe, PareError: what is done, and what went wrong      register, WeightMethod, ...: `paredown.compress.methods`
 """
 
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from paredown.compress import progress
 from paredown.compress.checkpoint import transformers_plugin
+from paredown.compress.checkpoint.transformers_plugin import load
 from paredown.compress.errors import PareError
 from paredown.compress.recipe import Recipe
 from paredown.compress.storage.fuse import fuse
 
 if TYPE_CHECKING:
+    from paredown.compress.run.bench import bench
     from paredown.compress.run.compress import compress
+    from paredown.compress.run.evaluate import evaluate
+    from paredown.compress.run.export import export
+    from paredown.compress.run.plan import plan
+    from paredown.compress.run.verify import verify
 
 transformers_plugin.register()
+logger = progress.logger
 
-__all__ = ["PareError", "Recipe", "compress", "fuse"]
+try:
+    __version__ = version("paredown")
+except PackageNotFoundError:  # run from its sources
+    __version__ = "unknown"
+
+__all__ = [
+    "PareError",
+    "Recipe",
+    "__version__",
+    "bench",
+    "compress",
+    "evaluate",
+    "export",
+    "fuse",
+    "load",
+    "logger",
+    "plan",
+    "verify",
+]
+
+# what a run needs beside the format, imported when it is first asked for: function -> its module
+_RUNS = {
+    name: f"paredown.compress.run.{name}" for name in ("bench", "compress", "evaluate", "export", "plan", "verify")
+}
 
 
 def __getattr__(name: str) -> Any:
-    # the whole run stands with the commands, which know evaluation too; imported when it is first asked for
-    if name == "compress":
-        from paredown.compress.run.compress import compress
-
-        return compress
+    if name in _RUNS:
+        return getattr(import_module(_RUNS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,83 +1,189 @@
-"""What a recipe comes to for one model, by names and shapes alone: all that can be refused before a weight is read is."""
+"""A recipe resolved for one model, by names and shapes alone: plan, survey and run read the same job.
 
-from collections.abc import Iterable
-from dataclasses import replace
-from fnmatch import fnmatch
-from typing import Any
+Whatever can be refused before a weight is read is refused here.
+"""
 
-from paredown.compress.allocation.budget import AllocationSpec
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, Literal
+
+from paredown.compress.allocation.base import Allocation, AllocationSpec, Budget, Layer, Options, Sensitivities
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
-from paredown.compress.methods.lowrank.base import Factorized
-from paredown.compress.model.blocks import blocks, select
+from paredown.compress.methods.base import Choice, Method, WeightMethod
+from paredown.compress.model.blocks import Block, View, blocks
 from paredown.compress.model.stream import name_of
-from paredown.compress.numerics.moments import GRADIENT_NEEDS
+from paredown.compress.model.targets import select
+from paredown.compress.numerics.moments import GRADIENT_NEEDS, PAIRED_NEEDS, Need
 from paredown.compress.recipe import Recipe
 
+Format = Literal["packed", "dense"]
 
-def targeted(source: ModelSource, recipe: Recipe) -> set[str]:
-    """Names of the views that the recipe's patterns choose. Raises PareError for a pattern that matches nothing."""
-    views = [view for block in blocks(source) for view in block.views()]
+
+@dataclass(frozen=True)
+class Job:
+    """What is done to which weights of which model."""
+
+    source: ModelSource
+    recipe: Recipe
+    method: WeightMethod  # as a checkpoint of this format can hold its edits
+    format: Format
+    strategy: str
+    allocation: Allocation
+    blocks: Sequence[Block]
+    targets: Sequence[View]  # in the order of the model
+    left_out: Sequence[View]  # linears that the recipe's patterns skip
+
+    @property
+    def collected(self) -> frozenset[Need]:
+        """What is measured of a layer's input during the walk: for the method, and for the error in the report."""
+        needs = self.method.needs & PAIRED_NEEDS
+        return needs if Need.GRAM in needs else needs | {Need.SECOND_MOMENT}
+
+    @property
+    def gradients(self) -> frozenset[Need]:
+        """Which moments of output gradients the method reads."""
+        return self.method.needs & GRADIENT_NEEDS
+
+    @property
+    def paired(self) -> bool:
+        """Whether the method compares the dense model's inputs with the compressed one's."""
+        return Need.CROSS in self.method.needs
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether the dense model's hidden states go through the blocks beside the compressed one's."""
+        return self.paired or self.recipe.reconstruct is not None
+
+    @cached_property
+    def element_size(self) -> int:
+        """Bytes of one number of a weight."""
+        return self.source.dtype.itemsize if self.source.dtype else 2
+
+    def targets_within(self, angles: Sequence[float] | None = None) -> list[View]:
+        """The targets in the blocks that the method chooses. Without angles how many is known, and not which."""
+        angles = [0.0] * len(self.blocks) if angles is None else angles
+        inside = tuple(self.blocks[i].prefix for i in self.method.chosen_blocks(angles))
+        return [view for view in self.targets if view.name.startswith(inside)]
+
+    def allocate(
+        self,
+        views: Sequence[View],
+        choices: Mapping[str, Sequence[Choice]] | None = None,
+        tokens: int = 0,
+        sensitivities: Sensitivities | None = None,
+    ) -> Options | None:
+        """The option of each of these layers under the job's one budget; None where each layer settles its own.
+
+        `choices` are those that were measured, by layer; without them shapes alone decide. `tokens` of the calibration.
+        Raises PareError if the budget cannot be met.
+        """
+        asked = self.method.budget
+        if not asked.shared or (self.strategy == "uniform" and asked.parameters is None):
+            return None
+        # fused experts stay as they are
+        layers = [
+            Layer(v.name, prod(v.shape), choices[v.name] if choices else self.method.choices(v.shape))
+            for v in views
+            if v.expert is None
+        ]
+        kept = self.share_for(sum(layer.size for layer in layers))
+        return self.allocation.allocate(Budget(layers, kept, tokens, sensitivities or {}))
+
+    def share_for(self, targeted: int) -> float:
+        """The share of so many targeted numbers that may stay. Raises PareError if none leaves the parameters asked for."""
+        asked = self.method.budget
+        if asked.parameters is None:
+            assert asked.share is not None
+            return asked.share
+        total = sum(t.numel() for t in self.source.parameters.values())
+        kept = (asked.parameters - (total - targeted)) / targeted
+        if not 0 < kept < 1:
+            raise PareError(
+                f"target_parameters {asked.parameters:,} cannot be met: the model has {total:,}, of which "
+                f"{targeted:,} are targeted. Ask for a number between {total - targeted:,} and {total:,}."
+            )
+        return kept
+
+    def method_for(self, name: str, options: Options | None) -> WeightMethod | None:
+        """The method with what the allocation gives a layer; None where the layer stays dense."""
+        if options is None:
+            return self.method
+        option: Any = options.get(name)
+        return None if option is None else self.method.at(option)
+
+
+def resolve_job(source: ModelSource, recipe: Recipe, format: Format = "packed") -> Job:
+    """Raises PareError for a pattern that matches nothing, and where parts of the recipe, or recipe and format, clash."""
+    method = _weight_method(recipe.build(), recipe.method)
+    all_blocks = blocks(source)
+    views = [view for block in all_blocks for view in block.views()]
     head = name_of(source.model, "get_output_embeddings")
-    return {v.name for v in select(views, [*recipe.targets.include], [*recipe.targets.skip], head)[0]}
+    targets, left_out = select(views, recipe.targets.include, recipe.targets.skip, head)
+    if format == "dense":
+        method = _without_packing(method, recipe, targets)
+    strategy, allocation = _allocation(method, recipe.allocation, targets)
+    return Job(source, recipe, method, format, strategy, allocation, all_blocks, targets, left_out)
 
 
-def for_format(source: ModelSource, recipe: Recipe, method: Any, format: str) -> Any:
-    """The method as a checkpoint of this format can hold it. Raises PareError where none can."""
-    if format != "dense":
-        return method
-    if recipe.reconstruct and hasattr(method, "spec"):
+def _weight_method(method: Method, name: str) -> WeightMethod:
+    if not isinstance(method, WeightMethod):
+        raise PareError(f"{name} removes whole units or blocks, which this version cannot do yet.")
+    return method
+
+
+def _without_packing(method: WeightMethod, recipe: Recipe, targets: Sequence[View]) -> WeightMethod:
+    """The method as an ordinary checkpoint can hold its edits."""
+    if recipe.reconstruct and method.chain:
         raise PareError(
             "reconstruction tunes factors, which a dense checkpoint cannot hold: write --format packed, "
             "then: paredown export OUT -o DENSE --format dense"
         )
-    if not getattr(method, "affine", False):
+    bare = next((view for view in targets if view.expert is None and view.bias is None), None)
+    if bare is None:
         return method
-    chosen = targeted(source, recipe)
-    views = [v for block in blocks(source) for v in block.views() if v.name in chosen and v.expert is None]
-    bare = [v.name for v in views if getattr(v.module, "bias", None) is None]
-    if bare and method.adds_bias:
+    without = method.without_bias()
+    if without is None:
         raise PareError(
-            f"{bare[0]} has no bias, and the affine form needs one, which an ordinary checkpoint cannot hold. "
+            f"{bare.name} has no bias, and the affine form needs one, which an ordinary checkpoint cannot hold. "
             "Use --format packed, or --set affine=false."
         )
-    return replace(method, affine=False) if bare else method
+    return without
 
 
-def spread(method: Any, asked: AllocationSpec | None, names: Iterable[str]) -> AllocationSpec:
-    """How ranks are spread over the targeted layers: as the recipe asks, else as the method does by itself.
+def _allocation(method: WeightMethod, asked: AllocationSpec | None, targets: Sequence[View]) -> tuple[str, Allocation]:
+    """How one budget is spread over the layers: as the recipe asks, else as the method does by itself.
 
-    Uniform where each layer settles its own rank. Raises PareError where the parts of a recipe do not go together.
+    Uniform where each layer settles its own option.
     """
-    uniform = AllocationSpec(strategy="uniform")
-    if not isinstance(method, Factorized):
+    uniform = "uniform", AllocationSpec(strategy="uniform").build()
+    if method.strategy is None:
         if asked is not None:
             raise PareError("allocation spreads ranks over layers: it goes with low-rank methods only. Leave it out.")
         return uniform
-    spec = asked or AllocationSpec(strategy=method.allocation, weights=getattr(method, "type_weights", {}))
-    _check_weights(spec, names, every=asked is not None)
-    if not (method.share or method.target_parameters):
+    weights = {"weights": dict(method.type_weights)} if method.type_weights else {}
+    spec = asked or AllocationSpec(strategy=method.strategy, **weights)
+    allocation = spec.build()
+    allocation.check(sorted({view.name.rpartition(".")[2] for view in targets}), asked=asked is not None)
+    if not method.budget.shared:
         if spec.strategy != "uniform" and asked is not None:
             raise PareError(
                 f"allocation {spec.strategy} spends one budget: ask by kept or target_parameters"
-                + (", not rank or energy." if method.asked else "; this method chooses each rank by itself otherwise.")
+                + (
+                    ", not rank or energy."
+                    if method.budget.asked
+                    else "; this method chooses each rank by itself otherwise."
+                )
             )
         return uniform
-    if spec.strategy in ("global", "theoretical_loss") and not method.predicts:
+    if allocation.reads == "losses" and not method.predicts:
         raise PareError(
             f"allocation {spec.strategy} spends by predicted losses, and this method has none: take sensitivity or per_type."
         )
-    if spec.strategy == "sensitivity" and method.needs & GRADIENT_NEEDS:
-        raise PareError("allocation sensitivity goes forward through the model: choose a method without gradients.")
-    return spec
-
-
-def _check_weights(spec: AllocationSpec, names: Iterable[str], every: bool) -> None:
-    """Weights that nobody would hear of: of a recipe each one must match, of a method's own any."""
-    last = sorted({name.rpartition(".")[2] for name in names})
-    unheard = [p for p in spec.weights if spec.strategy != "per_type" or not any(fnmatch(name, p) for name in last)]
-    if unheard and (every or len(unheard) == len(spec.weights)):
+    if allocation.reads == "sensitivities" and method.needs & GRADIENT_NEEDS:
         raise PareError(
-            f"allocation.weights {unheard[0]!r}: weights go with strategy per_type and name the last part of layers: "
-            f"{', '.join(last)}. For instance: --set 'allocation={{strategy: per_type, weights: {{{last[0]}: 2}}}}'"
+            f"allocation {spec.strategy} goes forward through the model: choose a method without gradients."
         )
+    return spec.strategy, allocation

@@ -1,6 +1,6 @@
 """The recipe: what is done to a model, strict and whole before anything is downloaded or loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -9,9 +9,10 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from paredown.compress.allocation.budget import AllocationSpec
+from paredown.compress.allocation.base import AllocationSpec
 from paredown.compress.errors import PareError, did_you_mean
 from paredown.compress.methods import Method, build
+from paredown.compress.registry import load_plugin
 
 
 class _Strict(BaseModel):
@@ -68,12 +69,15 @@ class Recipe(_Strict):
     idle: Literal["data_free", "dense"] = "data_free"  # what becomes of a layer that no calibration token reached
     allocation: AllocationSpec | None = None  # of ranks; None: as the method does by itself
     reconstruct: ReconstructSpec | None = None
+    plugins: tuple[str, ...] = ()  # Python files that register methods, masks, updates or allocations; they are run
 
     def build(self) -> Method:
+        """The method with its options. Raises PareError listing every fault of theirs."""
         return build(self.method, self.options)
 
     def to_dict(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", exclude_none=True)
+        """Plain data that `parse` takes."""
+        return self.model_dump(mode="json", exclude_none=True, exclude={"plugins"} if not self.plugins else None)
 
     @classmethod
     def parse(cls, raw: Any, origin: str = "recipe") -> "Recipe":
@@ -82,24 +86,35 @@ class Recipe(_Strict):
             raise PareError(f"{origin}: a recipe is a mapping with at least the key 'method'; found {raw!r}.")
         faults: list[str] = []
         recipe = None
+        plugins = raw.get("plugins") or ()
+        for plugin in plugins if isinstance(plugins, list | tuple) else ():
+            load_plugin(Path(str(plugin)))
         try:
             recipe = cls.model_validate(raw)
         except ValidationError as fault:
-            faults += [_told(error) for error in fault.errors()]
+            faults += [_sentence(error) for error in fault.errors()]
         method, options = raw.get("method"), raw.get("options") or {}
         if isinstance(method, str) and isinstance(options, dict):
-            try:
-                build(method, options)
-            except PareError as fault:
-                faults += str(fault).splitlines()
+            faults += _faults_of(lambda: build(method, options))
+        allocation = raw.get("allocation")
+        if isinstance(allocation, dict) and isinstance(allocation.get("strategy"), str):
+            faults += _faults_of(lambda: AllocationSpec.model_validate(allocation).build())
         if faults or recipe is None:
             raise PareError(f"{origin}: " + ("\n  ".join(["", *faults]) if len(faults) > 1 else faults[0]))
         return recipe
 
     @classmethod
-    def load(cls, name_or_path: str, overrides: Sequence[str] = ()) -> "Recipe":
-        """A shipped recipe by name, or a YAML file; `overrides` are `key.sub=value` (bare option names work too)."""
+    def load(cls, name_or_path: str, overrides: Sequence[str] = (), plugins: Sequence[str | Path] = ()) -> "Recipe":
+        """A shipped recipe by name, or a YAML file; `overrides` are `key.sub=value` (bare option names work too).
+
+        `plugins` are Python files to run beside those that the recipe names, whose paths count from its own folder.
+        """
         raw = _read(name_or_path)
+        own = raw.get("plugins") or []
+        folder = Path(name_or_path).parent
+        raw["plugins"] = [str(folder / str(p)) for p in own] if isinstance(own, list) else own
+        if isinstance(raw["plugins"], list):
+            raw["plugins"] += [str(path) for path in plugins]
         for override in overrides:
             _override(raw, override)
         return cls.parse(raw, name_or_path)
@@ -173,7 +188,16 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise PareError(f"--set {override!r}: {text!r} is no valid YAML. Close its brackets and quotes.") from fault
 
 
-def _told(error: Any) -> str:
+def _faults_of(build: Callable[[], object]) -> list[str]:
+    """What is wrong with something's options, a sentence each."""
+    try:
+        build()
+    except PareError as fault:
+        return str(fault).splitlines()
+    return []
+
+
+def _sentence(error: Any) -> str:
     """One fault of pydantic's in our words."""
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":

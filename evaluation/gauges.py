@@ -1,4 +1,4 @@
-"""What is read off a model or a device: bytes, wall time, and how far one result is from another."""
+"""Measures of a model or a device: bytes, wall time, and the relative error between two tensors."""
 
 from collections.abc import Callable
 from time import perf_counter
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from paredown.compress.machine import available_memory
+from paredown.evaluation.schema import Spread
 from paredown.kernels.timing import Timing
 
 
@@ -16,13 +17,16 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, what is shared counted once."""
+    """Bytes of all parameters and buffers; shared ones count once."""
     tensors = {(t.device, t.data_ptr(), t.numel()): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def activation_bytes(model: Any, context: int) -> int:
-    """About what a forward of one sequence allocates: some copies of the hidden states, and the MLP's inner ones."""
+    """An estimate of the bytes that a forward over one sequence of `context` tokens allocates for its activations.
+
+    It counts six copies of the hidden states and three of the inner states of the MLP.
+    """
     config = model.config.get_text_config()
     hidden = getattr(config, "hidden_size", 0)
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
@@ -30,7 +34,7 @@ def activation_bytes(model: Any, context: int) -> int:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated, or None where the system does not tell."""
+    """Bytes that can still be allocated on a device, or None where the system does not say."""
     if device.type != "cuda":
         return available_memory()
     reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -38,7 +42,10 @@ def free_memory(device: torch.device) -> int | None:
 
 
 class Peak:
-    """Bytes allocated above what was allocated before, at their highest; None on a CPU, where nobody counts them."""
+    """Context manager that measures the largest increase of allocated memory on a GPU.
+
+    Afterwards `bytes` is that increase; None on a CPU, where torch does not count.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.bytes = device, None if device.type != "cuda" else 0
@@ -55,7 +62,7 @@ class Peak:
 
 
 def wall_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Until the device is done."""
+    """Seconds that a call takes until the device has finished its work."""
     wait(device)
     began = perf_counter()
     call()
@@ -64,15 +71,15 @@ def wall_seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """For what was queued there."""
+    """Wait until the device has finished the work that was queued on it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def spread(timing: Timing) -> dict[str, float]:
+def spread(timing: Timing) -> Spread:
     return {"median": timing.median, "low": timing.low, "high": timing.high}
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Frobenius norm of the difference over that of what was wanted, in float32."""
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-30))
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """`|value - reference| / |reference|` in the Frobenius norm, computed in float32."""
+    return float((value.float() - reference.float()).norm() / reference.float().norm().clamp_min(1e-30))

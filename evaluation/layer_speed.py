@@ -1,4 +1,4 @@
-"""How fast a model's linear layers run: one of each kind and shape in its blocks, against its dense counterpart."""
+"""Speed of a model's linear layers: one of each kind and shape in its blocks, against its dense counterpart."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,46 +10,47 @@ from torch.nn import functional as F
 
 from paredown.compress.storage.modules import PackedConv1D, PackedExperts, PackedLinear
 from paredown.evaluation.gauges import relative_error, spread, weight_bytes
+from paredown.evaluation.schema import LayerSpeed, LayerTiming
 from paredown.kernels.timing import interleaved
 
 LAYER_TOKENS = (1, 8, 32, 512)
-LAYER_SAMPLES = 4  # of a layer, for each repeat end to end: it is that much cheaper
+LAYER_SAMPLES = 4  # timings of a layer for each end-to-end repeat: they are cheap
 
 
 @dataclass(frozen=True)
 class LayerCase:
-    """A linear layer, or several that the model multiplies as one; their dense counterparts; for how many tokens."""
+    """A linear layer, or several that run as one product, to be timed for one number of tokens."""
 
     kind: str
-    shape: tuple[int, int]  # (out, in), of several the sum of their outputs
-    name: str  # of the one that stands for all of its kind and shape
-    count: int
+    shape: tuple[int, int]  # (out, in); out is the sum over layers that run as one
+    name: str
+    count: int  # of products of this kind and shape in the model
     modules: tuple[nn.Module, ...]
-    against: tuple[nn.Module, ...]  # the other model's layers; if empty, their own weights unpacked
+    against: tuple[nn.Module, ...]  # the other model's layers; if empty, the same weights unpacked
     tokens: int
     dtype: torch.dtype
 
 
-Unit = tuple[str, ...]  # names of the linear layers that are one product: mostly one
+Unit = tuple[str, ...]  # names of the linear layers that run as one product: mostly a single one
 
 
 def linear_kinds(model: nn.Module) -> dict[tuple[str, int, int], list[Unit]]:
-    """The linear layers of the blocks by `(kind, out, in)`. What stands in no numbered block is left out."""
+    """The linear layers of the blocks by `(kind, out, in)`: those with a number in their name, so not the output layer."""
     names = {id(module): name for name, module in model.named_modules()}
-    found: dict[tuple[str, int, int], list[Unit]] = {}
+    units: dict[tuple[str, int, int], list[Unit]] = {}
     for name, module in model.named_modules():
         described = describe(module)
         if described is None or not any(part.isdigit() for part in name.split(".")):
             continue
-        group = getattr(module, "group", None)  # packed layers that share an input, see compress/fusing.py
+        group = getattr(module, "group", None)  # packed layers that share an input
         members = [module] if group is None else list(group.members)
         if members[0] is not module:
-            continue  # told of with the first of its group
+            continue  # listed with the first of its group
         kind, out, inner = described
         if len(members) > 1:
             kind, out = f"{kind}, {len(members)} fused", sum(member.out_features for member in members)
-        found.setdefault((kind, out, inner), []).append(tuple(names[id(member)] for member in members))
-    return found
+        units.setdefault((kind, out, inner), []).append(tuple(names[id(member)] for member in members))
+    return units
 
 
 def fused_experts(model: nn.Module) -> list[str]:
@@ -60,7 +61,7 @@ def fused_experts(model: nn.Module) -> list[str]:
 
 
 def describe(module: nn.Module) -> tuple[str, int, int] | None:
-    """`(kind, out, in)` of a linear layer, `dense` for one of torch's or transformers' own; None for anything else."""
+    """`(kind, out, in)` of a linear layer, where torch's and transformers' own are `dense`; None for other modules."""
     if isinstance(module, PackedLinear):
         return module.kind, module.out_features, module.in_features
     if isinstance(module, PackedConv1D):
@@ -73,7 +74,10 @@ def describe(module: nn.Module) -> tuple[str, int, int] | None:
 
 
 def layer_cases(models: Mapping[str, Any]) -> Iterator[LayerCase]:
-    """The one of middle size stands for its kind: ranks differ from layer to layer."""
+    """The layers to time: of each kind and shape the one of median bytes, because ranks differ from layer to layer.
+
+    `models` are one model, or two of which the second is the dense counterpart.
+    """
     model, *others = models.values()
     for (kind, out, inner), units in linear_kinds(model).items():
         by_size = sorted(units, key=lambda unit: sum(weight_bytes(model.get_submodule(name)) for name in unit))
@@ -87,19 +91,19 @@ def layer_cases(models: Mapping[str, Any]) -> Iterator[LayerCase]:
 
 def _same_layers(model: nn.Module, unit: Unit, modules: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
     """The layers of these names in another model, or none if one is missing or of another shape."""
-    named = dict(model.named_modules())
-    found = [named[name] for name in unit if name in named]
-    shapes = [[described[1:] for m in of if (described := describe(m))] for of in (found, modules)]
-    return tuple(found) if shapes[0] == shapes[1] else ()
+    by_name = dict(model.named_modules())
+    same = [by_name[name] for name in unit if name in by_name]
+    shapes = [[described[1:] for m in layers if (described := describe(m))] for layers in (same, modules)]
+    return tuple(same) if shapes[0] == shapes[1] else ()
 
 
 def time_layers(
     cases: Iterable[LayerCase], repeats: int, seed: int, device: torch.device, step: Callable[[], None]
-) -> list[dict[str, Any]]:
-    """The timings of one kind and shape under one head."""
-    rows: dict[tuple[str, tuple[int, int]], dict[str, Any]] = {}
+) -> list[LayerSpeed]:
+    """One entry for each kind and shape, with a timing for each number of tokens; `step` is called after each timing."""
+    rows: dict[tuple[str, tuple[int, int]], LayerSpeed] = {}
     for case in cases:
-        head = {
+        empty: LayerSpeed = {
             "kind": case.kind,
             "out": case.shape[0],
             "in": case.shape[1],
@@ -109,21 +113,21 @@ def time_layers(
             "against": _baseline(case),
             "timings": [],
         }
-        row = rows.setdefault((case.kind, case.shape), head)
+        row = rows.setdefault((case.kind, case.shape), empty)
         row["timings"].append(_time_layer(case, repeats, seed, device))
         step()
     return list(rows.values())
 
 
 def _baseline(case: LayerCase) -> str | None:
-    """What the layer is held against."""
+    """What the layer is compared with, in words."""
     if case.against:
         return "the other model's layer"
     return None if case.kind == "dense" else "torch's product with the unpacked weight"
 
 
-def _time_layer(case: LayerCase, repeats: int, seed: int, device: torch.device) -> dict[str, Any]:
-    """Its time, that of what it is held against, and how far its outputs for random inputs are from float32 ones."""
+def _time_layer(case: LayerCase, repeats: int, seed: int, device: torch.device) -> LayerTiming:
+    """The times of the layer and of its counterpart, and the error of its output, for random inputs."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(case.tokens, case.shape[1], generator=generator).to(device, case.dtype)  # (tokens, in)
 
@@ -137,8 +141,8 @@ def _time_layer(case: LayerCase, repeats: int, seed: int, device: torch.device) 
         products = [dense_product(module) for module in case.modules]
         calls["against"] = lambda: outputs(products)
     timed = interleaved(calls, device, LAYER_SAMPLES * repeats)
-    wanted = torch.cat([dense_product(module, torch.float32)(x.float()) for module in case.modules], dim=-1)
-    error = relative_error(torch.cat(outputs(case.modules), dim=-1), wanted)
+    exact = torch.cat([dense_product(module, torch.float32)(x.float()) for module in case.modules], dim=-1)
+    error = relative_error(torch.cat(outputs(case.modules), dim=-1), exact)  # of (tokens, out)
     return {
         "tokens": case.tokens,
         "seconds": spread(timed["layer"]),
@@ -150,11 +154,11 @@ def _time_layer(case: LayerCase, repeats: int, seed: int, device: torch.device) 
 
 
 def dense_product(module: nn.Module, dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
-    """torch's product with the module's weight, which is unpacked once."""
-    held, added = module.weight, module.bias
-    assert isinstance(held, Tensor)
+    """torch's product with the module's weight and bias, in `dtype` or their own. A packed weight is unpacked once, here."""
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
     if not isinstance(module, PackedLinear | nn.Linear):
-        held = held.t().contiguous()  # of a Conv1D
-    weight = held.detach().to(dtype)  # (out, in)
-    bias = added.detach().to(dtype) if isinstance(added, Tensor) else None  # (out,)
-    return lambda x: F.linear(x, weight, bias)
+        weight = weight.t().contiguous()  # of a Conv1D, which stores (in, out)
+    unpacked = weight.detach().to(dtype)  # (out, in)
+    added = bias.detach().to(dtype) if isinstance(bias, Tensor) else None  # (out,)
+    return lambda x: F.linear(x, unpacked, added)

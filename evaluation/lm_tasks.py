@@ -1,7 +1,7 @@
 """Run lm-eval tasks on a model in memory, and compare two models on the same documents.
 
-A task is YAML that may name Python to execute, so tasks come from three places only: the installed lm-eval, our own
-folder `evaluation/tasks`, and a folder that the user named. A name is never taken for a path.
+A task is a YAML file that may name Python code to execute. So tasks come from three places only: the installed lm-eval,
+our own folder `evaluation/tasks`, and a folder that the user names. The name of a task is never read as a path.
 """
 
 import logging
@@ -16,22 +16,26 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from paredown.compress.errors import PareError, did_you_mean
+from paredown.evaluation import schema
 
 if TYPE_CHECKING:
     from torch import nn
 
 OURS = Path(__file__).parent / "tasks"
 
-# lm-eval's own seeds (Python's random, numpy, torch, few-shot draw): with them the few-shot examples are everyone's.
+# lm-eval's default seeds (Python's random, numpy, torch, few-shot draw): published scores use the same few-shot examples.
 LM_EVAL_SEEDS = (0, 1234, 1234, 1234)
 
-# Resamplings for metrics whose standard error has no formula; accuracies have one and do not use it.
+# Bootstrap samples for metrics whose standard error has no formula; that of an accuracy has one.
 BOOTSTRAP = 1000
 
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task; `samples` holds each document's value where their mean is the metric, else `None`."""
+    """One metric of one task.
+
+    `samples` holds the value of each document if the metric is the mean of these values, else `None`.
+    """
 
     value: float
     stderr: float | None
@@ -40,17 +44,18 @@ class Score:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What one model scored: `scores[task][metric]`, the digests of the documents of each task in order, and remarks.
+    """What one model scored: `scores[task][metric]`.
 
-    A metric carries lm-eval's name, and its filter behind a comma where there is one (`exact_match,strict-match`).
+    A metric has lm-eval's name, followed by a comma and its filter if there is one (`exact_match,strict-match`).
+    `documents[task]` identifies the documents in order, by digest; `notes` are lm-eval's warnings.
     """
 
     scores: Mapping[str, Mapping[str, Score]]
     documents: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...] = ()
 
-    def summary(self) -> dict[str, dict[str, dict[str, float | int | None]]]:
-        """`{task: {metric: {value, stderr, documents}}}`, ready for JSON."""
+    def summary(self) -> dict[str, dict[str, schema.TaskScore]]:
+        """By task and metric, as in an `EvalResult` of one model."""
         return {
             task: {
                 metric: {"value": score.value, "stderr": score.stderr, "documents": len(self.documents[task])}
@@ -61,15 +66,15 @@ class TaskScores:
 
 
 def check_tasks(names: Sequence[str], include: Path | None = None, *, data: bool = False) -> None:
-    """Refuse names that are no lm-eval task, group or tag, before any weight is read.
+    """Raise `PareError` for names that are no lm-eval task, group or tag. No weight is read.
 
-    `include` is a folder of further task YAML; naming it is the user's consent to run the Python it refers to. Nothing
-    is executed here unless `data` is set: then the data of every task is loaded too, so that a missing network or an
-    unknown dataset is a `PareError` now instead of after the compression.
+    `include` is a folder of further task YAML. By naming it the user agrees that the Python code it refers to is run.
+    No such code is run here unless `data` is set: then the data of every task is loaded too, so that a missing network or
+    an unknown dataset is an error now, and not after the compression.
     """
     if not names:
         return
-    manager = _manager_for(names, include)
+    manager = task_manager(names, include)
     if data:
         with _collected_warnings():
             _load(manager, names)
@@ -85,17 +90,17 @@ def run_tasks(
     include: Path | None = None,
     seed: int = 0,
 ) -> TaskScores:
-    """Score a transformers model on lm-eval tasks, keeping every document's value.
+    """Score a transformers model on lm-eval tasks, and keep the value of every document.
 
-    `limit` takes the first so many documents of each task. `seed` is added to lm-eval's own four seeds, so 0 draws the
-    few-shot examples of published numbers. Raises `PareError` for unknown tasks, for data that cannot be had, and for
-    a model that answers with NaN: its accuracy would pass for chance.
+    With `limit` only the first `limit` documents of each task are used. `seed` is added to lm-eval's four default seeds,
+    so that 0 draws the same few-shot examples as published scores. Raises `PareError` for unknown tasks, for data that
+    cannot be loaded, and for a model whose likelihoods are NaN: its accuracy would look like chance.
     """
     if not names:
         return TaskScores({}, {})
     if limit is not None and limit < 1:
         raise PareError(f"the limit of documents per task is {limit}; wanted at least 1, or none at all")
-    manager = _manager_for(names, include)
+    manager = task_manager(names, include)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -103,8 +108,8 @@ def run_tasks(
     with _collected_warnings() as warnings:
         loaded = _load(manager, names)
         results = simple_evaluate(
-            # A copy of the tokenizer, because HFLM gives it a padding token
-            # told that it is causal, because lm-eval does not know the model types of packed checkpoints
+            # a copy of the tokenizer, because HFLM gives it a padding token;
+            # backend, because lm-eval cannot guess it from the model type of a packed checkpoint
             model=HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch_size, backend="causal"),
             tasks=_roots(loaded),
             task_manager=manager,
@@ -119,13 +124,13 @@ def run_tasks(
     return _scores(results, warnings)
 
 
-def compare_tasks(before: TaskScores, after: TaskScores) -> dict[str, dict[str, dict[str, float | int | None]]]:
-    """Before beside after: `{task: {metric: {before, after, stderr_before, stderr_after, paired_stderr, ...}}}`.
+def compare_tasks(before: TaskScores, after: TaskScores) -> dict[str, dict[str, schema.TaskComparison]]:
+    """The scores of two models by task and metric.
 
-    `paired_stderr` is the standard error of after - before over the same documents, far tighter than the two errors
-    combined. `correct_to_wrong` and `wrong_to_correct` count the documents whose answer changed sides (Dutta et al.
-    2024, "Accuracy is not all you need", arXiv 2407.09141). All three are `None` where lm-eval keeps no value per
-    document, the flips also where a document scores other than 0 or 1.
+    `paired_stderr` is the standard error of `after - before` over the same documents, far smaller than the two errors
+    combined. `correct_to_wrong` and `wrong_to_correct` count the documents whose answer flipped (Dutta et al. 2024,
+    "Accuracy is not all you need", arXiv 2407.09141). All three are `None` where lm-eval gives no value for each document,
+    the counts also where a document's value is not 0 or 1. Raises `PareError` if the documents of a task differ.
     """
     differing = [task for task in before.scores if before.documents[task] != after.documents.get(task)]
     if differing or before.scores.keys() != after.scores.keys():
@@ -139,7 +144,7 @@ def compare_tasks(before: TaskScores, after: TaskScores) -> dict[str, dict[str, 
     }
 
 
-def _compare(before: Score, after: Score) -> dict[str, float | int | None]:
+def _compare(before: Score, after: Score) -> schema.TaskComparison:
     paired: float | None = None
     lost: int | None = None
     won: int | None = None
@@ -160,14 +165,18 @@ def _compare(before: Score, after: Score) -> dict[str, float | int | None]:
     }
 
 
-def _manager_for(names: Sequence[str], include: Path | None) -> Any:
-    """The task manager that knows all of `names`, without lm-eval's thousands where ours and the user's suffice."""
+def task_manager(names: Sequence[str], include: Path | None = None) -> Any:
+    """An lm-eval `TaskManager` that knows all of `names`.
+
+    It knows only our tasks and those of `include` if they suffice: to index the thousands of lm-eval takes seconds.
+    Raises `PareError` for unknown names, for a missing folder and without lm-eval.
+    """
     _require_lm_eval()
     if include is not None and not include.is_dir():
         raise PareError(f"the folder of tasks {include} does not exist; wanted a folder of lm-eval task YAML")
-    near = _manager(include, False)
-    if all(name in near.all_subtasks for name in names):
-        return near
+    local = _manager(include, False)
+    if all(_complete(name, local) for name in names):
+        return local
     manager = _manager(include, True)
     unknown = [name for name in names if name not in manager.task_index]
     if unknown:
@@ -175,10 +184,18 @@ def _manager_for(names: Sequence[str], include: Path | None) -> Any:
     return manager
 
 
+def _complete(name: str, manager: Any) -> bool:
+    """Whether the manager knows this task, or this group with all its members. A tag may have members anywhere."""
+    if name in manager.all_subtasks:
+        return True
+    members = (manager.task_index[name].cfg or {}).get("task") if name in manager.all_groups else None
+    return isinstance(members, list) and all(isinstance(one, str) and _complete(one, manager) for one in members)
+
+
 def _unknown(name: str, known: Sequence[str]) -> str:
     hint = "Give its folder as the folder of tasks and its name as the task" if "/" in name else ""
-    near = did_you_mean(name, known)
-    return f"lm-eval knows no task {name!r}.{near} {hint or '`lm-eval ls tasks` lists them all'}"
+    suggestion = did_you_mean(name, known)
+    return f"lm-eval knows no task {name!r}.{suggestion} {hint or '`lm-eval ls tasks` lists them all'}"
 
 
 @lru_cache(maxsize=4)
@@ -200,11 +217,11 @@ def _require_lm_eval() -> None:
 
 
 def _load(manager: Any, names: Sequence[str]) -> Any:
-    """The tasks and groups with their data. lm-eval reads the data when it builds a task."""
+    """The tasks and groups with their data: lm-eval reads it when it builds a task."""
     try:
         return manager.load(list(dict.fromkeys(names)))
     except Exception as error:
-        # Hub, dataset script, parser and task code each raise their own kind: for the user it is one fault.
+        # the Hub, a dataset script, a parser and task code each raise errors of their own
         raise PareError(
             f"the data of the tasks {', '.join(names)} cannot be loaded: {type(error).__name__}: {error}. "
             "A task from the Hub needs the network once (unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE); "
@@ -213,7 +230,7 @@ def _load(manager: Any, names: Sequence[str]) -> Any:
 
 
 def _roots(loaded: Any) -> list[Any]:
-    """The groups that stand in no other group, and the tasks that stand in none: each task once."""
+    """The groups that are in no other group, and the tasks that are in no group: so each task is run once."""
     groups = loaded["groups"].values()
     inner = {group.name for outer in groups for group in outer.get_all_groups()}
     inside = {task.task_name for group in groups for task in group.get_all_tasks()}
@@ -222,9 +239,9 @@ def _roots(loaded: Any) -> list[Any]:
 
 
 def _scores(results: Any, warnings: "_Warnings") -> TaskScores:
-    """lm-eval's results by task and metric; tasks of a group are left out where the group has its own score."""
-    subtasks, remarks = results["group_subtasks"], _remarks(warnings)
-    scored = {name: found for name, metrics in results["results"].items() if (found := _values(metrics))}
+    """lm-eval's results by task and metric, without the tasks of a group that has a score of its own."""
+    subtasks, notes = results["group_subtasks"], _notes(warnings)
+    scored = {name: values for name, metrics in results["results"].items() if (values := _values(metrics))}
     hidden = {child for name in scored for child in _below(name, subtasks)}
     scores: dict[str, dict[str, Score]] = {}
     documents: dict[str, tuple[str, ...]] = {}
@@ -234,14 +251,14 @@ def _scores(results: Any, warnings: "_Warnings") -> TaskScores:
         if name in hidden:
             continue
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
-        remarks.extend(f"{name}: {key} is not a finite number and left out" for key in values.keys() - finite.keys())
+        notes.extend(f"{name}: {key} is not a finite number and left out" for key in values.keys() - finite.keys())
         scores[name] = {
             key.removesuffix(",none"): _score(key, value, results["results"][name], samples)
             for key, value in finite.items()
         }
-        named = (f"{leaf}:{one['doc_id']}:{one['doc_hash']}" for leaf, ones in samples.items() for one in ones)
-        documents[name] = tuple(dict.fromkeys(named))
-    return TaskScores(scores, documents, tuple(remarks))
+        digests = (f"{leaf}:{one['doc_id']}:{one['doc_hash']}" for leaf, ones in samples.items() for one in ones)
+        documents[name] = tuple(dict.fromkeys(digests))
+    return TaskScores(scores, documents, tuple(notes))
 
 
 def _values(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -254,11 +271,11 @@ def _values(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _score(key: str, value: float, metrics: Mapping[str, Any], samples: Mapping[str, list[Any]]) -> Score:
-    metric, _, chosen = key.rpartition(",")
-    stderr = metrics.get(f"{metric}_stderr,{chosen}")
-    each = [one.get(metric) for ones in samples.values() for one in ones if one["filter"] == chosen]
+    metric, _, filter_name = key.rpartition(",")
+    stderr = metrics.get(f"{metric}_stderr,{filter_name}")
+    each = [one.get(metric) for ones in samples.values() for one in ones if one["filter"] == filter_name]
     numbers = tuple(float(number) for number in each if isinstance(number, (int, float)))
-    # Where the mean of the documents is not the metric (perplexity, F1), differences of documents say nothing of it.
+    # a metric that is not the mean over documents (perplexity, F1) has no paired error by document
     paired = bool(numbers) and len(numbers) == len(each) and math.isclose(fmean(numbers), value, abs_tol=1e-9)
     error = float(stderr) if isinstance(stderr, (int, float)) and math.isfinite(stderr) else None
     return Score(value, error, numbers if paired else None)
@@ -277,7 +294,7 @@ def _leaves(name: str, subtasks: Mapping[str, list[str]]) -> list[str]:
 
 
 def _refuse_nan(task: str, samples: Mapping[str, list[Any]]) -> None:
-    """argmax over NaN picks the first choice without a word; a likelihood that is NaN is a broken model."""
+    """Raise `PareError` for a likelihood of NaN: the model is broken, and argmax would silently pick the first choice."""
     for ones in samples.values():
         for one in ones:
             answers = (part for answer in one["filtered_resps"] for part in _parts(answer))
@@ -293,9 +310,9 @@ def _parts(answer: Any) -> tuple[Any, ...]:
 
 
 class _Warnings(logging.Handler):
-    """Counts lm-eval's warnings by the line that gives them, with the first message of each."""
+    """Counts lm-eval's warnings by the line of code that logs them, with the first message of each."""
 
-    # Said about every model in memory and every task whose documents are made by a function.
+    # functions that warn about every model in memory and about every task whose documents come from a function
     EXPECTED = frozenset({"__init__", "download"})
 
     def __init__(self) -> None:
@@ -311,7 +328,7 @@ class _Warnings(logging.Handler):
 
 @contextmanager
 def _collected_warnings() -> Iterator[_Warnings]:
-    """lm-eval's warnings become remarks beside the scores, once each, instead of pages on the screen."""
+    """Collect lm-eval's warnings, which become notes beside the scores, instead of printing pages of them."""
     logger, handler = logging.getLogger("lm_eval"), _Warnings()
     before = logger.propagate, logger.level
     logger.propagate = False
@@ -325,5 +342,5 @@ def _collected_warnings() -> Iterator[_Warnings]:
         logger.setLevel(level)
 
 
-def _remarks(warnings: _Warnings) -> list[str]:
+def _notes(warnings: _Warnings) -> list[str]:
     return [f"lm-eval: {first}" + (f" ({times} alike)" if times > 1 else "") for first, times in warnings.seen.values()]

@@ -1,16 +1,16 @@
-"""The report of a compression: how it looks on the screen, and the model card. `schema.py` says what it holds."""
+"""The report of a compression as tables for a terminal and as a model card. `schema.py` lists its keys."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from paredown.evaluation.schema import SCHEMA, check_report
+from paredown.evaluation.schema import SCHEMA, Calibration, EvalResult, Report, check_report
 from paredown.evaluation.tables import (
     BEFORE_AFTER,
     Rows,
@@ -40,12 +40,11 @@ __all__ = [
     "screen_table",
 ]
 
-# A screen shows so many fallbacks and warnings; report.json holds them all.
-SHOWN = 12
+SHOWN = 12  # fallbacks or warnings on a screen or card; report.json holds them all
 
 
-def render(report: Mapping[str, Any]) -> Group:
-    """The report for a terminal: what was done, the price, the gain, and what deserves a second look."""
+def render(report: Report) -> Group:
+    """The report for a terminal: scores, sizes, layers, time and memory, fallbacks and warnings."""
     head = Text.assemble((base_name(report["model"]), "bold"), "  ", recipe_words(report["recipe"]))
     tables = [screen_table(rows) for rows in _results(report)]
     if report["layers"]:
@@ -54,30 +53,27 @@ def render(report: Mapping[str, Any]) -> Group:
         tables.append(screen_table(ranks))
     facts = [Text(line) for line in _facts(report)]
     return Group(
-        head, *tables, *facts, *listed("Fallbacks", report["fallbacks"]), *listed("Warnings", _warnings(report))
+        head,
+        *tables,
+        *facts,
+        *listed("Fallbacks", report["fallbacks"]),
+        *listed("Warnings", report.get("warnings", [])),
     )
 
 
-def render_eval(result: Mapping[str, Any]) -> Group:
-    """The figures of `{model, evaluation, tasks}` for a terminal.
-
-    With `against` (the dense model) entries are as in a report and stand beside it; without, an evaluation holds
-    `after` alone and a metric of a task `{value, stderr}`. `notes` (list of str) may follow.
-    """
+def render_eval(result: EvalResult) -> Group:
+    """The scores of `evaluate` for a terminal: of one model, or of two side by side where `against` names the dense one."""
     name = base_name(result["model"])
     against = base_name(result["against"]) if result.get("against") else None
     labels = (f"{against} (dense)", name if name != against else f"{name} (compressed)") if against else BEFORE_AFTER
-    parts = [
-        rows(result[key], labels)
-        for key, rows in (("evaluation", perplexity_rows), ("tasks", task_rows))
-        if result.get(key)
-    ]
+    tables = [perplexity_rows(result["evaluation"], labels)] if result["evaluation"] else []
+    tables += [task_rows(result["tasks"], labels)] if result["tasks"] else []
     head = Text.assemble((name, "bold"), f"  against {against}" if against else "")
-    return Group(head, *map(screen_table, parts), *listed("Notes", result.get("notes", [])))
+    return Group(head, *map(screen_table, tables), *listed("Notes", result.get("notes", [])))
 
 
-def model_card(report: Mapping[str, Any]) -> str:
-    """README.md of the checkpoint: front matter, loading, the table, how it was made, and where its claims end."""
+def model_card(report: Report) -> str:
+    """README.md of the checkpoint: metadata for the Hub, loading code, scores, how it was made, and limits."""
     name, recipe = base_name(report["model"]), recipe_words(report["recipe"])
     results = "\n\n".join(markdown_table(rows) for rows in _results(report))
     sections = [
@@ -86,18 +82,19 @@ def model_card(report: Mapping[str, Any]) -> str:
         f"`{name}` after post-training compression by {recipe}.{_citation(report['recipe'])}",
         f"## Load it\n\n```python\n{loading_code(report)}\n```\n\n{_loading_note(report)}",
         f"## Before and after\n\n{results}",
-        f"## How it was made\n\n{_made(report)}",
+        f"## How it was made\n\n{_provenance(report)}",
         *_ranks(report),
         f"## Limits\n\n{_limits(report)}",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def loading_code(report: Mapping[str, Any], folder: str = "path/to/this/folder") -> str:
-    """Python that loads the checkpoint: ours must be imported for packed weights, and for dense ones need not exist."""
-    ours = "" if report.get("format") == "dense" else "import paredown.compress\n"
+def loading_code(report: Report, folder: str = "path/to/this/folder") -> str:
+    """Python that loads the checkpoint. Packed weights need `import paredown.compress`; dense ones need no paredown."""
+    register = "" if report.get("format") == "dense" else "import paredown.compress\n"
     return (
-        f"{ours}from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained({folder!r})"
+        f"{register}from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({folder!r})"
     )
 
 
@@ -108,19 +105,17 @@ def recipe_words(recipe: Mapping[str, Any]) -> str:
     return f"recipe {recipe['name']} ({method})" if recipe.get("name") else method
 
 
-def _results(report: Mapping[str, Any]) -> list[Rows]:
-    parts = [size_rows(report)]
-    if report["tasks"]:
-        parts.insert(0, task_rows(report["tasks"]))
-    if report["evaluation"]:
-        parts.insert(0, perplexity_rows(report["evaluation"]))
-    return parts
+def _results(report: Report) -> list[Rows]:
+    tables = [perplexity_rows(report["evaluation"])] if report["evaluation"] else []
+    tables += [task_rows(report["tasks"])] if report["tasks"] else []
+    return [*tables, size_rows(report)]
 
 
-def _facts(report: Mapping[str, Any]) -> list[str]:
-    """Calibration, time, memory, versions, and the matrices that were not compressed, a line each."""
-    seconds, peak = report["seconds"], report["peak_memory_bytes"]
-    steps = ", ".join(f"{step} {seconds_text(taken)}" for step, taken in seconds.items() if step != "total")
+def _facts(report: Report) -> list[str]:
+    """Calibration, time, memory, versions, and the matrices that were not compressed: a line each."""
+    seconds: Mapping[str, Any] = report["seconds"]
+    peak: Mapping[str, Any] = report["peak_memory_bytes"]
+    steps = ", ".join(f"{step} {seconds_text(spent)}" for step, spent in seconds.items() if step != "total")
     memory = ", ".join(f"{place} {bytes_text(count)}" for place, count in peak.items() if count)
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
@@ -129,11 +124,11 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
         f"Peak memory: {memory or 'not measured'}",
     ]
     lines += [f"Versions: {versions}"] if versions else []
-    passed_over = {"Left dense": report.get("left_dense"), "Seen by no method": report.get("unsupported")}
-    return lines + [f"{title}: {len(names)} ({kinds_text(names)})" for title, names in passed_over.items() if names]
+    uncompressed = {"Left dense": report.get("left_dense"), "Seen by no method": report.get("unsupported")}
+    return lines + [f"{title}: {len(names)} ({kinds_text(names)})" for title, names in uncompressed.items() if names]
 
 
-def _calibration(calibration: Mapping[str, Any] | None) -> str:
+def _calibration(calibration: Calibration | None) -> str:
     if calibration is None:
         return "none, the method needs no data"
     source = base_name(calibration["source"])
@@ -145,10 +140,6 @@ def _calibration(calibration: Mapping[str, Any] | None) -> str:
     )
 
 
-def _warnings(report: Mapping[str, Any]) -> list[str]:
-    return list(report.get("warnings") or [])
-
-
 def screen_table(rows: Rows) -> Group:
     table = Table(title=Text(rows.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for position, header in enumerate(rows.headers):
@@ -158,16 +149,12 @@ def screen_table(rows: Rows) -> Group:
     return Group(table, *(Text(note, style="dim") for note in rows.notes), Text())
 
 
-def listed(title: str, lines: list[Any]) -> list[Text]:
-    """A list with its count, or nothing; a long tail is left to --json and what is kept of it."""
+def listed(title: str, lines: Sequence[str]) -> list[Text]:
+    """A heading with the number of lines, then the first `SHOWN` of them; nothing for no lines."""
     if not lines:
         return []
     more = [Text(f"  and {len(lines) - SHOWN} more in the JSON")] if len(lines) > SHOWN else []
-    return [Text(f"{title}: {len(lines)}", style="bold"), *(Text(f"  {_line(line)}") for line in lines[:SHOWN]), *more]
-
-
-def _line(entry: Any) -> str:
-    return ", ".join(f"{key} {value}" for key, value in entry.items()) if isinstance(entry, Mapping) else str(entry)
+    return [Text(f"{title}: {len(lines)}", style="bold"), *(Text(f"  {line}") for line in lines[:SHOWN]), *more]
 
 
 def markdown_table(rows: Rows) -> str:
@@ -177,20 +164,23 @@ def markdown_table(rows: Rows) -> str:
     return f"**{rows.title}**\n\n{table}{notes}"
 
 
-def _front_matter(report: Mapping[str, Any]) -> str:
-    """The Hub's metadata; a folder of one's own is no base model that the Hub could link to."""
+def _front_matter(report: Report) -> str:
+    """The Hub's metadata. A local folder is no base model, because the Hub could not link to it."""
     model_id, recipe = report["model"]["id"], report["recipe"]
-    base = {} if is_local(model_id) else {"base_model": model_id}
-    tags = ["paredown", "model-compression", *dict.fromkeys(filter(None, (recipe.get("method"), recipe.get("name"))))]
-    facts = {**base, "library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
-    return "---\n" + yaml.safe_dump(facts, sort_keys=False) + "---"
+    data = ModelCardData(
+        base_model=None if is_local(model_id) else model_id,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["paredown", "model-compression", *filter(None, (recipe.get("method"), recipe.get("name")))],
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _citation(recipe: Mapping[str, Any]) -> str:
     return f" The method is from: {recipe['citation']}." if recipe.get("citation") else ""
 
 
-def _loading_note(report: Mapping[str, Any]) -> str:
+def _loading_note(report: Report) -> str:
     if report.get("format") == "dense":
         return "This is an ordinary checkpoint: anything that reads the original reads this one."
     return (
@@ -199,28 +189,31 @@ def _loading_note(report: Mapping[str, Any]) -> str:
     )
 
 
-def _made(report: Mapping[str, Any]) -> str:
+def _provenance(report: Report) -> str:
+    """The command, the base model, the facts of the run, fallbacks and warnings, as Markdown."""
     revision = f", revision `{report['model']['revision']}`" if report["model"]["revision"] else ""
-    command = f"```bash\n{portable_command(report['command'])}\n```\n\n" if report.get("command") else ""
+    typed = report.get("command")
+    command = f"```bash\n{portable_command(typed)}\n```\n\n" if typed else ""
     facts = [f"Base model: `{base_name(report['model'])}`{revision}", *_facts(report)]
-    lists = [*_counted("Fallbacks", report["fallbacks"]), *_counted("Warnings", _warnings(report))]
+    lists = [*_counted("Fallbacks", report["fallbacks"]), *_counted("Warnings", report.get("warnings", []))]
     return command + "\n".join([*(f"- {fact}" for fact in facts), *lists])
 
 
-def _ranks(report: Mapping[str, Any]) -> list[str]:
-    """Every factored layer, folded away."""
+def _ranks(report: Report) -> list[str]:
+    """A table of every factored layer, which a reader can unfold; nothing without factored layers."""
     rows = rank_rows(report["layers"], name=str)
     table = rows and markdown_table(rows)
     return [f"<details><summary>Each layer's rank and loss</summary>\n\n{table}\n\n</details>"] if table else []
 
 
-def _counted(title: str, lines: list[Any]) -> list[str]:
-    told = [text.plain.strip() for text in listed(title, lines)]
-    return [f"- {told[0]}", *(f"  - {line}" for line in told[1:])] if told else []
+def _counted(title: str, lines: Sequence[str]) -> list[str]:
+    """As `listed`, in Markdown."""
+    items = [text.plain.strip() for text in listed(title, lines)]
+    return [f"- {items[0]}", *(f"  - {item}" for item in items[1:])] if items else []
 
 
 def portable_command(command: str) -> str:
-    """The command with the folders of the machine it ran on taken off its paths."""
+    """The command without the folders of the machine that it ran on: of each absolute path, the last part."""
     words = []
     for word in shlex.split(command):
         option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
@@ -228,7 +221,7 @@ def portable_command(command: str) -> str:
     return shlex.join(words)
 
 
-def _limits(report: Mapping[str, Any]) -> str:
+def _limits(report: Report) -> str:
     size = report["bytes"]
     lines = [
         "Zeros are not bytes, and bytes are not speed until measured: this card claims the bytes in the table above, "

@@ -1,115 +1,585 @@
-"""What the JSON of a report must hold, and a check that says everything that is wrong with one."""
+"""The results of the public calls as types: `Report`, `EvalResult`, `BenchResult` and `ExportResult`.
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+They are plain dicts that hold what JSON can hold. A key that is listed is always there, unless it is `NotRequired`; a dict
+may hold further keys. `check_report` checks a report against its type. The JSON Schema of a report is printed by
+
+    python -m paredown.evaluation.schema
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic_core import ErrorDetails
+from typing_extensions import TypedDict  # pydantic wants this one below Python 3.12
 
 from paredown.compress.errors import PareError
 
-SCHEMA = 1
+SCHEMA = 1  # of report.json
+
+Number = Annotated[float, Field(allow_inf_nan=False)]  # finite; an int is welcome, a bool is not
+Format = Literal["packed", "dense"]
+
+# Strict: "1" and True are no numbers. A docstring below a key describes it in the JSON Schema; pydantic does not see the
+# docstrings of inherited keys, which are described by `_about` instead.
+_strict = with_config(ConfigDict(extra="allow", strict=True, use_attribute_docstrings=True))
 
 
-@dataclass(frozen=True)
-class Each:
-    """A mapping with keys of anyone's choice, whose values all look alike."""
-
-    value: Any
+def _about(text: str) -> Any:
+    return Field(description=text)
 
 
-@dataclass(frozen=True)
-class Maybe:
-    """What it says, or null: not measured, or not defined."""
+@_strict
+class ReportModel(TypedDict):
+    """The model that was compressed."""
 
-    value: Any
-
-
-NUMBER = (int, float)
-PERPLEXITY = {"token_perplexity": NUMBER, "stderr": Maybe(NUMBER)}
-
-# A dict lists the keys, a list shows its items, a type or a pair of types is a value's. More keys are welcome:
-# `command`, `format` ("packed" or "dense"), `warnings`, and a `note` beside an evaluation.
-SHAPE: dict[str, Any] = {
-    "schema": int,
-    "model": {"id": str, "revision": Maybe(str), "family": str, "parameters": int},
-    "recipe": dict,
-    "calibration": Maybe(
-        {"source": str, "split": Maybe(str), "sequences": int, "length": int, "seed": Maybe(int), "sha256": str}
-    ),
-    "evaluation": [
-        {
-            "corpus": str,
-            "split": Maybe(str),
-            "sha256": str,
-            "length": int,
-            "tokens": int,
-            "before": PERPLEXITY,
-            "after": PERPLEXITY,
-            "paired_delta": {"log_ratio": NUMBER, "stderr": Maybe(NUMBER)},
-        }
-    ],
-    "tasks": Each(
-        Each(
-            {
-                "before": NUMBER,
-                "after": NUMBER,
-                "stderr_before": Maybe(NUMBER),
-                "stderr_after": Maybe(NUMBER),
-                "paired_stderr": Maybe(NUMBER),
-            }
-        )
-    ),
-    "parameters": {"total": int, "targeted": int, "kept": int},
-    "bytes": {"before": int, "after": int},
-    # `kept` is the share of a layer's weights that is kept, between 0 and 1.
-    "layers": [
-        {
-            "name": str,
-            "method": str,
-            "kept": NUMBER,
-            "relative_error": Maybe(NUMBER),
-            "damping": Maybe(NUMBER),
-            "seconds": NUMBER,
-        }
-    ],
-    "seconds": {"calibration": NUMBER, "compress": NUMBER, "evaluation": NUMBER, "write": NUMBER, "total": NUMBER},
-    "peak_memory_bytes": {"host": Maybe(int), "device": Maybe(int)},
-    "fallbacks": list,
-    "versions": dict,
-}
+    id: str
+    """Its folder or its name on the Hugging Face Hub, as the user gave it."""
+    revision: str | None
+    """Commit on the Hub; null for a folder."""
+    family: str
+    """`model_type` of its config, such as `llama`."""
+    parameters: int
+    """Number of its parameters; tied weights count once."""
+    tokenizer_sha256: NotRequired[str]
+    """Digest of its tokenizer files."""
 
 
-def check_report(report: Mapping[str, Any]) -> None:
-    """Raise a `PareError` that lists everything missing, mistyped or not finite in a report."""
-    faults = list(_faults(report, SHAPE, "report"))
-    if not faults and report["schema"] != SCHEMA:
-        faults = [f"report.schema is {report['schema']}; this paredown reads schema {SCHEMA}"]
-    if faults:
-        raise PareError("the report is not one of ours, or incomplete:\n" + "\n".join(faults))
+@_strict
+class Text(TypedDict):
+    """Windows of tokens that were cut from a text. Keys that say nothing of this text are missing."""
+
+    split: Annotated[str | None, _about("Split of the dataset; null where the text has none.")]
+    sha256: Annotated[str, _about("Digest of the text.")]
+    length: Annotated[int, _about("Tokens in a window.")]
+    revision: NotRequired[Annotated[str, _about("Version of the dataset.")]]
+    text_tokens: NotRequired[Annotated[int, _about("Tokens in the whole text, where all of it was tokenized.")]]
+    pieces: NotRequired[Annotated[int, _about("Number of pieces that a very long text was tokenized in.")]]
+    sampling: NotRequired[Annotated[str, _about("`in order`, or drawn from `documents` or from the `joined` text.")]]
+    bos: NotRequired[Annotated[str, _about("Which windows begin with the tokenizer's BOS token: `none`, or words.")]]
+    capped_from: NotRequired[Annotated[int, _about("Tokens asked for in a window, where the model allows fewer.")]]
 
 
-def _faults(value: Any, shape: Any, place: str) -> Iterator[str]:
-    if isinstance(shape, Maybe):
-        if value is not None:
-            yield from _faults(value, shape.value, place)
-    elif isinstance(shape, dict | Each):
-        if not isinstance(value, Mapping):
-            yield f"{place} is {value!r:.60}; wanted a mapping"
-            return
-        keys = shape if isinstance(shape, dict) else dict.fromkeys(value, shape.value)
-        for key, inner in keys.items():
-            if key not in value:
-                yield f"{place}.{key} is missing"
-            else:
-                yield from _faults(value[key], inner, f"{place}.{key}")
-    elif isinstance(shape, list):
-        if not isinstance(value, list):
-            yield f"{place} is {value!r:.60}; wanted a list"
-            return
-        for position, item in enumerate(value):
-            yield from _faults(item, shape[0], f"{place}[{position}]")
-    elif not isinstance(value, shape) or isinstance(value, bool):
-        wanted = " or ".join(kind.__name__ for kind in (shape if isinstance(shape, tuple) else (shape,)))
-        yield f"{place} is {value!r:.60}; wanted {wanted}"
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{place} is {value}; wanted a finite number"
+@_strict
+class Calibration(Text):
+    """The text that the method measured the model's activations on."""
+
+    source: str
+    """Name of the corpus, or path of a text file."""
+    sequences: int
+    """Number of windows."""
+    tokens: NotRequired[int]
+    """Tokens in all windows."""
+    seed: int | None
+    """Seed of the random draw."""
+
+
+@_strict
+class Perplexity(TypedDict):
+    """Token perplexity of one model on one text."""
+
+    token_perplexity: Number
+    """`exp` of the mean loss per token."""
+    stderr: Number | None
+    """Its standard error by bootstrap over windows; null for a single window."""
+
+
+@_strict
+class PairedDelta(TypedDict):
+    """How far the loss rose on the same windows."""
+
+    log_ratio: Number
+    """Increase of the mean loss, which is the log of the ratio of both perplexities; nats per token."""
+    stderr: Number | None
+    """Its standard error by paired bootstrap over windows; null for a single window."""
+    low: NotRequired[Number]
+    """Lower end of its 95 % interval; nats per token."""
+    high: NotRequired[Number]
+    """Upper end of its 95 % interval; nats per token."""
+    ratio: NotRequired[Number]
+    """Perplexity after compression over perplexity before."""
+    windows: NotRequired[int]
+    """Number of windows."""
+    resamples: NotRequired[int]
+    """Bootstrap samples."""
+    seed: NotRequired[int]
+    """Seed of the bootstrap."""
+
+
+@_strict
+class TextScore(Text):
+    """Perplexity on one text."""
+
+    corpus: Annotated[str, _about("Name of the corpus, or path of a text file.")]
+    tokens: Annotated[int, _about("Tokens in all windows.")]
+    sequences: NotRequired[Annotated[int, _about("Number of windows.")]]
+    after: Annotated[Perplexity, _about("Of the model in question: after its compression, if it was compressed.")]
+    note: NotRequired[Annotated[str, _about("A remark for the reader.")]]
+
+
+@_strict
+class TextComparison(TextScore):
+    """Perplexity on one text before and after compression."""
+
+    before: Perplexity
+    """Of the dense model."""
+    paired_delta: PairedDelta
+    """The difference on the same windows."""
+
+
+@_strict
+class TaskScore(TypedDict):
+    """One metric of one lm-eval task, of one model."""
+
+    value: Number
+    """In the metric's own unit; an accuracy is a share between 0 and 1."""
+    stderr: Number | None
+    """Its standard error; null where lm-eval gives none."""
+    documents: int
+    """Number of documents that were scored."""
+
+
+@_strict
+class TaskComparison(TypedDict):
+    """One metric of one lm-eval task before and after compression, in the metric's own unit."""
+
+    before: Number
+    """Of the dense model."""
+    after: Number
+    """Of the compressed model."""
+    stderr_before: Number | None
+    """Standard error of `before`; null where lm-eval gives none."""
+    stderr_after: Number | None
+    """Standard error of `after`; null where lm-eval gives none."""
+    paired_stderr: Number | None
+    """Standard error of `after - before` over the same documents; null where there is no value for each document."""
+    correct_to_wrong: NotRequired[int | None]
+    """Documents answered correctly before and wrongly after; null where a document's value is not 0 or 1."""
+    wrong_to_correct: NotRequired[int | None]
+    """Documents answered wrongly before and correctly after; null where a document's value is not 0 or 1."""
+
+
+@_strict
+class Parameters(TypedDict):
+    """Numbers of parameters."""
+
+    total: int
+    """Of the whole model before compression."""
+    targeted: int
+    """In the layers that were to be compressed, before compression."""
+    kept: int
+    """In the same layers after compression: nonzero weights, or numbers in the factors."""
+
+
+@_strict
+class BytesChange(TypedDict):
+    """Bytes of the weights on disk."""
+
+    before: int
+    """Of the checkpoint that was read."""
+    after: int
+    """Of the checkpoint that was written."""
+
+
+@_strict
+class Layer(TypedDict):
+    """One compressed layer."""
+
+    name: str
+    """Of its weight in the model, without `.weight`."""
+    method: str
+    """Name of the method."""
+    kept: Number
+    """Share of its numbers that is stored, 0 to 1."""
+    relative_error: Number | None
+    """Share of the energy of its output on the calibration text that is wrong; null if not measured."""
+    damping: Number | None
+    """What was added to the diagonal of the Hessian, as a share of its mean; null for methods without a Hessian."""
+    seconds: Number
+    """Time it took to compress it."""
+    flops_per_token: NotRequired[int]
+    """Floating point operations of its product for one token; a mask skips what it removed."""
+    sparsity: NotRequired[Number | str]
+    """Share of zeros, or a pattern such as `2:4`; of masks."""
+    kind: NotRequired[str]
+    """How its factors are stored, such as `lowrank` or `pifa`; of factors."""
+    rank: NotRequired[int]
+    """Rank of its factors; of factors."""
+    measured_loss: NotRequired[Number | None]
+    """Loss of what was stored in the method's own metric, as a share of the loss of dropping the weight; of factors."""
+    predicted_loss: NotRequired[Number | None]
+    """The same as predicted from the dense model, where that loss decided on the ranks; of factors."""
+
+
+@_strict
+class Seconds(TypedDict):
+    """Wall time by step, in seconds."""
+
+    calibration: Number
+    """Running the calibration text and collecting statistics."""
+    compress: Number
+    """Compressing layers."""
+    evaluation: Number
+    """Running the evaluation texts through both models."""
+    write: Number
+    """Writing the checkpoint."""
+    total: Number
+    """From the start to the report. A run that was interrupted and continued counts both parts."""
+    survey: NotRequired[Number]
+    """Measuring the dense model to distribute ranks or sparsity over layers."""
+    read: NotRequired[Number]
+    """Reading weights."""
+    reconstruct: NotRequired[Number]
+    """Tuning compressed blocks towards the dense block's output."""
+    tasks: NotRequired[Number]
+    """Running lm-eval tasks on both models."""
+    forward: NotRequired[Number]
+    """Running blocks; contained in `calibration` and `evaluation`."""
+
+
+@_strict
+class PeakMemory(TypedDict):
+    """Largest memory in use during the run, in bytes."""
+
+    host: int | None
+    """Resident memory of the process; null if not measured."""
+    device: int | None
+    """Memory allocated on the GPU, 0 without one; null if not measured."""
+
+
+@_strict
+class Report(TypedDict):
+    """What a compression did and what it costs: report.json."""
+
+    schema: Annotated[int, Field(json_schema_extra={"const": SCHEMA})]
+    """Version of this schema."""
+    model: ReportModel
+    """The model that was compressed."""
+    recipe: dict[str, Any]
+    """The recipe as it was run, with every default."""
+    calibration: Calibration | None
+    """The calibration text; null for a method that needs no data."""
+    evaluation: list[TextComparison]
+    """Perplexity before and after, by text."""
+    tasks: dict[str, dict[str, TaskComparison]]
+    """lm-eval scores before and after, by task and metric."""
+    parameters: Parameters
+    """Numbers of parameters."""
+    bytes: BytesChange
+    """Bytes of the weights on disk."""
+    layers: list[Layer]
+    """The compressed layers, in the order of the model."""
+    seconds: Seconds
+    """Wall time by step."""
+    peak_memory_bytes: PeakMemory
+    """Largest memory in use."""
+    fallbacks: list[str]
+    """Where something else was done than the recipe says, and why: a sentence each."""
+    versions: dict[str, str]
+    """Versions of Python and of the packages that decide on the numbers."""
+    format: NotRequired[Format]
+    """How the checkpoint is stored: `packed` needs paredown to load, `dense` is an ordinary checkpoint."""
+    command: NotRequired[str | None]
+    """The command line; null for a call from Python."""
+    warnings: NotRequired[list[str]]
+    """What a reader of the figures should know: a sentence each."""
+    memory_base_bytes: NotRequired[int]
+    """Resident memory before any weight was read: the libraries. The plan's estimate comes on top of it."""
+    left_dense: NotRequired[list[str]]
+    """Names of linear layers that the recipe's targets leave as they are."""
+    unsupported: NotRequired[list[str]]
+    """Names of matrices in the blocks that no method can compress."""
+
+
+@_strict
+class EvalText(TextScore):
+    """Perplexity on one text; with `against` of both models."""
+
+    before: NotRequired[Perplexity]
+    """Of the dense model."""
+    paired_delta: NotRequired[PairedDelta]
+    """The difference on the same windows."""
+
+
+@_strict
+class EvalResult(TypedDict):
+    """What `evaluate` returns: the scores of one model, or of one beside its dense original."""
+
+    model: str
+    """Folder or Hub name."""
+    evaluation: list[EvalText]
+    """Perplexity by text."""
+    tasks: dict[str, dict[str, TaskScore]] | dict[str, dict[str, TaskComparison]]
+    """lm-eval scores by task and metric: `TaskComparison` with `against`, else `TaskScore`."""
+    notes: NotRequired[list[str]]
+    """lm-eval's warnings; missing without tasks."""
+    against: NotRequired[str]
+    """Folder or Hub name of the dense model; missing if there is none."""
+
+
+@_strict
+class ExportResult(TypedDict):
+    """What `export` returns."""
+
+    model: str
+    """The checkpoint that was converted: folder or Hub name."""
+    out: str
+    """The folder that was written."""
+    format: Format
+    """The format that was written."""
+    bytes: BytesChange
+    """Bytes of the weights on disk."""
+
+
+Phase = Literal["prefill", "decode"]
+ModelKey = Literal["model", "against"]  # the model in question, and the one it is compared with
+
+
+@_strict
+class Spread(TypedDict):
+    """A quantity over the repeats of a measurement."""
+
+    median: Number
+    low: Number
+    """The smallest."""
+    high: Number
+    """The largest."""
+
+
+@_strict
+class PhaseSpeed(TypedDict):
+    """Speed of the prefill, or of decoding."""
+
+    seconds: Spread
+    """Wall time for all sequences of the batch."""
+    tokens_per_second: Spread
+    """Over all sequences of the batch."""
+
+
+@_strict
+class LogitError(TypedDict):
+    """Relative error (Frobenius norm) of decoded logits against those of one forward over the whole text."""
+
+    first: Number
+    """At the first decoded token."""
+    last: Number
+    """At the last decoded token."""
+
+
+@_strict
+class ModelSpeed(TypedDict):
+    """One model at one batch size."""
+
+    prefill: PhaseSpeed
+    """One forward over the context."""
+    decode: PhaseSpeed
+    """One forward for each further token."""
+    joules_per_token: Number | None
+    """Energy of the whole GPU board for one decoded token; null where it cannot be measured."""
+    peak_bytes: int | None
+    """Largest memory allocated on the GPU, weights included; null on a CPU."""
+    relative_error: LogitError
+    """How far decoded logits are from those of a plain forward."""
+
+
+@_strict
+class SpeedRatio(TypedDict):
+    """Median time of the other model over that of the model in question: above 1 the latter is faster."""
+
+    prefill: Number
+    decode: Number
+
+
+@_strict
+class BatchSpeed(TypedDict):
+    """Both models, or the only one, at one batch size."""
+
+    batch: int
+    """Sequences."""
+    context: int
+    """Tokens of context in each sequence."""
+    decode: int
+    """Tokens decoded in each sequence."""
+    decode_mode: Literal["cuda graph", "eager"]
+    """How a decoding step was launched."""
+    model: ModelSpeed
+    """The model in question."""
+    against: NotRequired[ModelSpeed]
+    """The model it is compared with."""
+    ratio: SpeedRatio | None
+    """Null without a second model."""
+
+
+@_strict
+class ModelMemory(TypedDict):
+    """Memory that one model needs, in bytes."""
+
+    weights_bytes: int
+    """Parameters and buffers; shared ones count once."""
+    cache_bytes_per_sequence: int
+    """Cache of one sequence of context and decoded tokens."""
+    growth_bytes: NotRequired[int]
+    """How far memory grew on the device when the model was loaded and run once."""
+
+
+@_strict
+class LayerTiming(TypedDict):
+    """One layer for one number of tokens."""
+
+    tokens: int
+    """Rows of its input."""
+    seconds: Spread
+    """Time of one product."""
+    against_seconds: Spread | None
+    """Time of the product it is compared with; null without one."""
+    ratio: Number | None
+    """Median of `against_seconds` over median of `seconds`: above 1 the layer is faster."""
+    graph: bool
+    """Whether a CUDA graph was timed."""
+    relative_error: Number
+    """Relative error (Frobenius norm) of its output against a float32 product with the unpacked weight."""
+
+
+_LayerSizes = TypedDict("_LayerSizes", {"in": Annotated[int, _about("Inputs.")]})
+
+
+@_strict
+class LayerSpeed(_LayerSizes):
+    """One layer for all of its kind and shape."""
+
+    kind: str
+    """How its weight is stored, such as `sparse24` or `dense`; with the number of layers that run as one."""
+    out: int
+    """Outputs, of all layers that run as one."""
+    count: int
+    """How many of its kind and shape the model has."""
+    layer: str
+    """Name of the layer that was timed: of middle size among them."""
+    bytes: int
+    """Bytes of its weight and bias."""
+    against: str | None
+    """What it is compared with; null without a comparison."""
+    timings: list[LayerTiming]
+    """By number of tokens."""
+
+
+@_strict
+class SpeedSettings(TypedDict):
+    """What was asked of a measurement of speed, after it was capped to what the models allow."""
+
+    batches: list[int]
+    """Sequences at once, ascending."""
+    context: int
+    """Tokens of context in each sequence."""
+    decode: int
+    """Tokens to decode in each sequence."""
+    repeats: int
+    """Measurements of each model."""
+    seed: int
+    """Seed of the random tokens."""
+
+
+@_strict
+class Measurement(TypedDict):
+    """What `evaluation.speed.measure` returns."""
+
+    settings: SpeedSettings
+    """What was asked for."""
+    memory: dict[str, ModelMemory]
+    """By `model` and `against`."""
+    end_to_end: list[BatchSpeed]
+    """By batch size, ascending; sizes that do not fit into memory are missing."""
+    layers: list[LayerSpeed]
+    """By kind and shape of layer."""
+    notes: list[str]
+    """What a reader of the figures should know: a sentence each."""
+
+
+@_strict
+class Device(TypedDict):
+    """Where something was measured."""
+
+    type: str
+    """`cuda` or `cpu`."""
+    name: str
+    """Product name of the GPU or CPU."""
+    threads: NotRequired[int]
+    """Threads of torch; of a CPU."""
+
+
+@_strict
+class Surroundings(TypedDict):
+    """Where, when and with what something was measured."""
+
+    device: Device
+    """The GPU or CPU."""
+    date: str
+    """UTC, ISO 8601."""
+    versions: dict[str, str]
+    """Versions of Python and of packages."""
+
+
+@_strict
+class BenchResult(Measurement, Surroundings):
+    """What `bench` returns and writes to bench.json."""
+
+    schema: int
+    """Version of these keys: 1."""
+    model: str
+    """Folder or Hub name of the model in question."""
+    against: str | None
+    """Folder or Hub name of the model it is compared with; null without one."""
+    dtype: str
+    """Of the activations, such as `bfloat16`."""
+
+
+_report = TypeAdapter(Report)
+
+
+def check_report(report: object) -> None:
+    """Raise a `PareError` that names every value of a report that is missing, of a wrong type or not finite."""
+    version = report.get("schema") if isinstance(report, Mapping) else None
+    if type(version) is int and version != SCHEMA:
+        raise PareError(f"report.schema is {version}; this paredown reads schema {SCHEMA}")
+    try:
+        _report.validate_python(report)
+    except ValidationError as error:
+        faults: dict[str, list[ErrorDetails]] = {}
+        for fault in error.errors(include_url=False):
+            faults.setdefault(_place(fault["loc"], report), []).append(fault)
+        lines = "\n".join(f"{place} {_problem(several)}" for place, several in faults.items())
+        raise PareError(f"this is no report of paredown, or an incomplete one:\n{lines}") from error
+
+
+def report_json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of report.json."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_report.json_schema()}
+
+
+def _place(path: Sequence[int | str], report: Any) -> str:
+    """`report.layers[3].kept` for the path `("layers", 3, "kept")`.
+
+    Where several types are allowed, pydantic's path ends in the name of one of them, which is left out.
+    """
+    place, value = "report", report
+    for part in path:
+        if isinstance(value, Mapping):
+            place += f".{part}"
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int):
+            place += f"[{part}]"
+            value = value[part]
+    return place
+
+
+def _problem(faults: Sequence[ErrorDetails]) -> str:
+    """What is wrong with one value, in words that follow its place; a fault for each type that it could have had."""
+    if faults[0]["type"] == "missing":
+        return "is missing"
+    wanted = " or ".join(fault["msg"].removeprefix("Input should be ") for fault in faults)
+    return f"is {faults[0]['input']!r:.60}; wanted {wanted}"
+
+
+if __name__ == "__main__":
+    print(json.dumps(report_json_schema(), indent=2))

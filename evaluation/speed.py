@@ -1,23 +1,23 @@
-"""How fast a model runs, beside another or alone: models in, numbers out.
+"""How fast one or two models run.
 
-End to end, on random tokens: prefill is one forward over `batch` x `context` tokens into an empty static cache, and
-decode one forward a token from there, fed with further random tokens. Both are wall time, of every model in turn within
-each repeat. On CUDA one step of decoding is a CUDA graph, if that can be had for every model, and else none is; prefill
-is launched from Python. Before anything is timed, what is timed is run once, and the first and the last logits it
-decodes are compared with those of one plain forward.
+End to end, on random tokens. Prefill is one forward over `batch` x `context` tokens into an empty static cache; decoding
+continues with one forward for each further token, also random. Both are measured as wall time; in each repeat the models
+take turns. On CUDA a decoding step is captured into a CUDA graph, if this works for all models, else for none; prefill is
+always launched from Python. Before anything is timed it is run once, and the first and the last decoded logits are compared
+with those of a forward without a cache.
 
 Layer by layer: one of each kind and shape among the linear layers of the blocks, against its dense counterpart.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from paredown.compress.errors import PareError
-from paredown.evaluation.decoding import TOLERANCE, Decoding, cache_bytes, compare, graphs_or_eager
+from paredown.evaluation.decoding import TOLERANCE, Decoding, cache_bytes, compare, graphs_or_eager, largest
 from paredown.evaluation.energy import EnergyMeter, joules_per_token
 from paredown.evaluation.gauges import (
     Peak,
@@ -29,9 +29,10 @@ from paredown.evaluation.gauges import (
     weight_bytes,
 )
 from paredown.evaluation.layer_speed import fused_experts, layer_cases, time_layers
+from paredown.evaluation.schema import BatchSpeed, LogitError, Measurement, PhaseSpeed, SpeedSettings
 from paredown.kernels.timing import WARM_UP, Timing, in_turn
 
-LEAST = WARM_UP + 1  # tokens to decode: a graph's warm-up decodes some, too
+LEAST = WARM_UP + 1  # tokens to decode, because the warm-up of a CUDA graph decodes WARM_UP
 
 Progress = Callable[[int, int], None]
 Note = Callable[[str], None]
@@ -39,13 +40,13 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of a measurement, in sequences and in tokens of each."""
+    """Sizes of a measurement. Raises PareError for sizes below 1, and for fewer than `LEAST` tokens to decode."""
 
-    batches: tuple[int, ...] = (1, 8, 32)
-    context: int = 512
-    decode: int = 64
+    batches: tuple[int, ...] = (1, 8, 32)  # sequences at once
+    context: int = 512  # tokens of each sequence
+    decode: int = 64  # tokens of each sequence
     repeats: int = 5
-    seed: int = 0
+    seed: int = 0  # of the random tokens
 
     def __post_init__(self) -> None:
         wrong = [f"batch {n}" for n in self.batches if n < 1]
@@ -56,24 +57,27 @@ class Settings:
             raise PareError(f"decode {self.decode}: at least {LEAST} tokens are needed.")
 
     def within(self, longest: int) -> "tuple[Settings, list[str]]":
-        """The same for models that allow `longest` tokens, and what had to be changed."""
+        """The settings capped to models that allow `longest` tokens, and a note about each change.
+
+        Raises PareError if `longest` is too short for any measurement.
+        """
         if longest <= LEAST:
             raise PareError(
                 f"the model allows {longest} tokens; more than {LEAST} are needed to time prefill and decode."
             )
         decode = min(self.decode, max(LEAST, longest // 2))
         context = min(self.context, longest - decode)
-        told = [
+        notes = [
             f"{name} is {used} tokens, not {asked}: the model allows {longest}"
             for name, asked, used in (("decode", self.decode, decode), ("context", self.context, context))
             if used != asked
         ]
-        return replace(self, context=context, decode=decode), told
+        return replace(self, context=context, decode=decode), notes
 
 
 @dataclass
 class Log:
-    """What is told while something is measured: how many steps of all are done, and notes."""
+    """Reports progress and notes while something is measured, and collects the notes."""
 
     progress: Progress
     note: Note
@@ -85,7 +89,7 @@ class Log:
         self.done += 1
         self.progress(self.done, self.total)
 
-    def tell(self, text: str) -> None:
+    def add_note(self, text: str) -> None:
         self.notes.append(text)
         self.note(text)
 
@@ -96,14 +100,14 @@ def measure(
     progress: Progress = lambda done, total: None,
     note: Note = lambda text: None,
     held: Mapping[str, int] | None = None,
-) -> dict[str, Any]:
-    """`{settings, memory, end_to_end, layers, notes}` of one or two models on one device, by the names they are given.
+    free: int | None = None,
+) -> Measurement:
+    """Measure one or two models on one device: `model`, and `against`, the model it is compared with.
 
-    `held` are the bytes that each takes on a GPU, where that is known to be more than its weights.
+    `progress(done, total)` counts steps, `note` takes remarks. `held` are the bytes that each model takes on a GPU, if
+    known to be more than its weights. `free` are the bytes that may be allocated beside the models; None: all that are free.
 
-    The first model is the one in question and the second the one it is held against. Seconds carry `median`, `low` and
-    `high`; `ratio` is the second model's median time over the first's, so that above 1 the first is faster.
-    Raises PareError if a model's logits are not finite or not one batch fits into memory.
+    Raises PareError if a model's logits are not finite, or if no batch size fits into memory.
     """
     device = device_of(next(iter(models.values())))
     weights = {name: weight_bytes(model) for name, model in models.items()}
@@ -111,12 +115,14 @@ def measure(
     batches = sorted(set(settings.batches))
     log = Log(progress, note, len(batches) * len(models) * (1 + settings.repeats) + len(cases))
     if experts := fused_experts(next(iter(models.values()))):
-        log.tell(f"{len(experts)} fused parameters such as {experts[0]} are no linear layers: timed end to end only")
+        log.add_note(
+            f"{len(experts)} fused parameters such as {experts[0]} are no linear layers: timed end to end only"
+        )
     with torch.no_grad():
         progress(0, log.total)
         caches = {name: cache_bytes(model, settings.context + settings.decode) for name, model in models.items()}
         sequence = sum(caches.values()) + max(activation_bytes(model, settings.context) for model in models.values())
-        rows = [row for batch in batches if (row := _race_if_it_fits(models, settings, batch, sequence, log))]
+        rows = [row for batch in batches if (row := _race_if_it_fits(models, settings, batch, sequence, free, log))]
         if not rows:
             raise PareError(
                 f"not even batch {batches[0]} with {settings.context} tokens of context fits into memory. "
@@ -128,44 +134,45 @@ def measure(
             if row[name]["peak_bytes"] is not None:
                 row[name]["peak_bytes"] += (held or {}).get(name) or weights[name]
     return {
-        "settings": {**asdict(settings), "batches": batches},
+        "settings": cast(SpeedSettings, {**asdict(settings), "batches": batches}),
         "memory": {n: {"weights_bytes": weights[n], "cache_bytes_per_sequence": caches[n]} for n in models},
-        "end_to_end": rows,
+        "end_to_end": cast(list[BatchSpeed], rows),
         "layers": layers,
         "notes": log.notes,
     }
 
 
 def _race_if_it_fits(
-    models: Mapping[str, Any], settings: Settings, batch: int, sequence: int, log: Log
+    models: Mapping[str, Any], settings: Settings, batch: int, sequence: int, free: int | None, log: Log
 ) -> dict[str, Any] | None:
-    """One row of the result, or None and a note where memory does not suffice; `sequence`: bytes that each one takes."""
-    needed, free = batch * sequence, free_memory(device_of(next(iter(models.values()))))
-    told = f"batch {batch} with {settings.context} tokens of context is left out: "
+    """`_race` on one batch size, or None and a note if memory is too small; `sequence` are the bytes that one takes."""
+    needed = batch * sequence
+    free = free_memory(device_of(next(iter(models.values())))) if free is None else free
+    left_out = f"batch {batch} with {settings.context} tokens of context is left out: "
     if free is not None and needed > free:
-        log.tell(told + f"it needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+        log.add_note(left_out + f"it needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
         return None
     try:
         return _race(models, settings, random_ids(models, batch, settings), log)
     except torch.OutOfMemoryError:
-        log.tell(told + "it does not fit into the GPU's memory")
+        log.add_note(left_out + "it does not fit into the GPU's memory")
     torch.cuda.empty_cache()
     return None
 
 
 def random_ids(models: Mapping[str, Any], batch: int, settings: Settings) -> Tensor:
-    """(batch, context + decode) tokens that every model knows."""
-    known = min(int(model.config.get_text_config().vocab_size) for model in models.values())
+    """(batch, context + decode) tokens that are in every model's vocabulary."""
+    vocabulary = min(int(model.config.get_text_config().vocab_size) for model in models.values())
     generator = torch.Generator().manual_seed(settings.seed)
-    ids = torch.randint(known, (batch, settings.context + settings.decode), generator=generator)
+    ids = torch.randint(vocabulary, (batch, settings.context + settings.decode), generator=generator)
     return ids.to(device_of(next(iter(models.values()))))
 
 
 def _race(models: Mapping[str, Any], settings: Settings, ids: Tensor, log: Log) -> dict[str, Any]:
-    """One row: every model over ids (batch, context + decode), checked first and then timed."""
+    """Every model over ids (batch, context + decode), checked first and then timed: a `BatchSpeed`."""
     batch = len(ids)
     peaks: dict[str, int | None] = {}
-    errors: dict[str, dict[str, float]] = {}
+    errors: dict[str, LogitError] = {}
     runs: dict[str, Decoding] = {}
     for name, model in models.items():
         with Peak(ids.device) as peak:
@@ -175,14 +182,14 @@ def _race(models: Mapping[str, Any], settings: Settings, ids: Tensor, log: Log) 
         errors[name] = compare(decoded, runs[name].plain(), name)
         log.step()
     graph = ids.is_cuda
-    if graph and (why := graphs_or_eager(runs, errors)):
+    if graph and (reason := graphs_or_eager(runs, errors)):
         graph = False
-        log.tell(f"batch {batch}: decoding is timed without CUDA graphs, for every model alike: {why}")
+        log.add_note(f"batch {batch}: decoding is timed without CUDA graphs, for every model alike: {reason}")
     for name, error in errors.items():
-        if max(error.values()) > TOLERANCE:
-            log.tell(
-                f"batch {batch}, {name}: decoded logits are {max(error.values()):.1%} away from those of a plain "
-                "forward. Where rounding decides (experts that are chosen by a hair) this can be right; else it is not"
+        if largest(error) > TOLERANCE:
+            log.add_note(
+                f"batch {batch}, {name}: decoded logits are {largest(error):.1%} away from those of a plain forward. "
+                "This can be right where rounding decides which experts are chosen; otherwise it is a fault"
             )
     seconds = _timed(runs, settings.repeats, log)
     meter = EnergyMeter.of(ids.device)
@@ -201,7 +208,7 @@ def _race(models: Mapping[str, Any], settings: Settings, ids: Tensor, log: Log) 
 
 
 def _timed(runs: Mapping[str, Decoding], repeats: int, log: Log) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each prefill and each decoding, the runs in turn."""
+    """Seconds of each prefill and of each decoding; the runs take turns."""
     seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in runs}
     for repeat in range(repeats):
         for name in in_turn(runs, repeat):
@@ -213,12 +220,13 @@ def _timed(runs: Mapping[str, Decoding], repeats: int, log: Log) -> dict[str, di
     return seconds
 
 
-def _rates(seconds: Sequence[float], tokens: int) -> dict[str, Any]:
-    per_second = [tokens / taken for taken in seconds]
+def _rates(seconds: Sequence[float], tokens: int) -> PhaseSpeed:
+    per_second = [tokens / spent for spent in seconds]
     return {"seconds": spread(Timing.of(seconds)), "tokens_per_second": spread(Timing.of(per_second))}
 
 
 def _ratios(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, float] | None:
+    """Median time of the second model over that of the first."""
     if len(names) < 2:
         return None
     ours, theirs = row[names[0]], row[names[1]]

@@ -1,9 +1,9 @@
-"""A measurement of speed as bars: an SVG that is read in light and in dark, written by hand."""
+"""The result of `bench` as a bar chart: an SVG with colours for light and for dark pages."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
+from paredown.evaluation.schema import BatchSpeed, BenchResult, ModelKey, Phase
 from paredown.evaluation.speed_report import PHASES, shown_names, three_digits
 
 WIDTH, PANEL, TOP, BAR, PITCH, GAP = 760, 190, 58, 38, 56, 44
@@ -28,8 +28,8 @@ STYLE = """
 """
 
 
-def bench_svg(result: Mapping[str, Any]) -> str:
-    """Bars of prefill and decode tokens per second by batch, each phase on a scale of its own, from zero."""
+def bench_svg(result: BenchResult) -> str:
+    """Bars of tokens per second by batch size: a panel for prefill and one for decode, each with its own scale from zero."""
     names = shown_names(result)
     rows = result["end_to_end"]
     wide = max(WIDTH, 80 + len(rows) * (len(names) * PITCH + GAP))
@@ -46,10 +46,12 @@ def bench_svg(result: Mapping[str, Any]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _legend(names: Mapping[str, str], result: Mapping[str, Any]) -> list[str]:
+def _legend(names: Mapping[ModelKey, str], result: BenchResult) -> list[str]:
     used = result["settings"]
-    told = f"{result['device']['name']}, {result['dtype']}, context {used['context']}, {used['decode']} tokens decoded"
-    parts, x = [f'<text class="small" x="20" y="46">{escape(told)}</text>'], 20
+    settings = (
+        f"{result['device']['name']}, {result['dtype']}, context {used['context']}, {used['decode']} tokens decoded"
+    )
+    parts, x = [f'<text class="small" x="20" y="46">{escape(settings)}</text>'], 20
     for key, name in names.items():
         parts.append(f'<rect class="{key}" x="{x}" y="15" width="12" height="12" rx="2"/>')
         parts.append(f'<text x="{x + 18}" y="25">{escape(name)}</text>')
@@ -57,8 +59,8 @@ def _legend(names: Mapping[str, str], result: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _panel(phase: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str], top: float, wide: float) -> list[str]:
-    """One phase: its bars with the median above, a line from the smallest to the largest, and the ratio below."""
+def _panel(phase: Phase, rows: Sequence[BatchSpeed], keys: Sequence[ModelKey], top: float, wide: float) -> list[str]:
+    """One phase: bars with the median above, a line from the smallest to the largest repeat, and the ratio below."""
     highest = max(row[key][phase]["tokens_per_second"]["high"] for row in rows for key in keys)
     floor, tall = top + PANEL, PANEL - 52
     parts = [
@@ -71,7 +73,7 @@ def _panel(phase: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str], t
         for index, key in enumerate(keys):
             rate = row[key][phase]["tokens_per_second"]
             x = middle + (index - len(keys) / 2) * PITCH + (PITCH - BAR) / 2
-            y, low, high = (floor - tall * rate[k] / highest for k in ("median", "low", "high"))
+            y, low, high = (floor - tall * value / highest for value in (rate["median"], rate["low"], rate["high"]))
             parts += [
                 f'<rect class="{key}" x="{x:.1f}" y="{y:.1f}" width="{BAR}" height="{floor - y:.1f}" rx="2"/>',
                 f'<line class="spread" x1="{x + BAR / 2:.1f}" y1="{low:.1f}" x2="{x + BAR / 2:.1f}" y2="{high:.1f}"/>',

@@ -1,41 +1,41 @@
-"""A measurement of speed as `speed.measure` returns it: tables for the screen and for Markdown, and bars as SVG."""
-
-from collections.abc import Mapping
-from typing import Any
+"""The result of `bench` as tables, for a terminal and for Markdown."""
 
 from rich.console import Group
 from rich.text import Text
 
+from paredown.evaluation.decoding import largest
 from paredown.evaluation.report import listed, markdown_table, screen_table
+from paredown.evaluation.schema import BatchSpeed, BenchResult, ModelKey, Phase, PhaseSpeed, Spread
 from paredown.evaluation.tables import Labels, Rows, base_name, bytes_text, number
 
-PHASES = ("prefill", "decode")
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
-def render_bench(result: Mapping[str, Any]) -> Group:
+def render_bench(result: BenchResult) -> Group:
     """The result for a terminal."""
     head = Text.assemble((base_name(result["model"]), "bold"), f"  {_headline(result)}")
     return Group(head, *map(screen_table, _tables(result)), *listed("Notes", result["notes"]))
 
 
-def bench_markdown(result: Mapping[str, Any]) -> str:
-    """The same as Markdown, with the picture that lies beside it."""
+def bench_markdown(result: BenchResult) -> str:
+    """The result as Markdown, with the chart `bench.svg` from the same folder."""
     name = base_name(result["model"])
     parts = [f"# Speed of {name}", f"{_headline(result)}.", "![tokens per second](bench.svg)"]
     parts += map(markdown_table, _tables(result))
     if result["notes"]:
         parts.append("\n".join(f"- {note}" for note in result["notes"]))
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return "\n\n".join([*parts, f"{result['date']}, {versions}"]) + "\n"
 
 
-def labels_of(result: Mapping[str, Any]) -> Labels:
-    """How the model that is held against and the model itself are called."""
+def labels_of(result: BenchResult) -> Labels:
+    """The names to show for the model it is compared with and for the model in question."""
     name, against = base_name(result["model"]), base_name(result["against"]) if result["against"] else ""
     return (against, name) if against != name else (f"{against} (against)", name)
 
 
-def end_to_end_rows(result: Mapping[str, Any]) -> Rows:
+def end_to_end_rows(result: BenchResult) -> Rows:
+    """Two rows for each batch size: prefill and decode, in tokens per second."""
     compared = result["against"] is not None
     against, model = labels_of(result)
     energy = any(row["model"]["joules_per_token"] is not None for row in result["end_to_end"])
@@ -47,13 +47,14 @@ def end_to_end_rows(result: Mapping[str, Any]) -> Rows:
             cells = [str(row["batch"]), phase]
             cells += [_rate(row["against"][phase])] if compared else []
             cells += [_rate(row["model"][phase])]
-            cells += [_ratio(row["ratio"][phase])] if compared else []
+            cells += [_ratio(row["ratio"][phase] if row["ratio"] else None)] if compared else []
             cells += [_joules(row, compared) if phase == "decode" else ""] if energy else []
             rows.append(tuple(cells))
     return Rows("Tokens per second (higher is better)", tuple(headers), tuple(rows), tuple(_protocol(result, compared)))
 
 
-def _protocol(result: Mapping[str, Any], compared: bool) -> list[str]:
+def _protocol(result: BenchResult, compared: bool) -> list[str]:
+    """How the speeds were measured, and the largest error of the logits."""
     used = result["settings"]
     modes = " and ".join(dict.fromkeys(row["decode_mode"] for row in result["end_to_end"]))
     turns = ", the two models in turn" if compared else ""
@@ -66,30 +67,30 @@ def _protocol(result: Mapping[str, Any], compared: bool) -> list[str]:
     return lines + (["ratio: tokens per second over those of the other model, of medians"] if compared else [])
 
 
-def memory_rows(result: Mapping[str, Any]) -> Rows:
-    """A line for each quantity, and of the cache and the peak one for each batch."""
+def memory_rows(result: BenchResult) -> Rows:
+    """A row for each quantity; for the cache and the peak a row for each batch size."""
     names = shown_names(result)
-    told = result["memory"]
+    memory = result["memory"]
     on_cpu = result["device"]["type"] != "cuda"
-    loaded = all("growth_bytes" in told[key] for key in names)
-    rows = [("weights and buffers", *(bytes_text(told[key]["weights_bytes"]) for key in names))]
-    if loaded:
-        grown = "resident" if on_cpu else "allocated"
-        rows.append((f"{grown} growth by loading", *(bytes_text(told[key]["growth_bytes"]) for key in names)))
+    growth = [bytes_text(memory[key]["growth_bytes"]) for key in names if "growth_bytes" in memory[key]]
+    rows = [("weights and buffers", *(bytes_text(memory[key]["weights_bytes"]) for key in names))]
+    if growth:
+        rows.append((f"{'resident' if on_cpu else 'allocated'} growth by loading", *growth))
     for row in result["end_to_end"]:
         batch = row["batch"]
-        cache = (bytes_text(batch * told[key]["cache_bytes_per_sequence"]) for key in names)
+        cache = (bytes_text(batch * memory[key]["cache_bytes_per_sequence"]) for key in names)
         rows.append((f"cache, batch {batch}", *cache))
         if any(row[key]["peak_bytes"] is not None for key in names):
             rows.append((f"peak allocated, batch {batch}", *(_bytes(row[key]["peak_bytes"]) for key in names)))
     length = result["settings"]["context"] + result["settings"]["decode"]
     notes = [f"cache: for {length} tokens a sequence"]
-    if loaded and on_cpu:
+    if growth and on_cpu:
         notes.append("resident growth: of the process, with what the libraries take at their first use")
     return Rows("Memory", ("", *names.values()), tuple(rows), tuple(notes))
 
 
-def layer_rows(result: Mapping[str, Any]) -> Rows:
+def layer_rows(result: BenchResult) -> Rows:
+    """A row for each kind and shape of layer and each number of tokens, in microseconds."""
     compared = any(timing["against_seconds"] for layer in result["layers"] for timing in layer["timings"])
     headers = ["layer", "out x in", "count", "tokens", *(["dense", "layer", "ratio"] if compared else ["layer"])]
     rows = []
@@ -112,42 +113,42 @@ def layer_rows(result: Mapping[str, Any]) -> Rows:
     return Rows("Layers", tuple(headers), tuple(rows), tuple(notes))
 
 
-def _tables(result: Mapping[str, Any]) -> list[Rows]:
+def _tables(result: BenchResult) -> list[Rows]:
     tables = [end_to_end_rows(result), memory_rows(result)]
     return tables + ([layer_rows(result)] if result["layers"] else [])
 
 
-def _headline(result: Mapping[str, Any]) -> str:
+def _headline(result: BenchResult) -> str:
     against = f"against {base_name(result['against'])}, " if result["against"] else ""
     device = result["device"]
     threads = f", threads: {device['threads']}" if device.get("threads") else ""
     return f"{against}{result['dtype']} on {device['name']}{threads}"
 
 
-def shown_names(result: Mapping[str, Any]) -> dict[str, str]:
-    """Key in the result -> how it is called, the other model first."""
+def shown_names(result: BenchResult) -> dict[ModelKey, str]:
+    """The name to show for each key of the result, the model it is compared with first."""
     against, model = labels_of(result)
     return {"against": against, "model": model} if result["against"] is not None else {"model": model}
 
 
-def _worst_error(result: Mapping[str, Any], key: str) -> float:
-    return float(max(max(row[key]["relative_error"].values()) for row in result["end_to_end"]))
+def _worst_error(result: BenchResult, key: ModelKey) -> float:
+    return max(largest(row[key]["relative_error"]) for row in result["end_to_end"])
 
 
-def _rate(timing: Mapping[str, Any]) -> str:
-    rate = timing["tokens_per_second"]
+def _rate(speed: PhaseSpeed) -> str:
+    rate = speed["tokens_per_second"]
     return f"{three_digits(rate['median'])} ({three_digits(rate['low'])}–{three_digits(rate['high'])})"
 
 
-def _micros(seconds: Mapping[str, float] | None) -> str:
+def _micros(seconds: Spread | None) -> str:
     if seconds is None:
         return ""
-    median, low, high = (three_digits(seconds[key] * 1e6) for key in ("median", "low", "high"))
+    median, low, high = (three_digits(t * 1e6) for t in (seconds["median"], seconds["low"], seconds["high"]))
     return f"{median} ({low}–{high})"
 
 
 def three_digits(value: float) -> str:
-    """Three digits, or all before the point: `1,234`, `12.0`."""
+    """Rounded to three digits, but whole from 100 on: `1,234`, `12.0`."""
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
@@ -155,9 +156,10 @@ def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
 
 
-def _joules(row: Mapping[str, Any], compared: bool) -> str:
-    found = [row[key]["joules_per_token"] for key in (("against", "model") if compared else ("model",))]
-    return ", ".join("" if value is None else number(value) for value in found)
+def _joules(row: BatchSpeed, compared: bool) -> str:
+    keys: tuple[ModelKey, ...] = ("against", "model") if compared else ("model",)
+    joules = (row[key]["joules_per_token"] for key in keys)
+    return ", ".join("" if value is None else number(value) for value in joules)
 
 
 def _bytes(count: int | None) -> str:

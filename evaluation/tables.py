@@ -1,4 +1,4 @@
-"""The figures of a report as plain tables of words, which the screen and the model card both print."""
+"""The numbers of a report as tables of text, which the screen and the model card both print."""
 
 import math
 import re
@@ -9,13 +9,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-Labels = tuple[str, str]
+from paredown.evaluation.schema import Layer, Report
+
+Labels = tuple[str, str]  # column headers of the dense model and of the compressed one
 BEFORE_AFTER: Labels = ("before", "after")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One table: a title, the headers, the cells, and notes to stand below it."""
+    """One table: its title, column headers, rows of cells, and notes to print below it."""
 
     title: str
     headers: tuple[str, ...]
@@ -24,7 +26,7 @@ class Rows:
 
 
 def perplexity_rows(evaluation: Sequence[Mapping[str, Any]], labels: Labels = BEFORE_AFTER) -> Rows:
-    """Token perplexity on each text, with the protocol below. Entries without `before` make a table of one model."""
+    """Token perplexity on each text, with the protocol as notes. Only entries with `before` give a table of two models."""
     compared = any(entry.get("before") for entry in evaluation)
     rows = [_perplexity_row(entry, compared) for entry in evaluation]
     headers = ("text", *labels, "ratio", "log ratio, paired", "95 % interval") if compared else ("text", "perplexity")
@@ -46,7 +48,7 @@ def _perplexity_row(entry: Mapping[str, Any], compared: bool) -> tuple[str, ...]
 
 
 def protocol(entry: Mapping[str, Any]) -> str:
-    """What one perplexity was measured on, so that the same number can be had again."""
+    """What one perplexity was measured on, so that it can be reproduced."""
     bos = f", BOS token: {entry['bos']}" if entry.get("bos") else ""
     note = f". {entry['note']}" if entry.get("note") else ""
     return (
@@ -56,7 +58,7 @@ def protocol(entry: Mapping[str, Any]) -> str:
 
 
 def task_rows(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]], labels: Labels = BEFORE_AFTER) -> Rows:
-    """lm-eval scores by task and metric; entries with `value` instead of `before` and `after` are of one model."""
+    """lm-eval scores by task and metric: of one model (`TaskScore`), or before and after (`TaskComparison`)."""
     flat = [(task, metric, score) for task, metrics in tasks.items() for metric, score in metrics.items()]
     if all("value" in score for _, _, score in flat):
         rows = [(task, metric, plus_minus(score["value"], score["stderr"])) for task, metric, score in flat]
@@ -76,8 +78,8 @@ def _task_cells(score: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def size_rows(report: Mapping[str, Any]) -> Rows:
-    """Bytes of the weights as they lie on disk, and the parameters that were there to be removed."""
+def size_rows(report: Report) -> Rows:
+    """Bytes of the weights on disk, and the number of targeted parameters, before and after."""
     before, after = report["bytes"]["before"], report["bytes"]["after"]
     counts = report["parameters"]
     rows = (
@@ -95,12 +97,12 @@ def size_rows(report: Mapping[str, Any]) -> Rows:
 
 
 def layer_kind(name: str) -> str:
-    """`model.layers.3.self_attn.q_proj` is `self_attn.q_proj`, and every numbered expert is one kind."""
+    """The last two parts of a name that are no numbers: `self_attn.q_proj` of `model.layers.3.self_attn.q_proj`."""
     return ".".join([part for part in name.split(".") if not part.isdigit()][-2:])
 
 
-def layer_rows(layers: Sequence[Mapping[str, Any]]) -> Rows:
-    """One row for each kind of layer: models have hundreds of layers and a dozen kinds."""
+def layer_rows(layers: Sequence[Layer]) -> Rows:
+    """A row for each kind of layer: models have hundreds of layers but only a dozen kinds."""
     headers = ("layers", "count", "method", "kept", "relative error", "worst", "seconds")
     note = (
         "kept and relative error: means over a kind. Relative error: wrong share of the output's energy on calibration"
@@ -109,8 +111,11 @@ def layer_rows(layers: Sequence[Mapping[str, Any]]) -> Rows:
     return Rows("Layers", headers, rows, (note,))
 
 
-def rank_rows(layers: Sequence[Mapping[str, Any]], name: Callable[[str], str] = layer_kind) -> Rows | None:
-    """Ranks, and losses predicted beside measured, of what was factored: by kind of layer, or by another `name`."""
+def rank_rows(layers: Sequence[Layer], name: Callable[[str], str] = layer_kind) -> Rows | None:
+    """Ranks, and predicted beside measured losses, of the factored layers; None if there are none.
+
+    A row for all layers whose `name(layer)` is the same: by default for each kind of layer.
+    """
     factored = [layer for layer in layers if layer.get("rank")]
     if not factored:
         return None
@@ -123,34 +128,34 @@ def rank_rows(layers: Sequence[Mapping[str, Any]], name: Callable[[str], str] = 
     return Rows("Ranks and losses", headers, rows, (note,))
 
 
-def _rank_row(name: str, layers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+def _rank_row(name: str, layers: Sequence[Layer]) -> tuple[str, ...]:
     low, high = min(layer["rank"] for layer in layers), max(layer["rank"] for layer in layers)
     stored = ", ".join(dict.fromkeys(layer["kind"] for layer in layers))
-    measured = [layer["measured_loss"] for layer in layers if layer.get("measured_loss") is not None]
-    both = [(layer["predicted_loss"], layer["measured_loss"]) for layer in layers if layer.get("predicted_loss")]
-    predicted = [before for before, _ in both]
+    measured = [loss for layer in layers if (loss := layer.get("measured_loss")) is not None]
+    both = [(loss, layer["measured_loss"]) for layer in layers if (loss := layer.get("predicted_loss"))]
+    predicted = [loss for loss, _ in both]
     cells = ("" if not losses else number(fmean(losses)) for losses in (predicted, measured))
-    ratio = f"{fmean(after for _, after in both) / fmean(predicted):.2f}" if both else ""
+    ratio = f"{fmean(loss or 0.0 for _, loss in both) / fmean(predicted):.2f}" if both else ""
     return (name, stored, f"{low}" if low == high else f"{low}-{high}", *cells, ratio)
 
 
-def _grouped(layers: Sequence[Mapping[str, Any]], name: Callable[[str], str]) -> dict[str, list[Mapping[str, Any]]]:
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+def _grouped(layers: Sequence[Layer], name: Callable[[str], str]) -> dict[str, list[Layer]]:
+    groups: dict[str, list[Layer]] = {}
     for layer in layers:
         groups.setdefault(name(layer["name"]), []).append(layer)
     return groups
 
 
-def _kind_row(kind: str, layers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    known = [layer for layer in layers if layer["relative_error"] is not None]
-    worst = max(known, key=lambda layer: float(layer["relative_error"]), default=None)
+def _kind_row(kind: str, layers: Sequence[Layer]) -> tuple[str, ...]:
+    errors = {layer["name"]: error for layer in layers if (error := layer["relative_error"]) is not None}
+    worst = max(errors, key=errors.__getitem__, default=None)
     return (
         kind,
         str(len(layers)),
         ", ".join(dict.fromkeys(layer["method"] for layer in layers)),
         f"{fmean(layer['kept'] for layer in layers):.1%}",
-        number(fmean(layer["relative_error"] for layer in known)) if known else "",
-        f"{number(worst['relative_error'])} {worst['name']}" if worst else "",
+        number(fmean(errors.values())) if errors else "",
+        f"{number(errors[worst])} {worst}" if worst else "",
         f"{math.fsum(layer['seconds'] for layer in layers):.1f}",
     )
 
@@ -161,13 +166,13 @@ def kinds_text(names: Sequence[str]) -> str:
 
 
 def text_name(entry: Mapping[str, Any]) -> str:
-    """`wikitext2 (test)`, of a file its name."""
+    """`wikitext2 (test)`; for a file only its name."""
     name = base_name(entry["corpus"])
     return f"{name} ({entry['split']})" if entry.get("split") else name
 
 
 def plus_minus(value: float, stderr: float | None, *, signed: bool = False) -> str:
-    """`value ± stderr`, the value to the place where its error has two digits."""
+    """`value ± stderr`, both rounded so that the error shows two digits; `signed` puts a plus before a positive value."""
     sign = "+" if signed else ""
     if stderr is None or stderr <= 0:
         return f"{value:{sign}.4f}" + ("" if stderr is None else " ± 0")
@@ -184,7 +189,7 @@ def share(part: float, whole: float) -> str:
 
 
 def bytes_text(count: float) -> str:
-    """Decimal units, as disks are sold: `13.48 GB`."""
+    """Decimal units: `13.48 GB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:.2f} {unit}"
@@ -207,16 +212,17 @@ def short(digest: str | None) -> str:
 
 
 def base_name(model: Mapping[str, Any] | str) -> str:
-    """A name of the Hub as it is; of a path here the last part, because the rest speaks of somebody's machine."""
+    """A name on the Hub as it is; of a local path the last part, because the rest describes somebody's machine."""
     name = str(model["id"] if isinstance(model, Mapping) else model)
     return last_part(name) if is_local(name) else name
 
 
 def is_local(name: str) -> bool:
+    """Whether a model or text is named by a path on this machine."""
     return name.startswith(("/", "~", ".")) or "\\" in name or Path(name).exists()
 
 
 def last_part(path: str) -> str:
-    """The file or folder name at the end of a path of any system; of `.` the name of the folder it means."""
+    """The file or folder name at the end of a path of any operating system; of `.` the name of the current folder."""
     parts = [part for part in re.split(r"[/\\]", path) if part and part != "."]
     return parts[-1] if parts and parts[-1] not in ("..", "~") else Path(path).expanduser().resolve().name

@@ -88,9 +88,11 @@ def prune(windows):
     """`prune(folder, out, ...)`: the pipeline and the whole record, without report, card and the process that verifies."""
     from paredown.compress.checkpoint.source import ModelSource
     from paredown.compress.checkpoint.writer import CheckpointWriter
+    from paredown.compress.job import resolve_job
+    from paredown.compress.progress import Progress, ignore
     from paredown.compress.recipe import Recipe
-    from paredown.compress.run.compress import _write_checkpoint
     from paredown.compress.run.pipeline import Run
+    from paredown.compress.run.record import write_record
 
     def run(
         folder,
@@ -98,17 +100,16 @@ def prune(windows):
         sparsity="2:4",
         format="packed",
         method="wanda",
-        progress=lambda done: None,
-        doing=lambda text: None,
+        progress=ignore,
+        doing=ignore,
         text=windows,
         **changes,
     ):
         recipe = Recipe.parse({"method": method, "options": {"sparsity": sparsity}, **changes})
-        source = ModelSource(folder, folder.name)
+        job = resolve_job(ModelSource(folder, folder.name), recipe, format)
         with CheckpointWriter(out) as writer:
-            told = {"progress": progress, "doing": doing}
-            result = Run(source, recipe, recipe.build(), text, [windows], writer, format, **told).run()
-            _write_checkpoint(writer, source, recipe, result, format, windows)
+            result = Run(job, text, [windows], writer, Progress(progress, doing=doing)).run()
+            write_record(writer, job, result, windows)
             writer.commit()
         return result, writer
 

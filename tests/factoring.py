@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from paredown.compress.numerics.factorize import OUTPUT_DAMPING, Metric
+from paredown.compress.numerics.metric import OUTPUT_DAMPING, Metric
 
 SHAPES = {"wide": (9, 14), "square": (11, 11), "tall": (14, 9)}
 SIDES = ("none", "diagonal", "full")

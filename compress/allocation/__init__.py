@@ -1,0 +1,1 @@
+"""Who gets how much of one budget: an allocation is one file, see `base`."""

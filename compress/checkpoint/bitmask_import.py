@@ -1,10 +1,10 @@
-"""Checkpoints stranded in the sparse formats that compressed-tensors removed in 2026, read as if they were dense.
+"""Checkpoints in the sparse formats that compressed-tensors removed in 2026, read as if they were dense.
 
-`sparse-24-bitmask` and `sparse-bitmask` replace a weight by four tensors: `compressed`, the stored values row by row
-(a matrix of half the width for 2:4, a vector otherwise); `bitmask`, one bit per weight, the lowest bit of a byte first
-and each row in whole bytes; `shape`; and, without 2:4, `row_offsets`, where the values of each row begin. From
-compressed-tensors 0.9 on these stand under the name of the layer; before, under that of the parameter, and then every
-tensor of the model is stored so, norms too.
+They are called stranded here: no tool reads them any more. `sparse-24-bitmask` and `sparse-bitmask` replace a weight by
+up to four tensors: `compressed`, the stored values row by row (a matrix of half the width for 2:4, a vector otherwise);
+`bitmask`, one bit per weight, the lowest bit of a byte first and each row in whole bytes; `shape`; and, without 2:4,
+`row_offsets`, where the values of each row begin. Since compressed-tensors 0.9 their names begin with that of the layer.
+Until 0.8 they began with that of the parameter, and all tensors of the model were stored so, norms too.
 """
 
 from collections.abc import Iterable
@@ -19,45 +19,45 @@ from paredown.compress.checkpoint.tensor_files import Entry, TensorFiles
 from paredown.compress.errors import PareError
 from paredown.kernels.bitmap import count_bits, unpack_bitmap
 
-METHOD = "compressed-tensors"
-SETTINGS = ("quantization_config", "compression_config")  # where config.json tells of it; the second until 0.8
+COMPRESSED_TENSORS = "compressed-tensors"
+SETTINGS_KEYS = ("quantization_config", "compression_config")  # of config.json; the second until version 0.8
 SPARSE24, BITMASK, DENSE = "sparse-24-bitmask", "sparse-bitmask", "dense"
 PARTS = {SPARSE24: ("compressed", "bitmask", "shape"), BITMASK: ("compressed", "bitmask", "shape", "row_offsets")}
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# which bytes of a bitmask mark two of their lower and two of their upper four columns
+# of each byte of a bitmask, whether two bits are set in its lower and two in its upper half
 TWO_OF_FOUR = torch.tensor([(byte & 15).bit_count() == 2 == (byte >> 4).bit_count() for byte in range(256)])
 
 
 def stranded_format(config: Any) -> str | None:
-    """How compressed-tensors stored the weights: in one of PARTS, or DENSE with a word on their zeros. Else None.
+    """How compressed-tensors stored the weights: a key of PARTS, or DENSE where the config only describes their zeros.
 
-    Raises PareError for weights that are quantised, sparse or not.
+    None for other models. Raises PareError for weights that are quantised, sparse or not, and for an unknown format.
     """
-    settings: Any = next((found for key in SETTINGS if (found := getattr(config, key, None))), {})
+    settings: Any = next((value for key in SETTINGS_KEYS if (value := getattr(config, key, None))), {})
     settings = settings if isinstance(settings, dict) else settings.to_dict()
-    if settings.get("quant_method", METHOD) != METHOD:
+    if settings.get("quant_method", COMPRESSED_TENSORS) != COMPRESSED_TENSORS:
         return None
-    # transformers writes what it has loaded one level deeper
+    # transformers saves the settings of a model that it loaded one level deeper
     settings = settings | (settings.get("quantization_config") or {})
     sparsity = settings.get("sparsity_config") or {}
-    found = sparsity.get("format", DENSE)
+    stored = sparsity.get("format", DENSE)
     if reason := _quantised(settings):
-        sparse = f", and stored as {found}" if found in PARTS else ""
+        sparse = f", and stored as {stored}" if stored in PARTS else ""
         raise PareError(
-            f"the checkpoint is quantised ({METHOD}, {reason}){sparse}: there are no plain weights to edit. "
+            f"the checkpoint is quantised ({COMPRESSED_TENSORS}, {reason}){sparse}: there are no plain weights to edit. "
             "Name the original checkpoint in bfloat16, float16 or float32."
         )
-    if found not in (*PARTS, DENSE):
-        raise PareError(f"the checkpoint's sparsity format {found!r} is unknown. We read {' and '.join(PARTS)}.")
-    return found if sparsity else None
+    if stored not in (*PARTS, DENSE):
+        raise PareError(f"the checkpoint's sparsity format {stored!r} is unknown. We read {' and '.join(PARTS)}.")
+    return stored if sparsity else None
 
 
 def as_dense(config: Any, files: TensorFiles) -> tuple[Any, TensorFiles]:
-    """Config and tensors as they were before compressed-tensors stored them; those of other models as they are."""
+    """Config and tensors of a stranded checkpoint as they were when it was dense; those of other models unchanged."""
     stored = stranded_format(config)
     if stored is None:
         return config, files
-    for key in SETTINGS:
+    for key in SETTINGS_KEYS:
         if hasattr(config, key):
             delattr(config, key)
     return config, BitmaskFiles(files.folder, stored) if stored in PARTS else files
@@ -67,23 +67,23 @@ def as_dense(config: Any, files: TensorFiles) -> tuple[Any, TensorFiles]:
 class BitmaskFiles(TensorFiles):
     """All tensors of a stranded checkpoint by their dense names; a weight is unpacked when it is read.
 
-    Raises PareError naming the tensor: parts that are missing or do not fit each other, quantised values.
+    Raises PareError naming the tensor if a part of it is missing, does not fit the others, or holds quantised values.
     """
 
     format: str
 
     @cached_property
     def stored(self) -> TensorFiles:
-        """What is in the files."""
+        """The tensors as the files hold them."""
         return TensorFiles(self.folder)
 
     @cached_property
     def prefixes(self) -> dict[str, str]:
-        """Dense name of each stranded tensor -> what the names of its parts begin with."""
+        """Dense name of each weight that is stored in parts -> the prefix of their names."""
         split = (name.rpartition(".") for name in self.stored.entries)
-        found = sorted({prefix for prefix, _, part in split if part in PARTS[self.format]})
-        by_parameter = any(prefix.endswith(".weight") for prefix in found)
-        return {prefix if by_parameter else f"{prefix}.weight": prefix for prefix in found}
+        prefixes = sorted({prefix for prefix, _, part in split if part in PARTS[self.format]})
+        by_parameter = any(prefix.endswith(".weight") for prefix in prefixes)
+        return {prefix if by_parameter else f"{prefix}.weight": prefix for prefix in prefixes}
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
@@ -107,7 +107,7 @@ class BitmaskFiles(TensorFiles):
         return tensors | {name: self._unpacked(name) for name in names if name in self.prefixes}
 
     def _entry(self, prefix: str, shape: list[Any]) -> Entry:
-        """The dense tensor, after a look at the headers of its parts."""
+        """The header of the dense tensor, from those of its parts, which are checked."""
         if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
             self._refuse(f"{prefix}.shape", f"tells the shape {shape}")
         *rows, width = shape
@@ -117,18 +117,18 @@ class BitmaskFiles(TensorFiles):
                 f"{self.folder}: tensor '{prefix}.compressed' holds {values.dtype} values: it is quantised, and there "
                 "are no plain weights to edit. Name the original checkpoint in bfloat16, float16 or float32."
             )
-        wanted: dict[str, tuple[int, ...]] = {"bitmask": (*rows, -(-width // 8))}
+        sizes: dict[str, tuple[int, ...]] = {"bitmask": (*rows, -(-width // 8))}
         if self.format == SPARSE24:
             if len(shape) != 2 or width % 4:
                 self._refuse(f"{prefix}.shape", f"tells the shape {shape}, and 2:4 needs rows of whole groups of four")
-            wanted["compressed"] = (*rows, width // 2)
+            sizes["compressed"] = (*rows, width // 2)
         else:
-            wanted["row_offsets"] = tuple(rows)
-            wanted["compressed"] = (*values.shape[:1],)  # as many as there are bits, which are counted when it is read
-        for part, size in wanted.items():
-            found = self.stored.entries[f"{prefix}.{part}"].shape
-            if found != size:
-                self._refuse(f"{prefix}.{part}", f"has shape {[*found]}, and a weight of {shape} needs {[*size]}")
+            sizes["row_offsets"] = tuple(rows)
+            sizes["compressed"] = (*values.shape[:1],)  # one per bit; they are counted when it is read
+        for part, size in sizes.items():
+            actual = self.stored.entries[f"{prefix}.{part}"].shape
+            if actual != size:
+                self._refuse(f"{prefix}.{part}", f"has shape {[*actual]}, and a weight of {shape} needs {[*size]}")
         if (dtype := self.stored.entries[f"{prefix}.bitmask"].dtype) != torch.uint8:
             self._refuse(f"{prefix}.bitmask", f"has dtype {dtype}, not torch.uint8")
         return Entry(values.file, tuple(shape), values.dtype)
@@ -153,12 +153,12 @@ class BitmaskFiles(TensorFiles):
 
 
 def _quantised(settings: dict[str, Any]) -> str | None:
-    """What in compressed-tensors' settings tells of quantised numbers or rotated weights, or None."""
+    """The setting of compressed-tensors that means quantised numbers or rotated weights, or None."""
     if settings.get("config_groups"):
         return str(settings.get("format") or "config_groups")
-    found = settings.get("format") or DENSE
-    if found not in (*PARTS, DENSE):
-        return str(found)
+    stored = settings.get("format") or DENSE
+    if stored not in (*PARTS, DENSE):
+        return str(stored)
     return next((key for key in ("kv_cache_scheme", "transform_config") if settings.get(key)), None)
 
 

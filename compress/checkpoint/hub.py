@@ -1,17 +1,18 @@
-"""From what the user typed to a local folder: a folder stays itself, a hub id is fetched into the local cache."""
+"""From the name of a model to a folder: a local folder is used as it is, a hub id is fetched into the local cache."""
 
 from pathlib import Path
 from typing import Any
 
 from paredown.compress.errors import PareError
 
-FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "tokenizer*"]  # never pickles, never python
+# what a model folder holds beside its weights, as far as it is data: no pickles, no python
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer*")
 
 
 def resolve(model: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """The folder of `model`, and the commit it is at (None for a local folder).
+    """The folder of `model`, a local folder or a hub id, and its commit (None for a local folder).
 
-    Raises PareError if neither a folder nor a hub model of this name can be had.
+    Raises PareError if there is no such folder, and if the hub does not have the model or cannot be reached.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -22,7 +23,7 @@ def resolve(model: str, revision: str | None = None) -> tuple[Path, str | None]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=FETCHED))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", *COMPANIONS]))
     except LocalEntryNotFoundError as fault:
         raise PareError(
             f"{model} is not in the local cache, and the hub cannot be reached. Connect, or name a local folder."
@@ -36,7 +37,7 @@ def resolve(model: str, revision: str | None = None) -> tuple[Path, str | None]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The model's own tokenizer. Raises PareError if the folder has none."""
+    """The tokenizer in a model's folder. Raises PareError if there is none that transformers can load."""
     from transformers import AutoTokenizer
 
     try:

@@ -1,42 +1,54 @@
-"""A Hugging Face model as a config, a skeleton without weights, and lazily read safetensors."""
+"""A Hugging Face model as a config, a skeleton without weights, and safetensors that are read when they are needed."""
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from paredown.compress.checkpoint import bitmask_import, transformers_plugin
+from paredown.compress.checkpoint.hub import COMPANIONS
 from paredown.compress.checkpoint.tensor_files import Entry, TensorFiles
 from paredown.compress.errors import PareError
-from paredown.compress.storage.modules import install
+from paredown.compress.storage.install import install
+from paredown.compress.storage.spec import Spec
 
-# everything a model folder holds beside its weights; never python files, never pickles
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer*")
-# written anew by us, or describing weights that are no longer there
+# files that we write ourselves, that describe the old weights, or that are no plain data
 NOT_COMPANIONS = ("config.json", "*.index.json", "paredown.json", "report.json", "*.safetensors", "*.py", "*.bin")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the tensors of one converter of the model class come from in the checkpoint."""
+    """The tensors of the checkpoint that a weight of the model class is made of."""
 
-    keys: tuple[str, ...]
-    converter: Any | None = None  # transformers' WeightConverter, when names alone do not map one to one
-    patterns: tuple[str, ...] = ()
+    keys: tuple[str, ...]  # their names in the checkpoint
+    converter: Any | None = None  # transformers' WeightConverter, where it takes more than another name
+    patterns: tuple[str, ...] = ()  # of the converter, one per key
+
+
+class Part(Protocol):
+    """A part of a model, such as a block: the weights `prefix + name` for each of `names`."""
+
+    @property
+    def prefix(self) -> str: ...
+    @property
+    def names(self) -> Sequence[str]: ...
 
 
 @dataclass
 class ModelSource:
-    """One model in a local folder: `model` is its skeleton on `meta`, `read` fetches weights by the skeleton's names.
+    """One model in a local folder: `model` is its skeleton on `meta`, `read` gives weights by the skeleton's names.
 
-    A packed checkpoint of ours is read like any other: its skeleton holds our packed modules.
+    `dtype` is the dtype that weights get in the skeleton, by default the stored one. A packed checkpoint of ours is read
+    like any other: its skeleton holds our packed modules. Raises PareError if the folder holds no causal language model,
+    one quantised by another tool, or one with weights missing.
     """
 
     folder: Path
@@ -44,17 +56,19 @@ class ModelSource:
     revision: str | None = None
     dtype: torch.dtype | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    stranded: bool = False  # read compressed-tensors' removed formats too, as if they were dense
+    stranded: bool = False  # also read the formats that compressed-tensors removed, as if they were dense
 
     def __post_init__(self) -> None:
         self.files = TensorFiles(self.folder)
         self.config = load_config(self.folder)
         if self.stranded:
             self.config, self.files = bitmask_import.as_dense(self.config, self.files)
-        self.modules: dict[str, Any] = transformers_plugin.packed_modules(self.config)
+        self.modules: dict[str, Spec] = transformers_plugin.packed_modules(self.config)
         self.dtype = self.dtype or stored_dtype(self.config, self.files.entries)
         self.model = skeleton(self.config, self.modules, self.dtype)
-        for module in self.model.modules():  # rotary tables and the like: not in the checkpoint, computed by the class
+        for (
+            module
+        ) in self.model.modules():  # rotary tables and the like, which the class computes: no checkpoint has them
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device.type != "meta":
                     module._buffers[name] = buffer.to(self.device)
@@ -67,42 +81,54 @@ class ModelSource:
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
-        """All weights of the skeleton by name, tied ones once: on meta, with their shapes."""
+        """All weights of the skeleton by name, tied ones once, on `meta`."""
         return {name: t for name, t in self.model.state_dict().items() if name not in self.tied}
 
     @cached_property
     def tied(self) -> dict[str, str]:
-        """Name of a tied weight -> the weight that it repeats."""
+        """Name of each tied weight -> name of the weight that it shares."""
         return dict(self.model.all_tied_weights_keys)
 
     @cached_property
     def origins(self) -> dict[str, Origin]:
-        """Name of a weight -> where it comes from. Several names may share one origin (a tensor that is split)."""
+        """Name of each weight -> its tensors in the checkpoint. Weights that are slices of one tensor share an origin."""
         return dict(_origins(self.model, self.files.entries, self.parameters, converted=not self.modules))
 
     @cached_property
     def verbatim(self) -> list[str]:
-        """Checkpoint keys that the model class does not know (extra heads, old buffers): copied as they are."""
+        """Names in the checkpoint that the model class does not know (extra heads, old buffers): they are copied."""
         used = {key for origin in self.origins.values() for key in origin.keys}
         return sorted(key for key in self.files.entries if key not in used and not self._repeats_tied(key))
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Weights by the skeleton's names, in their order, on CPU, as stored (shapes checked).
+        """The weights `names` of the skeleton, sorted by name, on CPU, in their stored dtypes.
 
-        Raises PareError naming the tensor: missing, of a wrong shape, or not finite.
+        Raises PareError naming a tensor whose shape is not the skeleton's, or that is not finite.
         """
         weights: dict[str, Tensor] = {}
-        wanted = sorted(set(names))  # so that every process writes them alike
-        for name in wanted:
+        ordered = sorted(set(names))  # so that every process writes them in the same order
+        for name in ordered:
             if name not in weights:
                 weights.update(self._convert(name, self.origins[name]))
-        for name in wanted:
+        for name in ordered:
             if weights[name].shape != self.parameters[name].shape:
                 raise PareError(
                     f"{self.folder}: tensor {name!r} has shape {tuple(weights[name].shape)}, config.json wants "
                     f"{tuple(self.parameters[name].shape)}. The weights and the config are not of the same model."
                 )
-        return {name: weights[name] for name in wanted}
+        return {name: weights[name] for name in ordered}
+
+    @contextmanager
+    def loaded(self, block: Part) -> Iterator[None]:
+        """While the `with` block runs, the weights of one block of the model are on the device, in the compute dtype.
+
+        Then they are freed, whatever happens. By then the block must have its own modules again, if some were replaced.
+        """
+        try:
+            self.materialise(block.prefix, block.names)
+            yield
+        finally:
+            self.release(block.prefix, block.names)
 
     def materialise(self, prefix: str, names: Iterable[str]) -> None:
         """Put the weights `prefix + name` on the device and into the skeleton, in the compute dtype."""
@@ -111,12 +137,12 @@ class ModelSource:
             set_tensor(self.model, name, tensor.to(self.device, torch.float32 if self._in_fp32(name) else dtype))
 
     def release(self, prefix: str, names: Iterable[str]) -> None:
-        """Drop weights from memory: back to meta."""
+        """Free the weights `prefix + name`: the skeleton's are on `meta` again."""
         for name in names:
             set_tensor(self.model, prefix + name, self.parameters[prefix + name])
 
     def checkpoint_names(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `read`: the same weights under the names and in the layout of the original checkpoint."""
+        """The inverse of `read`: the same weights under the names and in the layout of the checkpoint."""
         from transformers.core_model_loading import revert_weight_conversion
 
         used = {id(o.converter): o.converter for o in self.origins.values() if o.converter is not None}
@@ -128,15 +154,16 @@ class ModelSource:
         return [t for t in _transforms(self.model) if not hasattr(t, "operations") and t.was_used()]
 
     def companions(self) -> list[Path]:
-        """Tokenizer, generation config, chat template: files that belong to the model beside its weights."""
-        named = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
-        return sorted(path for path in named if not any(path.match(pattern) for pattern in NOT_COMPANIONS))
+        """The files of the model beside its weights and config: tokenizer, generation config, chat template, ..."""
+        files = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
+        return sorted(path for path in files if not any(path.match(pattern) for pattern in NOT_COMPANIONS))
 
     def provenance(self) -> dict[str, Any]:
-        """Where the weights came from, as paredown.json holds it."""
+        """Which model this is, for paredown.json."""
         return {"id": self.id, "revision": self.revision, "tokenizer_sha256": self.tokenizer_sha256()}
 
     def tokenizer_sha256(self) -> str:
+        """One digest of the names and contents of the tokenizer's files."""
         digest = hashlib.sha256()
         for path in self.companions():
             if "tokenizer" in path.name or path.name.startswith(("vocab", "merges", "special_tokens")):
@@ -150,11 +177,11 @@ class ModelSource:
         converter = deepcopy(origin.converter)
         for key, pattern in zip(origin.keys, origin.patterns, strict=True):
             converter.add_tensor(name, key, pattern, tensors[key])
-        made = converter.convert(name, model=self.model, config=self.model.config)
-        return {target: t[0] if isinstance(t, list) else t for target, t in made.items()}
+        converted = converter.convert(name, model=self.model, config=self.model.config)
+        return {target: t[0] if isinstance(t, list) else t for target, t in converted.items()}
 
     def _in_fp32(self, name: str) -> bool:
-        """Weights that the class keeps in float32 whatever the dtype (as `from_pretrained` does)."""
+        """Whether the class keeps this weight in float32 whatever the dtype, as `from_pretrained` does."""
         patterns = set(self.model._keep_in_fp32_modules_strict or ())
         if self.dtype == torch.float16:
             patterns |= set(self.model._keep_in_fp32_modules or ())
@@ -173,7 +200,10 @@ class ModelSource:
 
 
 def load_config(folder: Path) -> Any:
-    """config.json through transformers, without any code from the folder."""
+    """config.json through transformers, without any code from the folder.
+
+    Raises PareError if there is none, or if transformers does not know its model type.
+    """
     from transformers import AutoConfig
 
     transformers_plugin.register()
@@ -186,14 +216,17 @@ def load_config(folder: Path) -> Any:
             f"{folder / 'config.json'} is not of a model type that this transformers knows: {first_line(fault)} "
             "Upgrade transformers, or name another model."
         ) from fault
-    # keys that choose code never come from a checkpoint; experts run one by one so that each can be observed
+    # a checkpoint must not choose code; experts run one by one, so that each can be observed
     config._attn_implementation = None
     config._experts_implementation = "eager"
     return config
 
 
-def skeleton(config: Any, modules: dict[str, Any], dtype: torch.dtype) -> Any:
-    """The model class with every parameter on `meta` and every computed buffer real; packed modules installed."""
+def skeleton(config: Any, modules: Mapping[str, Spec], dtype: torch.dtype) -> Any:
+    """The model with all parameters on `meta`, its computed buffers filled, and the packed `modules` installed.
+
+    Raises PareError if it is no causal language model.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -209,10 +242,10 @@ def skeleton(config: Any, modules: dict[str, Any], dtype: torch.dtype) -> Any:
 
 
 def stored_dtype(config: Any, entries: dict[str, Entry]) -> torch.dtype:
-    """As `from_pretrained(dtype="auto")`: what config.json says, else the first floating tensor of the checkpoint."""
-    named = getattr(config, "dtype", None)
-    if isinstance(named, torch.dtype):
-        return named
+    """As `from_pretrained(dtype="auto")`: the dtype in config.json, else that of the first floating-point tensor."""
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, torch.dtype):
+        return dtype
     floats = (e.dtype for e in entries.values() if e.dtype.is_floating_point)
     return next(floats, torch.float32)
 
@@ -228,6 +261,7 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def first_line(fault: BaseException) -> str:
+    """Of its message, or of its repr where it has none."""
     return (str(fault).strip() or repr(fault)).splitlines()[0]
 
 
@@ -242,9 +276,9 @@ def _transforms(model: Any) -> list[Any]:
 def _origins(
     model: Any, entries: dict[str, Entry], parameters: dict[str, Tensor], converted: bool
 ) -> Iterator[tuple[str, Origin]]:
-    """Run transformers' own renamings over the checkpoint's keys, without reading data.
+    """Map the checkpoint's keys to weights with transformers' own renamings, without reading data.
 
-    transformers >= 5 fuses per-expert weights while loading: such a group of keys becomes one Origin with its converter.
+    transformers >= 5 fuses the weights of experts while it loads: their keys become one Origin with the converter.
     """
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -268,12 +302,12 @@ def _origins(
     for name, members in groups.items():
         keys, patterns = zip(*members, strict=True)
         origin = Origin(keys, by_pattern[patterns[0]], patterns)
-        for target in _targets(name, origin.converter, state):
+        for target in _outputs(name, origin.converter, state):
             yield target, origin
 
 
-def _targets(name: str, converter: Any, state: dict[str, Tensor]) -> list[str]:
-    """All parameters that one converter fills, given the first."""
+def _outputs(name: str, converter: Any, state: dict[str, Tensor]) -> list[str]:
+    """All weights that a converter gives, from the name of the first."""
     first = converter.target_patterns[0]
     return [t for p in converter.target_patterns if (t := name.replace(first, p)) in state] or [name]
 

@@ -1,4 +1,4 @@
-"""The safetensors files of one folder, seen as one lazy dictionary. Never pickle, never a path outside the folder."""
+"""The safetensors files of one folder as one lazy dictionary. Never pickle, never a path outside the folder."""
 
 import hashlib
 import json
@@ -38,25 +38,27 @@ class Entry:
 
 @dataclass(frozen=True)
 class TensorFiles:
-    """All tensors of `folder` by name. Headers are read and checked when first asked for, data only by `read`.
+    """All tensors of `folder` by name. The first use of `entries` reads and checks the headers; only `read` reads data.
 
-    Raises PareError for pickle-only folders, index entries that are no plain file names, missing or truncated shards.
+    Raises PareError for a folder that holds pickles only, an index entry that is no plain file name, and a shard that is
+    missing or truncated.
     """
 
     folder: Path
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
-        wanted = self._index()
-        found: dict[str, Entry] = {}
-        for file in sorted(set(wanted.values())) if wanted else [SINGLE]:
-            found.update(self._header(file))
-        if missing := sorted(set(wanted) - set(found)):
+        """Name of each tensor -> its entry in the header of its file."""
+        index = self._index()
+        entries: dict[str, Entry] = {}
+        for file in sorted(set(index.values())) if index else [SINGLE]:
+            entries.update(self._header(file))
+        if missing := sorted(set(index) - set(entries)):
             raise PareError(
-                f"{self.folder}: the index names {missing[0]!r}, which {wanted[missing[0]]!r} does not hold "
+                f"{self.folder}: the index names {missing[0]!r}, which {index[missing[0]]!r} does not hold "
                 f"({len(missing)} such tensors). The download is incomplete or mixed: fetch the checkpoint again."
             )
-        return found
+        return entries
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors `names` on CPU, in their stored dtypes, mapped from the file rather than copied.
@@ -85,7 +87,7 @@ class TensorFiles:
                 raise PareError(self._nothing_to_read())
             return {}
         try:
-            weight_map: dict[str, str] = dict(json.loads(path.read_text())["weight_map"].items())
+            weight_map: dict[str, str] = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"].items())
         except (ValueError, KeyError, TypeError, AttributeError) as fault:
             raise PareError(f"{path} is not a safetensors index ({fault!r}). Fetch the checkpoint again.") from fault
         for file in weight_map.values():
@@ -110,15 +112,15 @@ class TensorFiles:
 
     def _header(self, file: str) -> dict[str, Entry]:
         with self._open(file) as shard:
-            found = {}
+            entries = {}
             for name in shard.keys():  # noqa: SIM118 - a safe_open handle is no dictionary
                 tensor = shard.get_slice(name)
                 if tensor.get_dtype() not in DTYPES:
                     raise PareError(
                         f"{self.folder}: tensor {name!r} has dtype {tensor.get_dtype()}, which we cannot read."
                     )
-                found[name] = Entry(file, tuple(tensor.get_shape()), DTYPES[tensor.get_dtype()])
-            return found
+                entries[name] = Entry(file, tuple(tensor.get_shape()), DTYPES[tensor.get_dtype()])
+            return entries
 
     def _open(self, file: str) -> safe_open:
         try:
@@ -130,7 +132,7 @@ class TensorFiles:
 
 
 def sha256(tensor: Tensor) -> str:
-    """Of the bytes of a tensor on CPU."""
+    """The digest of the bytes of a tensor on CPU."""
     data = tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
     return hashlib.sha256(data).hexdigest()
 

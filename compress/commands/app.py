@@ -1,4 +1,4 @@
-"""The command line. Only argument parsing stands here: everything heavy is imported by the command that needs it."""
+"""The command line: only argument parsing. Everything heavy is imported by the command that needs it."""
 
 import json
 import os
@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from paredown.evaluation.schema import Report
 
 app = typer.Typer(
     help="Post-training compression of language models: prune, score before and after, write a smaller checkpoint.",
@@ -29,8 +32,12 @@ Model = Annotated[str, typer.Argument(help="A local folder, or a hub id like org
 RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="A shipped recipe (see: paredown recipes), or a YAML file.")
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must not exist, or be empty.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must be new or empty.")]
 Set = Annotated[list[str], typer.Option("--set", help="Change a key of the recipe: key=value, repeatable.")]
+Plugin = Annotated[
+    list[Path],
+    typer.Option("--plugin", help="A Python file that registers methods of your own; it is run. Repeatable."),
+]
 Calibration = Annotated[
     str | None, typer.Option("--calibration", help="Calibrate on this text instead of the recipe's.")
 ]
@@ -55,6 +62,7 @@ def compress(
     recipe: RecipeName,
     out: Out,
     overrides: Set = [],  # noqa: B006 - typer reads the default
+    plugins: Plugin = [],  # noqa: B006
     calibration: Calibration = None,
     eval_text: EvalText = [],  # noqa: B006
     tasks: Tasks = None,
@@ -69,12 +77,14 @@ def compress(
     json_output: Json = False,
 ) -> None:
     """Compress MODEL by a recipe into OUT, with figures before and after."""
-    from paredown.commands.display import now_line, show_block, show_note
+    from paredown.commands.display import now_line, show_block
     from paredown.compress.run.compress import compress as run
+    from paredown.evaluation.terminal import show_note
 
     with now_line() as doing:
         report = run(
-            model, recipe, out, overrides=overrides, calibration=calibration, eval_text=eval_text, tasks=_names(tasks),
+            model, recipe, out, overrides=overrides, plugins=plugins, calibration=calibration,
+            eval_text=eval_text, tasks=_names(tasks),
             task_folder=task_folder, format=format.value, device=device, dtype=dtype, seed=seed, revision=revision,
             progress=show_block, note=show_note, doing=doing, command="paredown " + _shell(sys.argv[1:]),
         )  # fmt: skip
@@ -86,6 +96,7 @@ def plan(
     model: Model,
     recipe: RecipeName,
     overrides: Set = [],  # noqa: B006
+    plugins: Plugin = [],  # noqa: B006
     format: Annotated[Format, typer.Option("--format")] = Format.packed,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -94,10 +105,13 @@ def plan(
 ) -> None:
     """Say what would happen: layers, parameters, bytes, memory and disk. No weight is read."""
     from paredown.commands.display import show_plan
-    from paredown.compress.run.compress import plan_only
+    from paredown.compress.run.plan import plan as run
 
-    made = plan_only(model, recipe, overrides, format.value, device, dtype, revision)
-    print(json.dumps(made.to_dict(), indent=2)) if json_output else show_plan(made)
+    result = run(
+        model, recipe, overrides=overrides, plugins=plugins, format=format.value, device=device, dtype=dtype,
+        revision=revision,
+    )  # fmt: skip
+    print(json.dumps(result.to_dict(), indent=2)) if json_output else show_plan(result)
 
 
 @app.command("eval")
@@ -115,14 +129,14 @@ def evaluate(
     json_output: Json = False,
 ) -> None:
     """Score a model, dense or packed, block by block; beside its dense original with --against."""
-    from paredown.commands.display import out_console, show_note, step_bar
     from paredown.compress.run.evaluate import evaluate as run
     from paredown.evaluation.report import render_eval
+    from paredown.evaluation.terminal import out_console, show_note, step_bar
 
     with step_bar("scoring") as bar:
         result = run(
-            model, against, eval_text or ["stdlib"], _names(tasks) or (), task_folder, length, windows, device, dtype,
-            revision, bar, show_note,
+            model, against, eval_text=eval_text or ["stdlib"], tasks=_names(tasks) or (), task_folder=task_folder,
+            length=length, windows=windows, device=device, dtype=dtype, revision=revision, progress=bar, note=show_note,
         )  # fmt: skip
     print(json.dumps(result, indent=2)) if json_output else out_console.print(render_eval(result))
 
@@ -148,18 +162,14 @@ def export(
     json_output: Json = False,
 ) -> None:
     """Convert a checkpoint between packed and dense, without the original model."""
-    from paredown.commands.display import out_console, step_bar
-    from paredown.compress.checkpoint.hub import resolve
-    from paredown.compress.checkpoint.source import ModelSource
     from paredown.compress.run.export import export as run
+    from paredown.evaluation.terminal import out_console, step_bar
 
-    path, revision = resolve(folder)
     with step_bar("exporting") as bar:
-        source = ModelSource(path, folder, revision, stranded=True)
-        result = run(source, out, format.value if format else None, bar)
+        result = run(folder, out, format.value if format else None, bar)
     sizes = result["bytes"]
-    told = f"{out}: {result['format']}, {sizes['before'] / 1e6:.1f} MB -> {sizes['after'] / 1e6:.1f} MB of weights"
-    print(json.dumps(result, indent=2)) if json_output else out_console.print(told)
+    summary = f"{out}: {result['format']}, {sizes['before'] / 1e6:.1f} MB -> {sizes['after'] / 1e6:.1f} MB of weights"
+    print(json.dumps(result, indent=2)) if json_output else out_console.print(summary)
 
 
 @app.command()
@@ -171,7 +181,7 @@ def bench(
         int, typer.Option("--context", help="Tokens of prefill; capped by what the model allows.")
     ] = 512,
     decode: Annotated[int, typer.Option("--decode", help="Tokens to decode one by one.")] = 64,
-    repeats: Annotated[int, typer.Option("--repeats", help="How often; the median and the range are told.")] = 5,
+    repeats: Annotated[int, typer.Option("--repeats", help="How often each is timed; median and range are shown.")] = 5,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for bench.json, bench.md and bench.svg.")
     ] = None,
@@ -181,15 +191,18 @@ def bench(
     json_output: Json = False,
 ) -> None:
     """Measure how fast a checkpoint runs, end to end and per layer; beside its dense original with --against."""
-    from paredown.commands.display import out_console, show_note, step_bar
     from paredown.compress.run.bench import bench as run
     from paredown.compress.run.bench import parse_batches
     from paredown.evaluation.speed import Settings
     from paredown.evaluation.speed_report import render_bench
+    from paredown.evaluation.terminal import out_console, show_note, step_bar
 
     settings = Settings(parse_batches(batch), context, decode, repeats)
     with step_bar("measuring") as bar:
-        result = run(model, against, settings, out, device, dtype, revision, bar, show_note)
+        result = run(
+            model, against, settings=settings, out=out, device=device, dtype=dtype, revision=revision, progress=bar,
+            note=show_note,
+        )  # fmt: skip
     print(json.dumps(result, indent=2)) if json_output else out_console.print(render_bench(result))
 
 
@@ -200,13 +213,13 @@ def tune(
     json_output: Json = False,
 ) -> None:
     """Time every kernel on this GPU for the sizes of these checkpoints, and keep the table that products are chosen by."""
-    from paredown.commands.display import out_console, step_bar
     from paredown.compress.run.tune import tune as run
+    from paredown.evaluation.terminal import out_console, step_bar
 
     with step_bar("tuning") as bar:
         table, file = run(folders, device, bar)
-    told = f"{file}: {len(table.choices)} choices for {table.device}"
-    print(table.to_json()) if json_output else out_console.print(told)
+    summary = f"{file}: {len(table.choices)} choices for {table.device}"
+    print(table.to_json()) if json_output else out_console.print(summary)
 
 
 @app.command()
@@ -236,9 +249,10 @@ def demo(
     json_output: Json = False,
 ) -> None:
     """Prune the bundled model to 2:4 by SparseGPT, score it on the bundled text and task, and write the checkpoint."""
-    from paredown.commands.display import now_line, show_block, show_note
+    from paredown.commands.display import now_line, show_block
     from paredown.compress.run.compress import compress as run
     from paredown.evaluation.reference import model_path
+    from paredown.evaluation.terminal import show_note
 
     with now_line() as doing:
         report = run(
@@ -248,9 +262,9 @@ def demo(
     _print_report(report, json_output)
 
 
-def _print_report(report: dict[str, Any], json_output: bool) -> None:
-    from paredown.commands.display import out_console
+def _print_report(report: "Report", json_output: bool) -> None:
     from paredown.evaluation.report import render
+    from paredown.evaluation.terminal import out_console
 
     print(json.dumps(report, indent=2)) if json_output else out_console.print(render(report))
 
@@ -266,12 +280,12 @@ def _shell(arguments: list[str]) -> str:
 
 
 class _Stopped(BaseException):
-    """Ctrl-C or SIGTERM: unwinds everything, and unlike KeyboardInterrupt is not taken by typer on the way."""
+    """Raised by Ctrl-C and SIGTERM. Typer catches KeyboardInterrupt, and not this."""
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Both signals unwind the run, so that nothing half-made is left behind."""
+    """Ctrl-C and SIGTERM raise _Stopped, so that `with` blocks can clean up."""
 
     def stop(number: int, frame: Any) -> None:
         raise _Stopped
@@ -287,11 +301,18 @@ def _interruptible() -> Iterator[None]:
 def main() -> None:
     """Exit codes: 0 done, 1 failed with a message, 2 wrong usage, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with exit_codes():
+        app()
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn a PareError and an interruption into a message on standard error and an exit code, as every command does."""
     try:
         with _interruptible():
-            app()
+            yield
     except ValueError as fault:
-        # PareError's module belongs to a package that imports transformers: it is not imported to name the class
+        # importing PareError would import transformers, which `paredown --help` must not wait for
         if type(fault).__name__ != "PareError":
             raise
         print(f"error: {fault}", *_notes(fault), sep="\n", file=sys.stderr)

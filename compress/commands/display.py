@@ -1,28 +1,20 @@
-"""What the person sees: progress on standard error, results on standard output."""
+"""What the user sees: progress on standard error, results on standard output."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from paredown.compress.progress import BlockDone
 from paredown.compress.recipe import Recipe, shipped_recipes
-from paredown.compress.run.pipeline import BlockDone
 from paredown.compress.run.plan import Plan
-
-out_console = Console()
-err_console = Console(stderr=True, highlight=False)
-
-
-def show_note(text: str) -> None:
-    err_console.print(text, style="dim")
+from paredown.evaluation.terminal import err_console, out_console
 
 
 def show_block(done: BlockDone) -> None:
-    """One line per block: name, share kept, relative output error, seconds, peak memory."""
+    """Print one line for a block: name, share kept, relative output error, seconds, peak memory."""
     err_console.print(
         f"[{done.index + 1:>3}/{done.total}] {done.name}  kept {done.kept:.3f}  "
         f"error {done.relative_error:.2e}  {done.seconds:.1f} s  peak {done.peak_memory / 1e9:.2f} GB",
@@ -32,13 +24,13 @@ def show_block(done: BlockDone) -> None:
 
 @contextmanager
 def now_line() -> Iterator[Callable[[str], None]]:
-    """A line below the others that says what is being done, on a terminal; an empty text takes it away."""
+    """A status line at the bottom of a terminal: call it with the current step, or with "" to hide it."""
     if not err_console.is_terminal:
         yield lambda text: None
         return
     status = err_console.status("")
 
-    def tell(text: str) -> None:
+    def show(text: str) -> None:
         if not text:
             status.stop()
             return
@@ -46,27 +38,13 @@ def now_line() -> Iterator[Callable[[str], None]]:
         status.start()
 
     try:
-        yield tell
+        yield show
     finally:
         status.stop()
 
 
-@contextmanager
-def step_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, told `(done, total)`."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err_console, transient=True) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
 def show_plan(plan: Plan) -> None:
+    """Print a plan as a table."""
     table = Table(title=f"{plan.family}: {plan.blocks} blocks", title_justify="left", show_header=False, box=None)
     most = "at most " if plan.at_most else ""
     grows = "" if plan.shrinks or plan.at_most else "  the file does NOT shrink"
@@ -89,6 +67,7 @@ def show_plan(plan: Plan) -> None:
 
 
 def show_recipes() -> None:
+    """Print the shipped recipes as a table."""
     table = Table("recipe", "method", "what it does", box=None)
     for name, recipe in shipped_recipes().items():
         table.add_row(name, recipe.method, recipe.description)
@@ -96,9 +75,11 @@ def show_recipes() -> None:
 
 
 def show_recipe(name: str) -> None:
+    """Print one recipe as YAML. Raises PareError if there is none of this name."""
     out_console.print(yaml.safe_dump(Recipe.load(name).to_dict(), sort_keys=False, allow_unicode=True), end="")
 
 
 def _some(names: list[str], most: int = 6) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) + more) or "nothing"

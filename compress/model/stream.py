@@ -1,12 +1,9 @@
-"""Windows of tokens on their way through a model's blocks, one block in memory at a time.
+"""Windows of tokens on their way through a model's blocks, with one block in memory at a time.
 
-A block is called with its own arguments: every decoder layer is replaced by a recorder and the model's own forward runs
-once, so masks and rotary tables come from the model class and no architecture is written again here.
+Each block is called with the arguments that the model itself would pass. They are recorded once, from the model's own
+forward (see `calls`): masks and rotary tables come from the model class, and no architecture is rewritten here.
 """
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,123 +16,119 @@ from torch import Tensor, nn
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.tensor_files import all_finite
 from paredown.compress.errors import PareError
-from paredown.compress.model.blocks import Block, blocks, decoder_list
+from paredown.compress.model.blocks import Block, blocks
+from paredown.compress.model.calls import AllRecorded, Call, call_of, recorders
+from paredown.compress.model.transfer import Transfer
 from paredown.compress.numerics.perplexity import target_nll
 
-# tokens that pass through a block at once: bounds the memory of a block's inner activations
+# Tokens in one batch, by type of device: limits the memory that activations inside a block take.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 HEAD_TOKENS = 512  # positions whose logits are in memory at once
 
 
-class _Stop(Exception):
-    """All recorders have seen their call."""
-
-
-@dataclass
-class Call:
-    """What a decoder layer was called with, beside its hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def same(self, other: "Call") -> bool:
-        mine, theirs = _leaves((self.args, self.kwargs)), _leaves((other.args, other.kwargs))
-        return len(mine) == len(theirs) and all(
-            torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
-            for a, b in zip(mine, theirs, strict=True)
-        )
-
-
 @dataclass
 class Stream:
-    """Hidden states of all windows before some block, on the host: a list of batches `(batch, length, hidden)`."""
+    """Hidden states of all windows before some block, in host memory: a list of batches `(batch, length, hidden)`."""
 
     hidden: list[Tensor]
-    calls: dict[int, list[Call]]  # by batch size, one per block
+    calls: dict[int, list[Call]]  # by batch size: the call of each block
     ids: list[Tensor]  # the tokens of each batch (batch, length)
-    device: torch.device
-    seconds: float = 0.0  # spent in the blocks' own forward passes
+    device: torch.device  # where blocks run
+    head_tokens: int = HEAD_TOKENS  # positions that the output head takes at once
+    seconds: float = 0.0  # time in forward passes of blocks and head
 
     def copy(self) -> "Stream":
-        """A second stream from the same point (batches are replaced, never changed in place, so they are shared)."""
-        return Stream(list(self.hidden), self.calls, self.ids, self.device)
+        """A second stream that starts from the same hidden states.
 
-    def outputs(self, block: Block) -> Iterator[Tensor]:
-        """Run the block over all batches; yields its output on the device, batch by batch."""
+        Both share the tensors: a stream replaces a batch, and never changes it in place.
+        """
+        return Stream(list(self.hidden), self.calls, self.ids, self.device, self.head_tokens)
+
+    def outputs(self, block: Block, transfer: Transfer | None = None) -> Iterator[Tensor]:
+        """The block's output for each batch (batch, length, hidden), on the device. The stream does not move."""
+        transfer = transfer or Transfer(self.device)
         for i in range(len(self.hidden)):
-            yield self.output(block, i)
+            yield self.output(block, i, transfer)
 
-    def output(self, block: Block, i: int) -> Tensor:
-        """The block's output for batch i, on the device. Time counts even where something stops the block half-way."""
+    def output(self, block: Block, i: int, transfer: Transfer | None = None) -> Tensor:
+        """The block's output for batch `i` (batch, length, hidden), on the device.
+
+        With a `transfer` the next batch is uploaded meanwhile. The time is added to `seconds` even if an exception stops
+        the block on the way.
+        """
         began = perf_counter()
         try:
-            return self.call(block, self.hidden[i].to(self.device, copy=True))
+            hidden = self.hidden[i].to(self.device, copy=True) if transfer is None else transfer.upload(self.hidden[i])
+            if transfer is not None and i + 1 < len(self.hidden):
+                transfer.prefetch(self.hidden[i + 1])
+            return self.call(block, hidden)
         finally:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            if self.device.type == "cuda":  # the block's own work, and not the copies beside it
+                torch.cuda.current_stream(self.device).synchronize()
             self.seconds += perf_counter() - began
 
     def call(self, block: Block, hidden: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
-        """The block called as the model calls it; hidden (batch, length, hidden) on the device.
+        """Call the block as the model does, on `hidden` (batch, length, hidden) on the device.
 
-        `parameters` stand in for the block's own, by name.
+        `parameters`, by name within the block, are used in place of the block's own.
         """
         call = self.calls[len(hidden)][block.index]
         if parameters is None:
-            made = block.module(hidden, *call.args, **call.kwargs)
+            result = block.module(hidden, *call.args, **call.kwargs)
         else:
-            made = torch.func.functional_call(block.module, parameters, (hidden, *call.args), call.kwargs)
-        out: Tensor = made[0] if isinstance(made, tuple) else made
-        return out
-
-    @torch.no_grad()
-    def observe(self, block: Block) -> None:
-        """Run the block for what is collected on the way; its outputs are dropped."""
-        for _ in self.outputs(block):
-            pass
+            result = torch.func.functional_call(block.module, parameters, (hidden, *call.args), call.kwargs)
+        output: Tensor = result[0] if isinstance(result, tuple) else result
+        return output
 
     @torch.no_grad()
     def advance(self, block: Block) -> None:
-        """Replace each batch by the block's output. Raises PareError if it is not finite."""
-        for i, made in enumerate(self.outputs(block)):
-            if not all_finite(made):
+        """Replace each batch by the block's output. Raises PareError if an output is not finite."""
+        transfer = Transfer(self.device)
+        for i, output in enumerate(self.outputs(block, transfer)):
+            if not all_finite(output):
                 raise PareError(
-                    f"non-finite activations leave {block.prefix.rstrip('.')}. In float16 large models overflow: "
+                    f"non-finite activations leave {block.name}. In float16 large models overflow: "
                     "try --dtype bfloat16 or float32; otherwise the checkpoint itself is damaged."
                 )
-            self.hidden[i] = made.to("cpu")
+            self.hidden[i] = transfer.download(output)
+        transfer.wait()
 
     @torch.no_grad()
     def nll(self, source: ModelSource) -> Tensor:  # (windows, length - 1)
         """Negative log likelihood in nats of each next token, by the model's own final norm and head."""
-        found = []
+        losses = []
         with materialised_rest(source, embedding=False), recorders(source) as layers:
             for hidden, ids in zip(self.hidden, self.ids, strict=True):
-                layers[-1].returns = hidden.to(self.device, copy=True)
+                layers[-1].output = hidden.to(self.device, copy=True)
                 began = perf_counter()
-                found.append(next_token_nll(source.model, ids.to(self.device)).cpu())
+                losses.append(next_token_nll(source.model, ids.to(self.device), self.head_tokens).cpu())
                 self.seconds += perf_counter() - began
-        return torch.cat(found)
+        return torch.cat(losses)
 
 
 @torch.no_grad()
-def start(source: ModelSource, ids: Tensor) -> Stream:
-    """Embed all windows `(windows, length)` and record how the model calls its blocks."""
-    per_batch = max(1, BATCH_TOKENS[source.device.type] // ids.shape[1])
+def start(source: ModelSource, ids: Tensor, batch_tokens: int | None = None, head_tokens: int = HEAD_TOKENS) -> Stream:
+    """The stream before the first block: embed all windows `ids` (windows, length) and record the calls of the blocks.
+
+    A batch holds about `batch_tokens` tokens, by default BATCH_TOKENS of the source's device; the output head takes about
+    `head_tokens` positions at once. Raises PareError for a model whose blocks are not called once per forward pass, or
+    with other arguments for another text.
+    """
+    per_batch = max(1, (batch_tokens or BATCH_TOKENS[source.device.type]) // ids.shape[1])
     batches = list(ids.split(per_batch))
-    stream = Stream([], {}, batches, source.device)
+    stream = Stream([], {}, batches, source.device, head_tokens)
     with materialised_rest(source, head=False), recorders(source) as layers:
         layers[-1].stop = True
         for batch in batches:
             for layer in layers:
                 layer.call = None
-            with suppress(_Stop):
+            with suppress(AllRecorded):
                 source.model(batch.to(source.device), use_cache=False)
-            calls = [_recorded(layer, source) for layer in layers]
+            calls = [call_of(layer, source) for layer in layers]
             first = stream.calls.setdefault(len(batch), calls)
             if not all(a.same(b) for a, b in zip(first, calls, strict=True)):
                 raise PareError(
-                    f"{source.id}: its blocks take inputs that depend on the text beside the hidden states "
+                    f"{source.id}: beside the hidden states its blocks take arguments that depend on the text "
                     f"({source.config.model_type}); such models are not supported yet."
                 )
             assert layers[0].hidden is not None
@@ -143,38 +136,51 @@ def start(source: ModelSource, ids: Tensor) -> Stream:
     return stream
 
 
-def next_token_nll(model: Any, ids: Tensor) -> Tensor:  # (batch, length - 1)
-    """Loss per token, with the head run on HEAD_TOKENS at a time, so that logits stay small."""
-    step = max(1, HEAD_TOKENS // len(ids))
+def next_token_nll(model: Any, ids: Tensor, head_tokens: int = HEAD_TOKENS) -> Tensor:  # (batch, length - 1)
+    """Negative log likelihood in nats of each next token of `ids` (batch, length).
+
+    The output head takes about `head_tokens` positions at once, so that logits stay small.
+    """
     parts = []
-    for keep in torch.arange(ids.shape[1] - 1, device=ids.device).split(step):
-        logits = model(ids, use_cache=False, logits_to_keep=keep).logits  # (batch, positions, vocabulary)
-        parts.append(target_nll(logits, ids[:, keep + 1]))
+    for positions in head_positions(ids, head_tokens):
+        logits = model(ids, use_cache=False, logits_to_keep=positions).logits  # (batch, positions, vocabulary)
+        parts.append(target_nll(logits, ids[:, positions + 1]))
     return torch.cat(parts, 1)
+
+
+def head_positions(ids: Tensor, head_tokens: int) -> tuple[Tensor, ...]:
+    """The positions of `ids` (batch, length) that have a next token, in parts of about `head_tokens` positions a batch."""
+    positions = torch.arange(ids.shape[1] - 1, device=ids.device)
+    parts: tuple[Tensor, ...] = positions.split(max(1, head_tokens // len(ids)))
+    return parts
 
 
 @contextmanager
 def materialised_rest(source: ModelSource, embedding: bool = True, head: bool = True) -> Iterator[None]:
-    """All weights outside the blocks in memory; of the two big ones, embedding and head, only what is asked for."""
+    """Inside the `with` block all weights outside the decoder blocks are in memory.
+
+    `embedding` and `head` say whether these two, the large ones, are needed.
+    """
     inside = tuple(block.prefix for block in blocks(source))
     left_out = [name_of(source.model, "get_input_embeddings")] * (not embedding)
     left_out += [name_of(source.model, "get_output_embeddings")] * (not head)
-    left_out = [] if source.tied else left_out  # tied weights are one tensor: it is needed either way
+    left_out = [] if source.tied else left_out  # tied weights are one tensor, which is needed in both cases
     names = [n for n in source.parameters if not n.startswith(inside) and n.rpartition(".")[0] not in left_out]
     source.materialise("", names)
     _tie(source)
-    looked_up = source.model.get_input_embeddings()
+    original = source.model.get_input_embeddings()
     if not embedding and not source.tied:
-        source.model.set_input_embeddings(_Zeros(looked_up.weight.shape[1], source.dtype))
+        source.model.set_input_embeddings(_Zeros(original.weight.shape[1], source.dtype))
     try:
         yield
     finally:
-        source.model.set_input_embeddings(looked_up)
+        source.model.set_input_embeddings(original)
         source.release("", names)
         _tie(source)
 
 
 def _tie(source: ModelSource) -> None:
+    """Let tied parameters be one tensor again."""
     for copy, original in source.tied.items():
         path, _, leaf = copy.rpartition(".")
         source.model.get_submodule(path)._parameters[leaf] = source.model.get_parameter(original)
@@ -187,7 +193,7 @@ def name_of(model: Any, getter: str) -> str:
 
 
 class _Zeros(nn.Module):
-    """In place of an embedding whose output is never used."""
+    """Takes the place of an embedding whose output is never used."""
 
     def __init__(self, width: int, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -197,76 +203,29 @@ class _Zeros(nn.Module):
         return torch.zeros(*ids.shape, self.width, dtype=self.dtype, device=ids.device)
 
 
-class _Recorder(nn.Module):
-    """Stands for a decoder layer while the model's own forward runs: keeps the call, and hands on what it is told."""
-
-    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
-        super().__init__()
-        self.__dict__["layer"] = layer  # not a submodule: the skeleton's names stay as they are
-        self.returns_tuple = returns_tuple
-        self.call: Call | None = None
-        self.hidden: Tensor | None = None
-        self.returns: Tensor | None = None
-        self.stop = False
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # models ask their layers for `attention_type` and the like
-            return getattr(self.__dict__["layer"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-        args = args[1:] if args and args[0] is hidden else args
-        self.hidden, self.call = hidden, Call(args, kwargs)
-        if self.stop:
-            raise _Stop
-        made = hidden if self.returns is None else self.returns
-        return (made, None) if self.returns_tuple else made
+def hidden_size(source: ModelSource) -> int:
+    """Numbers in one token's hidden state."""
+    return max(int(getattr(source.config.get_text_config(), "hidden_size", 0)), 1)
 
 
-@contextmanager
-def recorders(source: ModelSource) -> Iterator[list[_Recorder]]:
-    """Every decoder layer replaced by a recorder."""
-    layers = decoder_list(source)
-    originals = list(layers)
-    made = [_Recorder(layer, _returns_tuple(layer)) for layer in originals]
-    for i, recorder in enumerate(made):
-        layers[i] = recorder
-    try:
-        yield made
-    finally:
-        for i, layer in enumerate(originals):
-            layers[i] = layer
+def hidden_bytes(source: ModelSource, tokens: int) -> int:
+    """Bytes of the hidden states of so many tokens."""
+    return element_size(source) * hidden_size(source) * tokens
 
 
-def _returns_tuple(layer: nn.Module) -> bool:
-    """Whether the layer returns a tuple, read off its last return statement (annotations are often out of date)."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(type(layer).forward)))
-    nodes = list(ast.walk(tree))
-    tuples = {
-        name.id
-        for node in nodes
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
-        for name in node.targets
-        if isinstance(name, ast.Name)
-    }
-    returned = max((n for n in nodes if isinstance(n, ast.Return)), key=lambda node: node.lineno).value
-    return isinstance(returned, ast.Tuple) or (isinstance(returned, ast.Name) and returned.id in tuples)
+def batch_bytes(source: ModelSource, widest: int) -> int:
+    """Bytes that one batch takes inside a block whose widest layer has `widest` outputs."""
+    return element_size(source) * BATCH_TOKENS[source.device.type] * (4 * hidden_size(source) + 3 * widest)
 
 
-def _recorded(recorder: _Recorder, source: ModelSource) -> Call:
-    if recorder.call is None:
-        raise PareError(
-            f"{source.id}: not every block of a {source.config.model_type} model is called once per forward pass; "
-            "such models are not supported yet."
-        )
-    return recorder.call
+def outside_bytes(source: ModelSource) -> int:
+    """Bytes of the largest weight outside the blocks and of the logits of HEAD_TOKENS positions."""
+    inside = tuple(block.prefix for block in blocks(source))
+    rest = [t.numel() for name, t in source.parameters.items() if not name.startswith(inside)]
+    vocabulary = int(source.config.get_text_config().vocab_size)
+    return element_size(source) * max(rest, default=0) + 12 * HEAD_TOKENS * vocabulary
 
 
-def _leaves(tree: Any) -> list[Any]:
-    if isinstance(tree, list | tuple):
-        return [leaf for branch in tree for leaf in _leaves(branch)]
-    if isinstance(tree, dict):
-        return [leaf for key in sorted(tree) for leaf in _leaves(tree[key])]
-    return [tree]
+def element_size(source: ModelSource) -> int:
+    """Bytes of one number of the model's weights."""
+    return source.dtype.itemsize if source.dtype else 2

@@ -1,27 +1,34 @@
-"""What a method made of one weight: its dense form, what it stores, and how it is packed."""
+"""A compressed weight: its dense form, the tensors that are stored, and the module that multiplies with them.
 
-import math
+A new form of compressed weight is one more class here.
+"""
+
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from paredown.compress.numerics.masks import NofM, Sparsity
 from paredown.compress.numerics.moments import InputStats
 from paredown.compress.storage import kinds
+from paredown.compress.storage.install import packed_layer
+from paredown.compress.storage.spec import DENSE, Layout, Spec
 
-ROWS = 1024  # rows whose error is measured at a time
+ERROR_ROWS = 1024  # of the weight, whose error is computed together
 
 
-class Edit(ABC):
+class WeightEdit(ABC):
     """An edited weight (out, in) in its original dtype."""
 
-    damping: float | None  # what the solver used, as a fraction of the mean diagonal
-    fallback: str | None  # a numerical remedy that the report must tell
+    damping: float | None  # that the solver used, as a fraction of the mean diagonal of H
+    fallback: str | None  # a numerical fallback, as the report words it
+    shift: Tensor | None  # (out,) float64: to be added to the layer's output, by its bias
+    keep: Tensor | None  # (out, in) bool: weights that need not be zero; None: all
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -29,99 +36,148 @@ class Edit(ABC):
 
     @property
     @abstractmethod
-    def kept(self) -> int:
+    def numbers(self) -> int:
         """How many numbers are stored of the weight."""
 
     @property
     @abstractmethod
-    def told(self) -> dict[str, Any]:
-        """What the record tells of it beside the share kept and the error."""
+    def facts(self) -> dict[str, Any]:
+        """Further entries of the layer's report, beside the share kept and the error."""
 
-    def relative_error(self, original: Tensor, stats: InputStats) -> float:
-        """`tr(D H D^T) / tr(W H W^T)` with D = original - edited: the share of the output's energy that is wrong.
+    @abstractmethod
+    def spec(self, layout: Layout) -> Spec | None:
+        """How it is stored in a packed checkpoint; None where the dense weight is no larger."""
 
-        With the Gram matrix where it was collected, else with its diagonal (inputs taken as uncorrelated). Not rooted.
+    @abstractmethod
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The tensors to store, under the names that the spec's kind gives them."""
+
+    @abstractmethod
+    def module(self, old: nn.Module, layout: Layout, bias: Tensor | None) -> nn.Module | None:
+        """A replacement of the layer `old` that multiplies as the checkpoint will; None: `old` with the dense weight.
+
+        bias (out,): the layer's new bias; None: it keeps its own.
         """
-        lost = total = 0.0
-        for before, after in zip(original.split(ROWS), self.dense().split(ROWS), strict=True):
-            lost += stats.energy(before.float() - after.float())
-            total += stats.energy(before)
-        return lost / max(total, 1e-300)
+
+    @abstractmethod
+    def tuned(self, weight: Tensor, parameters: Mapping[str, Tensor]) -> "WeightEdit":
+        """The same edit with trained numbers: the layer's `weight` (out, in), or the `parameters` of its module, by name."""
+
+    def relative_error(self, original: Tensor, inputs: InputStats) -> float:
+        """`tr(D H D^T) / tr(W H W^T)` with D = original - edited: the output's squared error relative to its square.
+
+        H is the Gram matrix of the inputs, or its diagonal (as of uncorrelated inputs) where only that was collected.
+        """
+        wrong = total = 0.0
+        for before, after in zip(original.split(ERROR_ROWS), self.dense().split(ERROR_ROWS), strict=True):
+            wrong += inputs.energy(before.float() - after.float())
+            total += inputs.energy(before)
+        return wrong / max(total, 1e-300)
 
 
 @dataclass(frozen=True)
-class Masked(Edit):
-    """A pruned weight: exactly +0.0 where `keep` (bool, (out, in)) is False."""
+class Masked(WeightEdit):
+    """A pruned weight (out, in): exactly +0.0 where `keep`, bool of the same shape, is False."""
 
     weight: Tensor
     keep: Tensor
     sparsity: Sparsity
     damping: float | None = None
     fallback: str | None = None
+    shift: None = field(default=None, init=False)
 
     def dense(self) -> Tensor:  # (out, in)
         return self.weight
 
     @cached_property
-    def kept(self) -> int:
+    def numbers(self) -> int:
         return int(torch.count_nonzero(self.keep))
 
     @property
-    def told(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         return {"sparsity": self.sparsity if isinstance(self.sparsity, float) else str(self.sparsity)}
 
-    @property
-    def kind(self) -> str:
-        """The smallest exact storage: `sparse24`, `bitmap`, or `dense` where neither is smaller."""
-        return storage_kind(tuple(self.weight.shape), self.kept, self.sparsity, self.weight.element_size())
+    def spec(self, layout: Layout = "linear") -> Spec | None:
+        """The smallest exact storage: `sparse24`, `bitmap`, or None for dense."""
+        spec = mask_spec(tuple(self.weight.shape), self.numbers, self.sparsity, self.weight.element_size())
+        return None if spec.kind == DENSE else replace(spec, layout=layout)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        spec = self.spec()
+        return {} if spec is None else kinds.pack(spec.kind, self.weight, self.keep)
+
+    def module(self, old: nn.Module, layout: Layout, bias: Tensor | None) -> None:
+        return None  # packed, a mask gives the same products bit for bit
+
+    def tuned(self, weight: Tensor, parameters: Mapping[str, Tensor]) -> "Masked":
+        return replace(self, weight=weight)
 
 
 @dataclass(frozen=True)
-class LowRank(Edit):
-    """A weight that is stored and multiplied as a chain of smaller ones: `tensors` of `kind`, of rank `rank`."""
+class Factored(WeightEdit):
+    """A weight that is stored as a product of smaller ones, its `parts`, and multiplied part by part."""
 
     kind: str
     shape: tuple[int, int]
     rank: int
-    tensors: Mapping[str, Tensor]
-    shift: Tensor | None = None  # (out,) float64: what the layer's output needs added on average
-    loss: float | None = None  # in the method's own metric, as a share of what dropping the whole weight would lose
+    parts: Mapping[str, Tensor]  # by the names of the kind
+    shift: Tensor | None = None  # (out,) float64: the mean of the layer's output that the parts miss
+    loss: float | None = None  # in the method's own metric, relative to that of a weight of zeros
     damping: float | None = None
     fallback: str | None = None
+    keep: None = field(default=None, init=False)
 
     def dense(self) -> Tensor:  # (out, in)
-        return kinds.kind_of(self.kind).unpack(self.tensors, self.shape)
+        return kinds.kind_of(self.kind).unpack(self.parts, self.shape)
+
+    def spec(self, layout: Layout = "linear") -> Spec:
+        values = self.parts["values"].numel() if "values" in self.parts else None
+        return Spec(self.kind, self.shape, layout, self.rank, values)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self.parts
 
     @property
-    def spec(self) -> dict[str, Any]:
-        """For config.json, without the layout."""
-        kept = {"kept": self.tensors["values"].numel()} if "values" in self.tensors else {}
-        return {"kind": self.kind, "shape": list(self.shape), "rank": self.rank, **kept}
+    def numbers(self) -> int:
+        return kinds.stored_numbers(self.spec())
 
     @property
-    def kept(self) -> int:
-        return kinds.stored_numbers(self.spec)
-
-    @property
-    def told(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "rank": self.rank, "measured_loss": self.loss}
 
-    def relative_error(self, original: Tensor, stats: InputStats) -> float:
-        error = super().relative_error(original, stats)
+    def module(self, old: nn.Module, layout: Layout, bias: Tensor | None) -> nn.Module:
+        added = bias is not None and old.bias is None
+        return packed_layer(old, replace(self.spec(layout), bias=added), self.parts, bias)
+
+    def tuned(self, weight: Tensor, parameters: Mapping[str, Tensor]) -> "Factored":
+        return replace(self, parts={name: parameters.get(name, part) for name, part in self.parts.items()})
+
+    def relative_error(self, original: Tensor, inputs: InputStats) -> float:
+        error = super().relative_error(original, inputs)
         if self.shift is None:
             return error
         # E|D x - s|^2 = E|D x|^2 - 2 s . D E[x] + |s|^2
-        made = (original.double() - self.dense().double()) @ stats.mean  # (out,)
-        return error + float(self.shift @ (self.shift - 2 * made)) / max(_total(original, stats), 1e-300)
+        missing = (original.double() - self.dense().double()) @ inputs.mean  # (out,)
+        total = sum(inputs.energy(rows) for rows in original.split(ERROR_ROWS))
+        return error + float(self.shift @ (self.shift - 2 * missing)) / max(total, 1e-300)
 
 
-def _total(weight: Tensor, stats: InputStats) -> float:
-    return sum(stats.energy(rows) for rows in weight.split(ROWS))
+def joined(whole: Tensor, edits: Sequence[WeightEdit | None]) -> Masked:
+    """One edit of a fused weight (experts, out, in) from one edit per expert; None: that expert stays dense."""
+    masks = [None if edit is None else edit.keep for edit in edits]
+    everything = torch.ones_like(whole[0], dtype=torch.bool)  # (out, in)
+    patterns = {edit.sparsity if isinstance(edit, Masked) else 0.0 for edit in edits}
+    sparsity = patterns.pop() if len(patterns) == 1 else 0.0
+    return Masked(whole, torch.stack([everything if mask is None else mask for mask in masks]), sparsity)
 
 
-def storage_kind(shape: tuple[int, ...], kept: int, sparsity: Sparsity, element_size: int) -> str:
-    """Which packed kind holds a mask of this sort in the fewest bytes."""
+def mask_spec(shape: tuple[int, ...], numbers: int, sparsity: Sparsity, element_size: int) -> Spec:
+    """How a weight of which `numbers` stay is stored in the fewest bytes; kind `dense` where packing saves none.
+
+    shape ([experts,] out, in).
+    """
     if sparsity == NofM(2, 4) and shape[-1] % 4 == 0:
-        return "sparse24"
-    bitmap = kinds.stored_bytes({"kind": "bitmap", "shape": shape, "kept": kept}, element_size)
-    return "bitmap" if bitmap < math.prod(shape) * element_size else "dense"
+        return Spec("sparse24", shape, values=numbers)
+    bitmap = Spec("bitmap", shape, values=numbers)
+    smaller = kinds.stored_bytes(bitmap, element_size) < prod(shape) * element_size
+    return bitmap if smaller else Spec(DENSE, shape, values=numbers)

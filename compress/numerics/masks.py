@@ -1,19 +1,20 @@
-"""How much is removed, and which weights stay: a fraction with an exact count, or `n:m`, which keeps n of every m."""
+"""Sparsity and masks: a fraction is removed, in exact counts, or `n:m` keeps n of every m weights."""
 
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from einops import rearrange
+from pydantic import PlainValidator
 from torch import Tensor
 
 from paredown.compress.errors import PareError
 
 Within = Literal["row", "layer"]
-SMALL_GROUP = 8  # up to this m, ranks come from pairwise comparisons: many times faster than topk on a CPU
+SMALL_GROUP = 8  # up to this m, weights are ranked by pairwise comparisons: many times faster than topk on a CPU
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,15 @@ class NofM:
         return f"{self.n}:{self.m}"
 
 
-Sparsity = float | NofM
-ROWS = 256  # rows that are worked on at a time: temporaries stay in cache, and calls are few
+ROWS_AT_ONCE = 256  # few enough that temporaries stay in cache
 
 
 def row_wise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """`function(*tensors)` for something that treats every row alone, a few rows at a time: several times faster."""
-    return torch.cat([function(*parts) for parts in zip(*(t.split(ROWS) for t in tensors), strict=True)])
+    """`function(*tensors)` of a function that treats each row alone, ROWS_AT_ONCE rows a call: several times faster."""
+    return torch.cat([function(*parts) for parts in zip(*(t.split(ROWS_AT_ONCE) for t in tensors), strict=True)])
 
 
-def parse_sparsity(value: object) -> Sparsity:
+def parse_sparsity(value: object) -> float | NofM:
     """`0.5` -> half is removed; `"2:4"` -> 2 of 4 are kept. Raises PareError for anything else."""
     if isinstance(value, NofM):
         return value
@@ -58,11 +58,15 @@ def parse_sparsity(value: object) -> Sparsity:
     raise PareError(f"sparsity {value!r} must be a fraction removed in [0, 1), or a pattern like '2:4'.")
 
 
-def keep_mask(score: Tensor, sparsity: Sparsity, within: Within = "row") -> Tensor:
-    """Which weights to keep, bool (out, in): the highest scores, with exact counts; of equals the first one stays.
+Sparsity = Annotated[float | NofM, PlainValidator(parse_sparsity)]  # the fraction removed, or n:m
 
-    A fraction is compared within each row or over the whole layer, and `round(sparsity * size)` weights are removed
-    from each. `n:m` is always compared within its group. Raises PareError if m does not divide the width.
+
+def keep_mask(score: Tensor, sparsity: Sparsity, within: Within = "row") -> Tensor:
+    """Which weights to keep, bool (out, in): those of the highest scores; of equal scores the first.
+
+    For a fraction, scores are compared within each row or over the whole layer, of which exactly
+    `round(sparsity * size)` weights are removed. For `n:m` they are compared within each group. Raises PareError if m
+    does not divide the width.
     """
     if isinstance(sparsity, NofM):
         return _keep_n_of_m(score, sparsity)
@@ -86,6 +90,13 @@ def check_width(width: int, sparsity: Sparsity) -> None:
         )
 
 
+def masked(weight: Tensor, keep: Tensor) -> Tensor:  # (out, in)
+    """The kept weights bit for bit, and +0.0 elsewhere."""
+    # as integers, so that a removed negative weight becomes +0.0 and not -0.0
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return row_wise(lambda part, stays: part.view(bits) * stays, weight.contiguous(), keep).view(weight.dtype)
+
+
 def _keep_n_of_m(score: Tensor, pattern: NofM) -> Tensor:
     check_width(score.shape[-1], pattern)
     n, m = pattern.n, pattern.m
@@ -98,7 +109,7 @@ def _keep_n_of_m(score: Tensor, pattern: NofM) -> Tensor:
     beaten = [torch.zeros(columns[0].shape, dtype=torch.uint8, device=score.device) for _ in range(m)]
     for i in range(m):
         for j in range(i + 1, m):
-            second_wins = columns[j] > columns[i]  # of equals the first stays
+            second_wins = columns[j] > columns[i]  # of equal scores the first stays
             beaten[i] += second_wins
             beaten[j] += ~second_wins
     keep = torch.stack([b < n for b in beaten], dim=-1)  # (out, group, m)
@@ -106,14 +117,14 @@ def _keep_n_of_m(score: Tensor, pattern: NofM) -> Tensor:
 
 
 def _keep_fraction(score: Tensor, sparsity: float) -> Tensor:
-    """Remove the `round(sparsity * width)` lowest of each row, the last of equals first."""
+    """Remove the `round(sparsity * width)` lowest of each row; of equal scores the last."""
     width = score.shape[-1]
     removed = round(sparsity * width)
     if removed == 0:
         return torch.ones_like(score, dtype=torch.bool)
     threshold = score.kthvalue(removed, dim=-1, keepdim=True).values  # (rows, 1): the highest removed score
     keep = score > threshold
-    missing = (width - removed) - keep.sum(-1, keepdim=True)  # (rows, 1): ties at the threshold that must stay
+    missing = (width - removed) - keep.sum(-1, keepdim=True)  # (rows, 1): how many of those at the threshold must stay
     if bool((missing > 0).any()):
         ties = score == threshold
         keep |= ties & (ties.cumsum(-1, dtype=torch.int32) <= missing)

@@ -1,109 +1,149 @@
-"""Streaming moments of one input stream. Linears that read the same input (q/k/v; gate/up) share one object."""
+"""Statistics of a layer's inputs and outputs: moments summed batch by batch, under the names that methods ask for."""
 
-import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from paredown.compress.errors import PareError
+from paredown.compress.numerics.cholesky import InverseCholesky, inverse_cholesky
 
-# of a layer's input
-NEEDS = frozenset({"second_moment_diagonal", "gram", "mean", "absolute_mean"})
-# and between the dense model's input and the compressed one's
-PAIRED_NEEDS = NEEDS | {"cross"}
-# and, of layers that write to the residual stream, between what that stream misses and the layer's input: collect.py
-RESIDUAL_NEEDS = frozenset({"residual"})
-# of the gradient of the loss with respect to a layer's output: see gradients.py
+STRIP = 512  # columns of the Gram matrix that are summed at a time; what lies above the diagonal is not computed
+TOKENS_AT_ONCE = 64  # squared together, so that they stay in cache
+
+Labels = Literal[
+    "data", "sampled"
+]  # gradients of the text's own next tokens (empirical Fisher), or of the model's draws
+
+
+class Need(StrEnum):
+    """A statistic of one layer that a method can ask for: a mean over the tokens that reach the layer."""
+
+    SECOND_MOMENT = "second_moment_diagonal"  # E[x^2] (in,)
+    GRAM = "gram"  # E[x x^T] (in, in); holds the second moment too
+    MEAN = "mean"  # E[x] (in,)
+    ABSOLUTE_MEAN = "absolute_mean"  # E|x| (in,)
+    CROSS = "cross"  # E[x y^T] (in, in) of the dense model's input x and the compressed one's y, and E[x]
+    RESIDUAL = "residual"  # of layers that write to the residual stream: see Residual
+    # moments of the gradient of the loss at the layer's output: see survey/gradients.py
+    OUTPUT_GRADIENT = "output_gradient"
+    OUTPUT_GRADIENT_DIAGONAL = "output_gradient_diagonal"
+    FISHER = "fisher"
+    FISHER_ROWS = "fisher_rows"
+    FISHER_ROWS_PER_TOKEN = "fisher_rows_per_token"
+
+
+INPUT_NEEDS = frozenset({Need.SECOND_MOMENT, Need.GRAM, Need.MEAN, Need.ABSOLUTE_MEAN})
+PAIRED_NEEDS = INPUT_NEEDS | {Need.CROSS}
 GRADIENT_NEEDS = frozenset(
-    {"output_gradient", "output_gradient_diagonal", "fisher", "fisher_rows", "fisher_rows_per_token"}
+    {
+        Need.OUTPUT_GRADIENT,
+        Need.OUTPUT_GRADIENT_DIAGONAL,
+        Need.FISHER,
+        Need.FISHER_ROWS,
+        Need.FISHER_ROWS_PER_TOKEN,
+    }
 )
-STRIP = 512  # columns of the Gram matrix that are summed at a time: what lies above the diagonal is never computed
-ROWS = 64  # tokens that are squared at a time, so that they stay in cache
-ESCALATIONS = 6  # times that the damping may grow tenfold before a layer is given up
 
 
-@dataclass(frozen=True)
-class InverseCholesky:
-    """`factor` U (in, in) float32, upper, with U^T U = (H + damping I)^-1, of the live columns; `dead` (in,) bool."""
+class NotCollected(RuntimeError):
+    """A method read a statistic that it had not asked for."""
 
-    factor: Tensor
-    dead: Tensor
-    damping: float  # the fraction of the mean diagonal that was added
-    escalated: bool
-
-    def told(self, asked: float) -> str | None:
-        """What the report must tell of a damping that had to be raised."""
-        return f"damping raised from {asked:g} to {self.damping:g}" if self.escalated else None
+    def __init__(self, need: str) -> None:
+        super().__init__(f"{str(need)!r} was not collected: add it to the method's `needs`")
 
 
 class InputStats:
     """Moments of the inputs `x` (tokens, in): float32 within a batch, float64 across batches.
 
-    `needs` names what is collected, out of NEEDS; asking for anything else raises RuntimeError. Of the Gram matrix the
-    lower triangle is summed.
+    `needs`, a subset of PAIRED_NEEDS, says what is collected; reading anything else raises NotCollected. Linears with the
+    same input (q/k/v; gate/up) share one object. Of the Gram matrix only the lower triangle is summed.
     """
 
-    def __init__(self, in_features: int, needs: frozenset[str], device: torch.device | str = "cpu") -> None:
+    def __init__(self, in_features: int, needs: frozenset[Need], device: torch.device | str = "cpu") -> None:
         if unknown := needs - PAIRED_NEEDS:
-            raise ValueError(f"unknown statistics {sorted(unknown)}; there are {sorted(PAIRED_NEEDS)}")
+            raise ValueError(
+                f"unknown statistics: {', '.join(sorted(unknown))}. Known: {', '.join(sorted(PAIRED_NEEDS))}."
+            )
         self.in_features, self.needs, self.count = in_features, needs, 0
-        square = {"gram", "cross"}
-        shapes = {name: (in_features, in_features) if name in square else (in_features,) for name in needs}
-        if "cross" in needs:
-            shapes |= {"dense_mean": (in_features,)}
+        shapes = _shapes(in_features, needs)
         self._sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
         self._factors: dict[float, InverseCholesky] = {}
-        self._gradient: dict[str, Tensor] = {}
 
     @classmethod
-    def uniform(cls, in_features: int, needs: frozenset[str], device: torch.device | str = "cpu") -> "InputStats":
-        """As if every input were independent with unit variance: for layers that no token reached."""
+    def uniform(cls, in_features: int, needs: frozenset[Need], device: torch.device | str = "cpu") -> "InputStats":
+        """As if every input were independent with mean zero and unit variance: for layers that no token reached."""
         stats = cls(in_features, needs, device)
         stats.count = 1
         for name, total in stats._sums.items():
-            if name in ("gram", "cross"):
+            if total.dim() == 2:
                 total.fill_diagonal_(1.0)
-            elif "mean" not in name or name == "absolute_mean":
+            elif name in (Need.SECOND_MOMENT, Need.ABSOLUTE_MEAN):
                 total.fill_(1.0)
         return stats
 
+    @classmethod
+    def from_sums(cls, count: int, sums: Mapping[str, Tensor]) -> "InputStats":
+        """From sums over `count` tokens, by need; CROSS comes with the sum DENSE_MEAN of the dense model's inputs."""
+        example = next(iter(sums.values()))
+        needs = frozenset(Need(name) for name in sums if name != DENSE_MEAN)
+        stats = cls(example.shape[-1], needs, example.device)
+        stats.count = count
+        for name, total in stats._sums.items():
+            total.copy_(sums[name])
+        return stats
+
+    @staticmethod
+    def bytes(in_features: int, needs: frozenset[Need]) -> int:
+        """How many bytes the sums of one input take: 8 a number."""
+        return 8 * sum(torch.Size(shape).numel() for shape in _shapes(in_features, needs & PAIRED_NEEDS).values())
+
     @torch.no_grad()
     def update(self, x: Tensor, dense: Tensor | None = None) -> None:
-        """Add a batch `(..., in)`; `dense` is what the uncompressed model feeds the same layer for the same tokens.
+        """Add a batch (..., in); `dense` (..., in) are the dense model's inputs of this layer for the same tokens.
 
         Raises PareError if the batch holds NaN or infinite values.
         """
         x = x.reshape(-1, self.in_features)  # (tokens, in)
         if not len(x):
             return
-        squares = torch.stack([part.float().square().sum(0) for part in x.split(ROWS)]).sum(0)  # (in,)
+        squares = torch.stack([part.float().square().sum(0) for part in x.split(TOKENS_AT_ONCE)]).sum(0)  # (in,)
         if not bool(torch.isfinite(squares.sum())):
             raise PareError("its inputs hold NaN or infinite values: try --dtype float32, or check the checkpoint.")
         for name, total in self._sums.items():
-            if name == "gram":
+            if name == Need.SECOND_MOMENT:
+                total += squares
+            elif name == Need.GRAM:
                 wide = x.float()  # (tokens, in)
                 for i in range(0, self.in_features, STRIP):
                     total[i:, i : i + STRIP] += wide[:, i:].T @ wide[:, i : i + STRIP]
-            elif name in ("cross", "dense_mean"):
-                if dense is None:
-                    raise ValueError("'cross' needs the dense model's inputs beside the compressed one's")
-                flat = dense.reshape(-1, self.in_features).float()  # (tokens, in)
-                if name == "dense_mean":
-                    total += flat.sum(0)
-                    continue
-                wide = x.float()  # (tokens, in)
-                for i in range(0, self.in_features, STRIP):
-                    total[i : i + STRIP] += flat[:, i : i + STRIP].T @ wide
+            elif name == Need.MEAN:
+                total += x.float().sum(0)
+            elif name == Need.ABSOLUTE_MEAN:
+                total += x.float().abs().sum(0)
             else:
-                total += squares if name == "second_moment_diagonal" else _BATCH_SUMS[name](x.float())
+                self._add_dense(name, total, x, dense)
         self.count += len(x)
         self._factors.clear()
 
+    def _add_dense(self, name: str, total: Tensor, x: Tensor, dense: Tensor | None) -> None:
+        if dense is None:
+            raise ValueError("'cross' needs the dense model's inputs beside the compressed one's")
+        flat = dense.reshape(-1, self.in_features).float()  # (tokens, in)
+        if name == DENSE_MEAN:
+            total += flat.sum(0)
+            return
+        wide = x.float()  # (tokens, in)
+        for i in range(0, self.in_features, STRIP):
+            total[i : i + STRIP] += flat[:, i : i + STRIP].T @ wide
+
     @property
     def gram(self) -> Tensor:  # (in, in)
-        """H = X^T X / tokens, float64."""
-        full = self._mean("gram")
+        """H = E[x x^T], float64."""
+        full = self._mean(Need.GRAM)
         for i in range(0, self.in_features, STRIP):  # mirrored strip by strip: a second copy would be large
             corner = full[i : i + STRIP, i : i + STRIP].tril_()
             corner += corner.tril(-1).T
@@ -113,9 +153,9 @@ class InputStats:
     @property
     def second_moment_diagonal(self) -> Tensor:  # (in,)
         """E[x^2], float64."""
-        if "gram" in self.needs:
-            return self._sums["gram"].diagonal() / max(self.count, 1)
-        return self._mean("second_moment_diagonal")
+        if Need.GRAM in self.needs:
+            return self._sums[Need.GRAM].diagonal() / max(self.count, 1)
+        return self._mean(Need.SECOND_MOMENT)
 
     @property
     def rms(self) -> Tensor:  # (in,)
@@ -124,119 +164,92 @@ class InputStats:
 
     @property
     def mean(self) -> Tensor:  # (in,)
-        return self._mean("mean")
+        """E[x], float64."""
+        return self._mean(Need.MEAN)
 
     @property
     def absolute_mean(self) -> Tensor:  # (in,)
-        return self._mean("absolute_mean")
+        """E|x|, float64."""
+        return self._mean(Need.ABSOLUTE_MEAN)
 
     @property
     def cross(self) -> Tensor:  # (in, in)
         """E[x y^T] of the dense model's input x and the compressed one's y, float64."""
-        return self._mean("cross")
+        return self._mean(Need.CROSS)
 
     @property
     def dense_mean(self) -> Tensor:  # (in,)
-        """The mean of the dense model's input; where that is not followed, of the only one."""
-        return self._mean("dense_mean" if "cross" in self.needs else "mean")
-
-    def with_gradient(self, gradient: dict[str, Tensor]) -> "InputStats":
-        """The same moments, and of one layer also those of its output's gradient (by names out of GRADIENT_NEEDS)."""
-        mine = copy.copy(self)
-        mine._gradient = {**self._gradient, **gradient}
-        return mine
-
-    with_residual = with_gradient  # "missing" (out, in) and "missing_mean" (out,): see `collect.observe_writer`
-
-    def has(self, name: str) -> bool:
-        """Whether a moment that belongs to one layer was collected."""
-        return name in self._gradient
-
-    def gradient(self, name: str) -> Tensor:
-        """`output_gradient` and the others: see `gradients.moments`. float64."""
-        if name not in self._gradient:
-            raise RuntimeError(f"{name!r} was not collected: add it to the method's `needs`")
-        return self._gradient[name].double()
+        """E[x] of the dense model's input, float64; without CROSS there is one input, and this is its mean."""
+        return self._mean(DENSE_MEAN if Need.CROSS in self.needs else Need.MEAN)
 
     def energy(self, rows: Tensor) -> float:
-        """`tr(R H R^T)` of some rows (rows, in): the mean square of what they make of this input, summed over rows.
+        """`tr(R H R^T)` of some rows (rows, in): the mean square of their products with this input, summed over rows.
 
-        Products in float32, their sum in float64. Without a Gram matrix H is its diagonal: uncorrelated inputs.
+        Products in float32, their sum in float64. Without a Gram matrix H is diagonal, as of uncorrelated inputs.
         """
         rows = rows.float()
-        if "gram" not in self.needs:
+        if Need.GRAM not in self.needs:
             return float((rows.square() @ self.second_moment_diagonal.float()).sum(dtype=torch.float64))
-        found = 0.0
+        total = 0.0
         for i in range(0, self.in_features, STRIP):
-            below = self._sums["gram"][i:, i : i + STRIP].tril() / max(self.count, 1)  # (in - i, strip)
-            below.diagonal().mul_(0.5)  # what lies off the diagonal counts twice
+            below = self._sums[Need.GRAM][i:, i : i + STRIP].tril() / max(self.count, 1)  # (in - i, strip)
+            below.diagonal().mul_(0.5)  # what lies off the diagonal is counted twice below
             product = rows[:, i:] @ below.float()  # (rows, strip)
-            found += 2 * float((product * rows[:, i : i + STRIP]).sum(dtype=torch.float64))
-        return found
+            total += 2 * float((product * rows[:, i : i + STRIP]).sum(dtype=torch.float64))
+        return total
 
     def inverse_cholesky(self, damping: float = 0.01) -> InverseCholesky:
-        """U upper with U^T U = (H + lambda I)^-1, lambda = damping * mean(diag H). Computed once per damping.
-
-        Dead columns (no input ever) get H_ii = 1. Where a factorisation fails the damping grows tenfold, which the
-        result tells. Factored in float64, inverted in float32. Raises PareError after ESCALATIONS failures.
-        """
-        if "gram" not in self.needs:
-            raise RuntimeError("'gram' was not collected: add it to the method's `needs`")
+        """U upper with U^T U = (H + damping * mean(diag H) I)^-1: see `cholesky`. Computed once per damping."""
+        if Need.GRAM not in self.needs:
+            raise NotCollected(Need.GRAM)
         if damping not in self._factors:
-            self._factors[damping] = _inverse_cholesky(self._sums["gram"], max(self.count, 1), damping)
+            self._factors[damping] = inverse_cholesky(self._sums[Need.GRAM], max(self.count, 1), damping)
         return self._factors[damping]
 
     def _mean(self, name: str) -> Tensor:
         if name not in self._sums:
-            raise RuntimeError(f"{name!r} was not collected: add it to the method's `needs`")
+            raise NotCollected(name)
         return self._sums[name] / max(self.count, 1)
 
 
-_BATCH_SUMS = {
-    "mean": lambda x: x.sum(0),
-    "absolute_mean": lambda x: x.abs().sum(0),
-}
+@dataclass(frozen=True)
+class Residual:
+    """By how much the compressed residual stream falls short of the dense one at a layer that writes to it, float64.
 
-
-def _inverse_cholesky(lower_sums: Tensor, count: int, damping: float) -> InverseCholesky:
-    used = damping
-    for attempt in range(ESCALATIONS + 1):
-        # reversed, so that its ordinary lower factor gives the upper one of H; transposed, because LAPACK works on
-        # columns and then factors in place. Of both only the lower triangle is read.
-        hessian = lower_sums.T.flip(0, 1).div_(count)  # (in, in)
-        diagonal = hessian.diagonal()  # (in,)
-        dead, mean = diagonal == 0, diagonal.mean()
-        diagonal.add_(used * mean)
-        diagonal[dead] = 1.0
-        failed = torch.empty((), dtype=torch.int32, device=hessian.device)
-        torch.linalg.cholesky_ex(hessian, out=(hessian, failed))
-        if not failed:
-            # H = V V^T with V = L reversed, upper, and U = V^-1 = L^-1 reversed
-            lower = hessian.float()
-            del hessian, diagonal
-            _invert_lower_(lower)
-            if bool(torch.isfinite(lower.sum())):
-                return InverseCholesky(lower.flip(0, 1), dead.flip(0), used, attempt > 0)
-        used = max(used, 1e-8) * 10
-    raise PareError(
-        f"the Hessian cannot be factored even with damping {used / 10:g} of its mean diagonal. "
-        "Calibrate on more text, or use a method without second-order updates (wanda)."
-    )
-
-
-def _invert_lower_(lower: Tensor, leaf: int = 256) -> None:
-    """Invert a lower triangular matrix in place, by halves: a third of the operations of solving for the identity.
-
-    [[A, 0], [C, D]]^-1 = [[A^-1, 0], [-D^-1 C A^-1, D^-1]].
+    z is the dense residual stream minus the compressed one, after the dense weight's output was added to each; y is the
+    layer's input in the compressed model.
     """
-    size = len(lower)
-    if size <= leaf:
-        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
-        return
-    half = size // 2
-    first, last, corner = lower[:half, :half], lower[half:, half:], lower[half:, :half]
-    solved = torch.linalg.solve_triangular(last, corner, upper=False)  # (rest, half)
-    corner.copy_(torch.linalg.solve_triangular(first, solved, upper=False, left=False).neg_())
-    _invert_lower_(first, leaf)
-    _invert_lower_(last, leaf)
+
+    missing: Tensor  # E[z y^T] (out, in)
+    missing_mean: Tensor  # E[z] (out,)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """All statistics of one layer. Reading one that was not collected raises NotCollected."""
+
+    inputs: InputStats
+    gradients: Mapping[Need, Tensor] = field(default_factory=dict)  # moments of the gradient at its output
+    residual: Residual | None = None  # of layers that write to the residual stream, if it was asked for
+
+    def gradient(self, need: Need) -> Tensor:
+        """One of GRADIENT_NEEDS, float64. Shapes: see survey/gradients.py."""
+        if need not in self.gradients:
+            raise NotCollected(need)
+        return self.gradients[need].double()
+
+    def with_gradients(self, gradients: Mapping[Need, Tensor]) -> "Stats":
+        """The same with further moments of the output's gradient."""
+        return replace(self, gradients={**self.gradients, **gradients})
+
+
+DENSE_MEAN = "dense_mean"  # the sum that comes with CROSS
+
+
+def _shapes(in_features: int, needs: frozenset[Need]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for need in needs:
+        shapes[need] = (in_features, in_features) if need in (Need.GRAM, Need.CROSS) else (in_features,)
+        if need == Need.CROSS:
+            shapes[DENSE_MEAN] = (in_features,)
+    return shapes

@@ -1,4 +1,4 @@
-"""Token perplexity and its uncertainty. One number means little: every figure travels with its protocol (see Windows).
+"""Token perplexity and its uncertainty. One number means little: each is reported with its protocol (see Windows).
 
 `exp(mean loss)` over the `length - 1` targets of each window, as in GPTQ, SparseGPT and Wanda. Whole windows are resampled:
 tokens of one text are not independent. Two models are resampled together, so that the text's difficulty cancels.
@@ -17,23 +17,24 @@ CHUNK_BYTES = 16 << 20  # of float32 logits at a time
 DRAWS_AT_ONCE = 4_000_000
 
 
-def token_nll(logits: Tensor, ids: Tensor) -> Tensor:  # (batch, length - 1)
+def token_nll(logits: Tensor, ids: Tensor, chunk_bytes: int = CHUNK_BYTES) -> Tensor:  # (batch, length - 1)
     """Negative log likelihood in nats of each next token, float32.
 
-    logits (batch, length, vocabulary) any float dtype; ids (batch, length). Raises PareError if a loss is not finite.
+    logits (batch, length, vocabulary) any float dtype, `chunk_bytes` of which are widened to float32 at a time;
+    ids (batch, length). Raises PareError if a loss is not finite.
     """
-    return target_nll(logits[:, :-1], ids[:, 1:])
+    return target_nll(logits[:, :-1], ids[:, 1:], chunk_bytes)
 
 
-def target_nll(logits: Tensor, targets: Tensor) -> Tensor:  # (batch, positions)
-    """As `token_nll`, of logits (batch, positions, vocabulary) that already stand before their targets."""
+def target_nll(logits: Tensor, targets: Tensor, chunk_bytes: int = CHUNK_BYTES) -> Tensor:  # (batch, positions)
+    """As `token_nll`, for logits (batch, positions, vocabulary) already aligned with `targets` (batch, positions)."""
     if logits.shape[:2] != targets.shape or not targets.numel():
         raise ValueError(
             f"wanted logits (b, n, vocabulary) and targets (b, n): {tuple(logits.shape)}, {tuple(targets.shape)}"
         )
-    step = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
+    step = max(1, chunk_bytes // (4 * logits.shape[-1]))
     targets = targets.to(logits.device)
-    # row by row: to flatten logits that lost their last position would copy them all
+    # row by row: flattening logits without their last position would copy them all
     parts = [
         nn.functional.cross_entropy(some.float(), wanted, reduction="none")
         for row, row_targets in zip(logits, targets, strict=True)
@@ -57,12 +58,12 @@ def perplexity(nll: Tensor, seed: int = 0) -> dict[str, Any]:
     nll (windows, length - 1).
     """
     per_window = nll.double().mean(1)  # (windows,)
-    resampled = _bootstrap(per_window, seed).exp()  # (resamples,)
+    resampled = bootstrap_means(per_window, seed).exp()  # (resamples,)
     return {"token_perplexity": float(per_window.mean().exp()), "stderr": _deviation(resampled, len(per_window))}
 
 
 def paired_delta(before: Tensor, after: Tensor, seed: int = 0) -> dict[str, Any]:
-    """How much the loss rose on the very same windows: the increase of log perplexity, and perplexity's ratio.
+    """How much the loss rises on the same windows: the increase of log perplexity, and the ratio of both perplexities.
 
     before, after (windows, length - 1). `log_ratio` in nats per token with its standard error and 95% interval, `low` to
     `high`, by paired bootstrap; a single window has no `stderr` (None) and no interval.
@@ -70,7 +71,7 @@ def paired_delta(before: Tensor, after: Tensor, seed: int = 0) -> dict[str, Any]
     if before.shape != after.shape:
         raise ValueError(f"the losses are not of the same windows: {tuple(before.shape)} and {tuple(after.shape)}")
     rise = (after.double() - before.double()).mean(1)  # (windows,)
-    resampled = _bootstrap(rise, seed)
+    resampled = bootstrap_means(rise, seed)
     mean = float(rise.mean())
     interval = {}
     if len(rise) > 1:
@@ -82,12 +83,12 @@ def paired_delta(before: Tensor, after: Tensor, seed: int = 0) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _bootstrap(values: Tensor, seed: int) -> Tensor:  # (resamples,)
-    """Means of `values` (n,) resampled with replacement."""
+def bootstrap_means(values: Tensor, seed: int, draws_at_once: int = DRAWS_AT_ONCE) -> Tensor:  # (resamples,)
+    """Means of `values` (n,) resampled with replacement; `draws_at_once` bounds the memory, and changes no number."""
     values = values.cpu()
     generator = torch.Generator().manual_seed(seed)
     means = []
-    for some in torch.arange(RESAMPLES).split(max(1, DRAWS_AT_ONCE // len(values))):
+    for some in torch.arange(RESAMPLES).split(max(1, draws_at_once // len(values))):
         picks = torch.randint(len(values), (len(some), len(values)), generator=generator)  # (some, n)
         means.append(values[picks].mean(1))  # (some,)
     return torch.cat(means)

@@ -1,7 +1,7 @@
-"""Tune what an edited block may still change so that it gives the dense block's output from the compressed block's input.
+"""Block reconstruction: train an edited block so that its output comes near the dense block's.
 
-No labels, and nothing beyond the block: float32 masters of its free parameters with Adam's two moments. Free are the
-numbers that edits store (factors, surviving weights under their masks) and the block's vectors (norms, biases).
+It needs no labels and only one block in memory. Adam trains float32 copies of the numbers that the edits store (factors,
+weights that a mask keeps) and of the block's vectors (norms, biases).
 """
 
 from collections.abc import Callable, Mapping
@@ -11,18 +11,20 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
+from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 from paredown.compress.model.blocks import Block
-from paredown.compress.model.stream import Stream
-from paredown.compress.numerics.edits import Edit, Masked
+from paredown.compress.model.stream import BATCH_TOKENS, Stream, element_size
+from paredown.compress.numerics.edits import WeightEdit
+from paredown.compress.progress import ignore
 from paredown.compress.recipe import ReconstructSpec
 
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """Mean square error over the variance of the dense output, before and after, on the calibration windows."""
+    """Mean square error of the block's output over the variance of the dense one, on the calibration windows."""
 
-    before: float
+    before: float  # training
     after: float
 
 
@@ -32,93 +34,110 @@ def reconstruct(
     inputs: Stream,
     dense: list[Tensor],
     targets: list[Tensor],
-    edits: Mapping[str, Edit],
+    edits: Mapping[str, WeightEdit],
     spec: ReconstructSpec,
     seed: int,
-    progress: Callable[[int], None] = lambda step: None,
+    progress: Callable[[int], None] = ignore,
 ) -> Reconstructed:
-    """Tune the block in place. `dense` and `targets` are the dense block's inputs and outputs, by batch as in `inputs`.
+    """Train the block in place, by `spec`, with random draws from `seed`; `progress` is called with the number of each step.
 
-    Each step draws every window's input on the line through the compressed block's and the dense one's: calibration text
-    is short, and tuned on its inputs alone the block fits them more than what comes later.
-    The tuned parameters are kept only where they lower the error. Raises PareError if the tuning diverges.
+    `inputs` are the compressed model's hidden states before the block; `dense` and `targets` are the dense block's inputs
+    and outputs (batch, length, hidden), in the same batches. `edits` are by full layer name. Each step takes every
+    window's input from `interpolated`, because calibration text is short and the block would otherwise fit it too closely.
+    If the error is no lower afterwards, the parameters are put back. Raises PareError if the training diverges.
     """
     masks = _masks(block, edits)
-    free = {name: p for name, p in block.module.named_parameters() if name in masks or _is_free(name, p, block, edits)}
+    trained = {
+        name: p for name, p in block.module.named_parameters() if name in masks or _is_trained(name, p, block, edits)
+    }
     variance = _variance(targets)
     before = _error(block, inputs, targets) / variance
-    saved = {name: p.detach().clone() for name, p in free.items()}
-    masters = {name: p.detach().float().requires_grad_() for name, p in free.items()}
-    # relative to each tensor's size: PIFA's coefficients are some ten times as large as its rows
+    original = {name: p.detach().clone() for name, p in trained.items()}
+    masters = {name: p.detach().float().requires_grad_() for name, p in trained.items()}
+    # learning rates are relative to each tensor's size: PIFA's coefficients are about ten times as large as its rows
     sizes = [max(float(m.detach().square().mean().sqrt()), 1e-3) for m in masters.values()]
     optimizer = torch.optim.Adam([{"params": [m], "size": s} for m, s in zip(masters.values(), sizes, strict=True)])
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     for step in range(spec.steps):
         progress(step + 1)
         for group in optimizer.param_groups:
             group["lr"] = spec.lr * group["size"] * (1 - step / spec.steps)
-        picked = torch.randperm(len(targets), generator=draw)[: ceil(spec.batch / len(targets[0]))].tolist()
+        picked = torch.randperm(len(targets), generator=generator)[: ceil(spec.batch / len(targets[0]))].tolist()
         for i in picked:
             with torch.enable_grad():
-                live = {n: (m * masks[n] if n in masks else m).to(free[n].dtype) for n, m in masters.items()}
-                made = inputs.call(block, _drawn(inputs.hidden[i], dense[i], draw).to(inputs.device), live)
+                parameters = {n: (m * masks[n] if n in masks else m).to(trained[n].dtype) for n, m in masters.items()}
+                hidden = interpolated(inputs.hidden[i], dense[i], generator).to(inputs.device)
+                output = inputs.call(block, hidden, parameters)
                 target = targets[i].to(inputs.device).float()
-                ((made.float() - target).square().mean() / variance / len(picked)).backward()
+                ((output.float() - target).square().mean() / variance / len(picked)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    for name, parameter in free.items():
-        tuned = masters[name].detach()
-        parameter.copy_(tuned * masks[name] if name in masks else tuned)
+    for name, parameter in trained.items():
+        result = masters[name].detach()
+        parameter.copy_(result * masks[name] if name in masks else result)
     after = _error(block, inputs, targets) / variance
     if not after < float("inf"):
-        raise PareError(f"{block.prefix.rstrip('.')}: reconstruction diverged. Lower reconstruct.lr.")
+        raise PareError(f"{block.name}: reconstruction diverged. Lower reconstruct.lr.")
     if after > before:
-        for name, parameter in free.items():
-            parameter.copy_(saved[name])
+        for name, parameter in trained.items():
+            parameter.copy_(original[name])
         after = before
     return Reconstructed(before, after)
 
 
-def _drawn(compressed: Tensor, dense: Tensor, draw: torch.Generator) -> Tensor:  # (batch, length, hidden)
-    """From half the way beyond the compressed input to half the way beyond the dense one."""
-    share = 2 * torch.rand(len(compressed), 1, 1, generator=draw) - 0.5
+def interpolated(compressed: Tensor, dense: Tensor, generator: torch.Generator) -> Tensor:
+    """A random point, for each window, on the line through its two inputs (batch, length, hidden), in the first's dtype.
+
+    compressed + share * (dense - compressed), with one share for each window, uniform in [-0.5, 1.5).
+    """
+    share = 2 * torch.rand(len(compressed), 1, 1, generator=generator) - 0.5
     return torch.lerp(compressed.float(), dense.float(), share).to(compressed.dtype)
 
 
-def _is_free(name: str, parameter: nn.Parameter, block: Block, edits: Mapping[str, Edit]) -> bool:
+def _is_trained(name: str, parameter: nn.Parameter, block: Block, edits: Mapping[str, WeightEdit]) -> bool:
+    """Vectors, and whatever an edit stores."""
     layer = block.prefix + name.rpartition(".")[0]
     return parameter.is_floating_point() and (parameter.dim() == 1 or layer in edits)
 
 
-def _masks(block: Block, edits: Mapping[str, Edit]) -> dict[str, Tensor]:
-    """What each masked parameter keeps, as the module holds it; by parameter name within the block."""
-    found: dict[str, Tensor] = {}
+def _masks(block: Block, edits: Mapping[str, WeightEdit]) -> dict[str, Tensor]:
+    """The mask (bool) of each masked parameter, in the layout of its module; by parameter name within the block."""
+    masks: dict[str, Tensor] = {}
     for view in block.views():
         edit = edits.get(view.name)
-        if not isinstance(edit, Masked):
+        if edit is None or edit.keep is None:
             continue
-        name = f"{view.owner.removeprefix(block.prefix)}" + (".weight" if view.expert is None else "")
+        name = view.stored_name.removeprefix(block.prefix)
         keep = edit.keep.T if view.layout == "conv1d" else edit.keep
         if view.expert is None:
-            found[name] = keep
-        else:  # experts that were not edited keep everything
-            whole = getattr(view.module, view.parameter)
-            found.setdefault(name, torch.ones_like(whole, dtype=torch.bool))[view.expert] = keep
-    return found
+            masks[name] = keep
+        else:  # True for the experts that were not edited
+            masks.setdefault(name, torch.ones_like(view.whole, dtype=torch.bool))[view.expert] = keep
+    return masks
 
 
 def _error(block: Block, inputs: Stream, targets: list[Tensor]) -> float:
     """Mean square difference of the block's output from the targets."""
     total = count = 0.0
-    for made, target in zip(inputs.outputs(block), targets, strict=True):
-        difference = made.float() - target.to(made.device).float()
+    for output, target in zip(inputs.outputs(block), targets, strict=True):
+        difference = output.float() - target.to(output.device).float()
         total += float(difference.square().sum(dtype=torch.float64))
         count += target.numel()
     return total / count
 
 
 def _variance(targets: list[Tensor]) -> float:
-    """Of the targets about their mean."""
+    """Variance of all numbers of the targets, as one set."""
     count = sum(t.numel() for t in targets)
     mean = sum(float(t.sum(dtype=torch.float64)) for t in targets) / count
     return max(sum(float((t.float() - mean).square().sum(dtype=torch.float64)) for t in targets) / count, 1e-30)
+
+
+def tuning_bytes(source: ModelSource, numbers: int, width: int) -> int:
+    """Bytes that training so many numbers of a block takes.
+
+    Float32 copies, their gradients, masked copies and Adam's two moments; the tensors in use and the original ones; and
+    the `width` numbers a token of a batch that autograd keeps.
+    """
+    element = element_size(source)
+    return (20 + 2 * element) * numbers + element * BATCH_TOKENS[source.device.type] * width

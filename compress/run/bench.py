@@ -1,4 +1,4 @@
-"""Load one model, or one and its dense original side by side, and measure how fast they run."""
+"""Load one model, or a model and its dense original, and measure how fast they run."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -12,10 +12,12 @@ from paredown.compress.checkpoint import transformers_plugin
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 from paredown.compress.machine import resident_memory
-from paredown.compress.run.compress import Note, max_length, open_source
+from paredown.compress.progress import logger
+from paredown.compress.run.open import max_length, open_source
 from paredown.compress.storage.fuse import fuse
 from paredown.evaluation.decoding import cache_bytes
 from paredown.evaluation.gauges import free_memory
+from paredown.evaluation.schema import BenchResult
 from paredown.evaluation.speed import Settings, measure
 from paredown.evaluation.speed_plot import bench_svg
 from paredown.evaluation.speed_report import bench_markdown
@@ -25,25 +27,30 @@ SCHEMA = 1
 
 
 def bench(
-    model: str,
-    against: str | None,
-    settings: Settings,
-    out: Path | None,
-    device: str,
-    dtype: str,
-    revision: str | None,
-    progress: Callable[[int, int], None],
-    note: Note,
-) -> dict[str, Any]:
-    """What `measure` returns with `{schema, model, against, device, dtype, versions, date}`; written to `out` too.
+    model: str | Path,
+    against: str | Path | None = None,
+    *,
+    settings: Settings | None = None,
+    out: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    note: Callable[[str], None] = logger.info,
+) -> BenchResult:
+    """How fast a checkpoint prefills and decodes, and each kind of its layers; with `against`, its dense original too.
 
-    Raises PareError, before weights are read where that is possible: no checkpoint, different vocabularies, no room.
+    `settings`: batch sizes, numbers of tokens and of repeats. If `out` is given, bench.json, bench.md and bench.svg are
+    written there. `progress` is called with (steps done, steps).
+
+    Raises PareError, if possible before weights are read: no checkpoint, different vocabularies, too little memory.
     """
-    sources = {"model": open_source(model, revision, device, dtype)}
+    settings, out = settings or Settings(), None if out is None else Path(out)
+    sources = {"model": open_source(str(model), revision, device, dtype)}
     if against is not None:
-        # in the same dtype: what is compared is the storage of the weights
+        # in the same dtype: only the storage of the weights is compared
         stored = str(sources["model"].dtype).removeprefix("torch.")
-        sources["against"] = open_source(against, None, device, stored)
+        sources["against"] = open_source(str(against), None, device, stored)
         _check_vocabularies(sources)
     settings, notes = settings.within(min(map(max_length, sources.values())))
     _check_memory(sources)
@@ -55,27 +62,31 @@ def bench(
     for name, source in sources.items():
         note(f"loading {source.id}")
         models[name], growth[name] = _load(source)
-    result = measure(models, settings, progress, note, growth)
-    result["notes"][:0] = notes
-    for name, told in result["memory"].items():
-        told["growth_bytes"] = growth[name]
-    result = {
+    measured = measure(models, settings, progress, note, growth)
+    measured["notes"][:0] = notes
+    for name, memory in measured["memory"].items():
+        memory["growth_bytes"] = growth[name]
+    result: BenchResult = {
         "schema": SCHEMA,
-        "model": model,
-        "against": against,
+        "model": str(model),
+        "against": None if against is None else str(against),
         "dtype": str(sources["model"].dtype).removeprefix("torch."),
         **surroundings(sources["model"].device),
-        **result,
+        **measured,
     }
     if out is not None:
-        (out / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
-        (out / "bench.md").write_text(bench_markdown(result))
-        (out / "bench.svg").write_text(bench_svg(result))
+        _write(result, out)
     return result
 
 
+def _write(result: BenchResult, out: Path) -> None:
+    (out / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
+    (out / "bench.md").write_text(bench_markdown(result))
+    (out / "bench.svg").write_text(bench_svg(result))
+
+
 def parse_batches(text: str) -> tuple[int, ...]:
-    """`1,8,32`. Raises PareError for anything but whole numbers."""
+    """The batch sizes in a text such as `1,8,32`. Raises PareError for anything but whole numbers."""
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as fault:
@@ -83,6 +94,7 @@ def parse_batches(text: str) -> tuple[int, ...]:
 
 
 def _check_vocabularies(sources: dict[str, ModelSource]) -> None:
+    """Raises PareError if the two models cannot be versions of one."""
     ours, theirs = (source.config.get_text_config().vocab_size for source in sources.values())
     if ours != theirs:
         raise PareError(
@@ -93,17 +105,17 @@ def _check_vocabularies(sources: dict[str, ModelSource]) -> None:
 
 
 def _check_memory(sources: dict[str, ModelSource]) -> None:
-    """Both models must be there at once: they are timed in turn."""
+    """Raises PareError if the models do not fit into memory together: they are timed in turn."""
     first = sources["model"]
     free = free_memory(first.device)
     sizes = {name: sum(entry.bytes for entry in source.files.entries.values()) for name, source in sources.items()}
     if free is None or sum(sizes.values()) <= free:
         return
-    told = f"{free / 1e9:.1f} GB of memory are free on {first.device.type}, and "
+    available = f"{free / 1e9:.1f} GB of memory are free on {first.device.type}, and "
     if sizes["model"] > free:
-        raise PareError(f"{told}{first.id} alone takes {sizes['model'] / 1e9:.1f} GB. Use another --device.")
+        raise PareError(f"{available}{first.id} alone takes {sizes['model'] / 1e9:.1f} GB. Use another --device.")
     raise PareError(
-        f"{told}both models take {sum(sizes.values()) / 1e9:.1f} GB: they cannot be timed in turn, as a fair comparison "
+        f"{available}both models take {sum(sizes.values()) / 1e9:.1f} GB: they cannot be timed in turn, as a fair comparison "
         f"needs. Use another --device, or leave --against out: {first.id} alone fits, and its packed layers are then "
         "held against their unpacked weights."
     )
@@ -117,26 +129,25 @@ def _make_folder(out: Path) -> None:
 
 
 def _load(source: ModelSource) -> tuple[Any, int]:
-    """The model on its device, and by how much loading it and running it once enlarged what this process holds there."""
+    """The model on its device, and how many bytes of memory loading it and running it once took there."""
     before = _held(source.device)
     with _no_second_bar():
         model = transformers_plugin.load(source.folder, dtype=source.dtype).to(source.device).eval()
     if source.device.type == "cuda":
         fuse(model)
     with torch.no_grad():
-        cache_bytes(
-            model, 1 << 3
-        )  # what is made at the first use; and mapped weights are in memory once they were used
+        cache_bytes(model, 1 << 3)  # runs the model once: mapped weights and what is derived from them get into memory
     return model, max(0, _held(source.device) - before)
 
 
 def _held(device: torch.device) -> int:
+    """Bytes of memory that this process holds on a device."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_memory()
 
 
 @contextmanager
 def _no_second_bar() -> Iterator[None]:
-    """Without transformers' own bar, which would be drawn into ours."""
+    """Hide transformers' own progress bar, which would be drawn into ours."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

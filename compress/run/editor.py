@@ -1,173 +1,203 @@
-"""Compress the layers of one block and put each edit in its place, where the next layers and blocks see it."""
+"""Compress the layers of one block and put each edit in place, where the next layers and blocks see it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
+from paredown.compress.allocation.base import Options
 from paredown.compress.errors import PareError
+from paredown.compress.job import Format, Job
 from paredown.compress.model.blocks import Block, View
-from paredown.compress.numerics.edits import Edit, LowRank, Masked
-from paredown.compress.numerics.moments import GRADIENT_NEEDS, PAIRED_NEEDS, InputStats
-from paredown.compress.recipe import Recipe
-from paredown.compress.run.write import Edited
-from paredown.compress.storage import modules
-from paredown.compress.survey.survey import Survey, of_layer
+from paredown.compress.numerics.edits import WeightEdit, joined
+from paredown.compress.numerics.moments import PAIRED_NEEDS, InputStats, Need, Stats
+from paredown.compress.progress import ignore
+from paredown.compress.run.result import LayerResult
+from paredown.compress.run.write import BlockChange
+from paredown.compress.storage.spec import Spec
+from paredown.compress.survey.survey import Survey
 
 
 @dataclass
-class Editor:
-    """Works on one block at a time: `edit` its views, then `restore` the skeleton once the block is written."""
+class EditedBlock:
+    """A block with edits in place of some of its layers, until `restore`."""
 
-    recipe: Recipe
-    method: Any
-    survey: Survey
-    device: torch.device
-    format: str
-    layers: list[dict[str, Any]] = field(default_factory=list)  # what the report tells of each layer
-    fallbacks: list[str] = field(default_factory=list)
-    targeted: int = 0
-    kept: int = 0
-    edits: dict[str, Edit] = field(default_factory=dict)  # of this block, by view name
-    tuned: bool = False  # the block's parameters were changed after they were edited
-    doing: Callable[[str], None] = lambda text: None
-    _views: list[View] = field(default_factory=list)
-    _biases: dict[str, Tensor] = field(default_factory=dict)  # new ones, by full name
-    _specs: dict[str, Any] = field(default_factory=dict)  # of the packed layers that stand in the block, by view name
-    _gradients: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
-    _replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    block: Block
+    format: Format
+    views: list[View] = field(init=False)  # of the block's original layers
+    edits: dict[str, WeightEdit] = field(init=False, default_factory=dict)  # by view name
+    biases: dict[str, Tensor] = field(init=False, default_factory=dict)  # changed or added ones, by full name
+    originals: dict[str, nn.Module] = field(
+        init=False, default_factory=dict
+    )  # layers that packed ones replaced, by name
+    with_bias: set[str] = field(init=False, default_factory=set)  # packed layers with a bias that the dense ones lack
 
-    def begin(self, block: Block) -> None:
-        self._gradients, self._views = self.survey.gradients(block, self.device), block.views()
+    def __post_init__(self) -> None:
+        self.views = self.block.views()
 
-    def edit(self, block: Block, views: list[View], stats: Mapping[str, InputStats]) -> None:
-        """Compress each view and put the edit in place. A layer that no token reached follows the recipe's policy."""
-        for view in views:
-            began, weight = perf_counter(), view.weight
-            if view.expert is not None and hasattr(self.method, "spec"):
-                self.fallbacks.append(f"{view.name}: fused experts are not factored; left dense")
-                self.targeted, self.kept = self.targeted + weight.numel(), self.kept + weight.numel()
-                continue
-            seen = self._seen(view, stats)
-            if seen is None:
-                continue
-            self.targeted += weight.numel()
-            self.doing(f"compressing {view.name}")
-            edit = self._compress(view, weight, seen)
-            if edit is None:
-                self.kept += weight.numel()
-                continue
-            if edit.fallback:
-                self.fallbacks.append(f"{view.name}: {edit.fallback}")
-            error = edit.relative_error(weight, seen)
-            added = self._place(block, view, edit)
-            kept = edit.kept + added
-            rank = edit.told.get("rank")
-            predicted = {} if rank is None else {"predicted_loss": self.survey.predicted(view.name, rank)}
-            self.layers.append(
-                {
-                    "name": view.name,
-                    "method": self.recipe.method,
-                    "kept": kept / weight.numel(),
-                    "relative_error": error,
-                    "damping": edit.damping,
-                    "flops_per_token": 2 * kept,  # of each token that reaches the layer; masks skip what they dropped
-                    "seconds": perf_counter() - began,
-                    **edit.told,
-                    **predicted,
-                }
-            )
-            self.kept += kept
-            self.edits[view.name] = edit
-
-    def written(self, block: Block) -> Edited:
-        """The block's changes as they are now."""
-        if not self.tuned:
-            return Edited(self._views, self.edits, self._biases, self._specs)
-        live = dict(block.module.named_parameters())
-        edits = {v.name: _live(v, self.edits[v.name], block, live) for v in self._views if v.name in self.edits}
-        packed_parts = {f"{v.name}.{part}" for v in self._views if v.name in edits for part in _parts(edits[v.name])}
-        vectors: dict[str, Tensor] = {block.prefix + name: p for name, p in live.items() if p.dim() == 1}
-        vectors = {name: p for name, p in vectors.items() if name not in packed_parts}
-        return Edited(self._views, edits, vectors, self._specs)
-
-    def restore(self) -> None:
-        """Give the skeleton its own layers back, and forget the block."""
-        for parent, leaf, original in self._replaced:
-            setattr(parent, leaf, original)
-        self._replaced.clear()
-        self.edits, self._biases, self._specs, self.tuned = {}, {}, {}, False
-
-    def _seen(self, view: View, stats: Mapping[str, InputStats]) -> InputStats | None:
-        """The statistics of a view, or None if it is left as it is, which is told."""
-        seen, needs = stats.get(view.name), self.method.needs
-        if seen is not None:
-            return seen.with_gradient(self._gradients.get(view.name, {}))
-        if view.expert is None:
-            self.fallbacks.append(f"{view.name}: never called as a layer, so it was left as it is")
-        elif self.recipe.idle == "dense" or needs & GRADIENT_NEEDS:
-            why = "idle: dense" if self.recipe.idle == "dense" else "no gradient either"
-            self.fallbacks.append(f"{view.name}: no calibration token reached this expert; left dense ({why})")
-        else:
-            self.fallbacks.append(f"{view.name}: no calibration token reached this expert; scored without data")
-            return InputStats.uniform(view.shape[1], needs & PAIRED_NEEDS, self.device)
-        return None
-
-    def _compress(self, view: View, weight: Tensor, seen: InputStats) -> Edit | None:
-        method = of_layer(self.survey, self.method, view.name)
-        if method is None:
-            self.fallbacks.append(f"{view.name}: left dense by the allocation")
-            return None
-        try:
-            edit: Edit | None = method.compress(weight, seen)
-        except PareError as fault:
-            raise PareError(f"{view.name}: {fault}") from fault
-        if edit is None:
-            self.fallbacks.append(f"{view.name}: left dense, because factors would store no less")
-        return edit
-
-    def _place(self, block: Block, view: View, edit: Edit) -> int:
-        """Put the edit where the layer is; returns how many numbers a new bias adds."""
+    def place(self, view: View, edit: WeightEdit) -> int:
+        """Put the edit in place of the layer; returns how many numbers a bias adds that the dense layer does not have."""
         bias = self._bias(view, edit)
-        if not isinstance(edit, LowRank) or self.format == "dense":
+        self.edits[view.name] = edit
+        module = None if self.format == "dense" else edit.module(view.module, view.layout, bias)
+        if module is None:
             view.assign(edit.dense())
             if bias is not None:
-                view.module.bias = nn.Parameter(bias, requires_grad=False)
+                view.assign_bias(bias)
             return 0
-        added = bias is not None and _own_bias(view) is None
-        self._specs[view.name] = {**edit.spec, "layout": view.layout, **({"bias": True} if added else {})}
-        path, _, leaf = view.name.removeprefix(block.prefix).rpartition(".")
-        parent = block.module.get_submodule(path)
-        self._replaced.append((parent, leaf, view.module))
-        setattr(parent, leaf, modules.packed_layer(view.module, self._specs[view.name], edit.tensors, bias))
-        return view.shape[0] if added else 0
+        self.originals[view.name] = self.block.replace(view.name, module)
+        if bias is None or view.bias is not None:
+            return 0
+        self.with_bias.add(view.name)
+        return view.shape[0]
 
-    def _bias(self, view: View, edit: Edit) -> Tensor | None:
-        shift = getattr(edit, "shift", None)
-        if shift is None:
+    def change(self, tuned: bool) -> BlockChange:
+        """All that is written of the block. `tuned`: its parameters were trained after the edits were placed."""
+        trained = dict(self.block.module.named_parameters()) if tuned else {}
+        edits = {v.name: self._current(v, trained) for v in self.views if v.name in self.edits}
+        dense: dict[str, Tensor] = {}
+        specs: dict[str, Spec] = {}
+        packed: dict[str, Mapping[str, Tensor]] = {}
+        replaced: set[str] = set()
+        for owner, members in self._edited_owners().items():
+            first = members[0]
+            edit = _joined(members, edits)
+            spec = None if self.format == "dense" else edit.spec(first.layout)
+            if spec is None:
+                dense[first.stored_name] = first.module.get_parameter(first.parameter)
+                continue
+            specs[owner] = replace(spec, bias=owner in self.with_bias)
+            packed[owner] = edit.tensors()
+            replaced.add(first.stored_name)
+        vectors = self._vectors(trained, packed) if tuned else self.biases
+        return BlockChange({**vectors, **dense}, specs, packed, frozenset(replaced))
+
+    def restore(self) -> None:
+        """Give the block its original layers back."""
+        for name, layer in self.originals.items():
+            self.block.replace(name, layer)
+        self.originals.clear()
+
+    def _edited_owners(self) -> dict[str, list[View]]:
+        """What is written as one weight, by its name: a layer, or all experts of a fused parameter; edited ones only."""
+        owners: dict[str, list[View]] = {}
+        for view in self.views:
+            owners.setdefault(view.owner, []).append(view)
+        return {owner: members for owner, members in owners.items() if any(v.name in self.edits for v in members)}
+
+    def _current(self, view: View, trained: Mapping[str, Tensor]) -> WeightEdit:
+        """The edit with the numbers that the block holds now; `trained` is empty if they have not changed."""
+        edit = self.edits[view.name]
+        if not trained:
+            return edit
+        path = f"{view.name.removeprefix(self.block.prefix)}."
+        own = {name.removeprefix(path): p for name, p in trained.items() if name.startswith(path)}
+        return edit.tuned(view.weight, own)
+
+    def _vectors(self, trained: Mapping[str, Tensor], packed: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Norms and biases, which tuning changes too, by full name."""
+        parts = {f"{owner}.{part}" for owner, tensors in packed.items() for part in tensors}
+        vectors = {self.block.prefix + name: p for name, p in trained.items() if p.dim() == 1}
+        return {name: p for name, p in vectors.items() if name not in parts}
+
+    def _bias(self, view: View, edit: WeightEdit) -> Tensor | None:  # (out,)
+        """The layer's bias with the edit's shift added; None if the edit has none."""
+        if edit.shift is None:
             return None
-        own = _own_bias(view)
-        weight = view.weight
-        bias: Tensor = (shift if own is None else own.double() + shift).to(weight.dtype)
-        self._biases[f"{view.name}.bias"] = bias
+        own = view.bias
+        bias: Tensor = (edit.shift if own is None else own.double() + edit.shift).to(view.weight.dtype)
+        self.biases[f"{view.name}.bias"] = bias
         return bias
 
 
-def _parts(edit: Edit) -> Mapping[str, Tensor]:
-    return edit.tensors if isinstance(edit, LowRank) else {}
+def _joined(members: Sequence[View], edits: Mapping[str, WeightEdit]) -> WeightEdit:
+    """The edit of a layer, or one edit of all experts of a fused parameter."""
+    first = members[0]
+    return edits[first.name] if first.expert is None else joined(first.whole, [edits.get(v.name) for v in members])
 
 
-def _own_bias(view: View) -> Tensor | None:
-    return cast(Tensor | None, view.module.bias)
+@dataclass(frozen=True)
+class Editor:
+    """Compresses layers by a job, with what the survey measured and the option that the allocation gives each."""
 
+    job: Job
+    survey: Survey
+    options: Options | None  # None: each layer settles its own
+    targets: frozenset[str]  # names of the views that are edited
+    doing: Callable[[str], None] = ignore
 
-def _live(view: View, edit: Edit, block: Block, parameters: Mapping[str, Tensor]) -> Edit:
-    """The edit with the numbers that its module holds now."""
-    if isinstance(edit, Masked):
-        return replace(edit, weight=view.weight)
-    assert isinstance(edit, LowRank)
-    path = view.name.removeprefix(block.prefix)
-    return replace(edit, tensors={name: parameters.get(f"{path}.{name}", t) for name, t in edit.tensors.items()})
+    @contextmanager
+    def editing(self, block: Block) -> Iterator[EditedBlock]:
+        """The block while it is edited, run and written. It gets its original layers back, whatever happens."""
+        edited = EditedBlock(block, self.job.format)
+        try:
+            yield edited
+        finally:
+            edited.restore()
+
+    def edit(
+        self, edited: EditedBlock, view: View, stats: Stats | None, gradients: Mapping[Need, Tensor]
+    ) -> LayerResult:
+        """Compress one layer and put the edit in place.
+
+        `stats` is None for a layer that no token reached: the recipe's `idle` says what becomes of it. `gradients` are
+        moments of the gradient at the layer's output. Raises PareError naming the layer if it cannot be compressed.
+        """
+        size = view.weight.numel()
+        if view.expert is not None and not self.job.method.experts:
+            return LayerResult(size, size, fallbacks=(f"{view.name}: fused experts are not factored; left dense",))
+        remarks: list[str] = []
+        stats = self._unreached(view, remarks) if stats is None else stats.with_gradients(gradients)
+        if stats is None:
+            return LayerResult(fallbacks=tuple(remarks))
+        self.doing(f"compressing {view.name}")
+        began, weight = perf_counter(), view.weight
+        edit = self._compress(view, weight, stats, remarks)
+        if edit is None:
+            return LayerResult(size, size, fallbacks=tuple(remarks))
+        if edit.fallback:
+            remarks.append(f"{view.name}: {edit.fallback}")
+        error = edit.relative_error(weight, stats.inputs)
+        numbers = edit.numbers + edited.place(view, edit)
+        record = {
+            "name": view.name,
+            "method": self.job.recipe.method,
+            "kept": numbers / size,
+            "relative_error": error,
+            "damping": edit.damping,
+            "flops_per_token": 2 * numbers,  # of each token that reaches the layer; removed weights cost none
+            "seconds": perf_counter() - began,
+            **edit.facts,
+        }
+        if (rank := edit.facts.get("rank")) is not None:
+            record["predicted_loss"] = self.survey.predicted(view.name, rank)
+        return LayerResult(size, numbers, record, tuple(remarks))
+
+    def _unreached(self, view: View, remarks: list[str]) -> Stats | None:
+        """Statistics for a layer that no token reached, or None if it stays as it is; `remarks` gains the reason."""
+        job = self.job
+        if view.expert is None:
+            remarks.append(f"{view.name}: never called as a layer, so it was left as it is")
+        elif job.recipe.idle == "dense" or job.gradients:
+            why = "idle: dense" if job.recipe.idle == "dense" else "no gradient either"
+            remarks.append(f"{view.name}: no calibration token reached this expert; left dense ({why})")
+        else:
+            remarks.append(f"{view.name}: no calibration token reached this expert; scored without data")
+            return Stats(InputStats.uniform(view.shape[1], job.collected & PAIRED_NEEDS, job.source.device))
+        return None
+
+    def _compress(self, view: View, weight: Tensor, stats: Stats, remarks: list[str]) -> WeightEdit | None:
+        """The method's edit, or None if the weight stays dense; `remarks` gains the reason."""
+        method = self.job.method_for(view.name, self.options)
+        if method is None:
+            remarks.append(f"{view.name}: left dense by the allocation")
+            return None
+        try:
+            edit = method.compress(weight, stats)
+        except PareError as fault:
+            raise PareError(f"{view.name}: {fault}") from fault
+        if edit is None:
+            remarks.append(f"{view.name}: left dense, because factors would store no less")
+        return edit

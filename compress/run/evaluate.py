@@ -1,59 +1,80 @@
-"""Score one model, or one beside its dense original, on the same windows and tasks."""
+"""Score one model, or a model and its dense original, on the same windows and tasks."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
+
+from paredown.compress.checkpoint import transformers_plugin
 from paredown.compress.checkpoint.hub import load_tokenizer
+from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 from paredown.compress.numerics.perplexity import paired_delta, perplexity
-from paredown.compress.run.compress import Note, max_length, open_source, score_tasks
+from paredown.compress.progress import logger
+from paredown.compress.run.open import max_length, open_source
 from paredown.compress.run.pipeline import score
 from paredown.compress.text.corpora import load_corpus
 from paredown.compress.text.windows import evaluation_windows
-from paredown.evaluation.lm_tasks import check_tasks, compare_tasks
+from paredown.evaluation.lm_tasks import TaskScores, check_tasks, compare_tasks, run_tasks
+from paredown.evaluation.schema import EvalResult
 
 
 def evaluate(
-    model: str,
-    against: str | None,
-    texts: Sequence[str],
-    tasks: Sequence[str],
-    task_folder: Path | None,
-    length: int,
-    windows: int | None,
-    device: str,
-    dtype: str,
-    revision: str | None,
-    progress: Callable[[int, int], None],
-    note: Note,
-) -> dict[str, Any]:
-    """`{model, evaluation, tasks}` as `render_eval` shows it, and with `against` the dense model's figures as `before`.
+    model: str | Path,
+    against: str | Path | None = None,
+    *,
+    eval_text: Sequence[str] = ("stdlib",),
+    tasks: Sequence[str] = (),
+    task_folder: Path | None = None,
+    length: int = 2048,
+    windows: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    note: Callable[[str], None] = logger.info,
+) -> EvalResult:
+    """Token perplexity and task scores of a model, dense or packed; with `against`, the dense model's too, as `before`.
 
-    Raises PareError if the two models do not cut the texts into the same tokens.
+    `length`: tokens in a window, at most what the model allows; `windows`: the most of each text. `progress` is called
+    with (blocks done, blocks). Weights are read block by block, except for tasks.
+    Raises PareError if a model, a text or a task cannot be read, or if the two models have different tokenizers.
     """
     check_tasks(tasks, task_folder, data=True)
-    source = open_source(model, revision, device, dtype)
+    source = open_source(str(model), revision, device, dtype)
     tokenizer = load_tokenizer(source.folder)
-    found = [
+    texts = [
         evaluation_windows(load_corpus(text, "evaluation"), tokenizer, length, max_length(source), windows)
-        for text in texts
+        for text in eval_text
     ]
-    losses = score(source, found, progress)
-    result: dict[str, Any] = {"model": source.id, "evaluation": [], "tasks": {}}
-    for cut, nll in zip(found, losses, strict=True):
-        result["evaluation"].append({**cut.provenance(), "after": perplexity(nll)})
+    losses = score(source, texts, progress)
+    entries = [{**cut.provenance(), "after": perplexity(nll)} for cut, nll in zip(texts, losses, strict=True)]
+    result: dict[str, Any] = {"model": source.id, "evaluation": entries, "tasks": {}}
     scored = score_tasks(source.folder, source, tokenizer, tasks, task_folder) if tasks else None
     if scored is not None:
         result.update(tasks=scored.summary(), notes=list(scored.notes))
     if against is None:
-        return result
-    dense = open_source(against, None, device, dtype)
+        return cast(EvalResult, result)
+    dense = open_source(str(against), None, device, dtype)
     if dense.tokenizer_sha256() != source.tokenizer_sha256():
         raise PareError(f"{model} and {against} have different tokenizers: their perplexities cannot be compared.")
     note(f"scoring {against}")
-    for entry, nll, before in zip(result["evaluation"], losses, score(dense, found, progress), strict=True):
+    for entry, nll, before in zip(entries, losses, score(dense, texts, progress), strict=True):
         entry.update(before=perplexity(before), paired_delta=paired_delta(before, nll))
     if scored is not None:
         result["tasks"] = compare_tasks(score_tasks(dense.folder, dense, tokenizer, tasks, task_folder), scored)
-    return {**result, "against": against}
+    return cast(EvalResult, {**result, "against": str(against)})
+
+
+def score_tasks(
+    folder: Path, source: ModelSource, tokenizer: Any, names: Sequence[str], task_folder: Path | None
+) -> TaskScores:
+    """The tasks' scores of the checkpoint in `folder`. lm-eval needs the whole model in memory; it is freed afterwards."""
+    model = transformers_plugin.load(folder, dtype=source.dtype).to(source.device).eval()
+    try:
+        return run_tasks(model, tokenizer, names, include=task_folder)
+    finally:
+        del model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

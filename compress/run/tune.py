@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -11,24 +12,42 @@ from paredown.compress.checkpoint.transformers_plugin import packed_modules
 from paredown.compress.errors import PareError
 from paredown.compress.machine import pick_device
 from paredown.compress.storage.fuse import products
+from paredown.kernels import tuning
 from paredown.kernels.dispatch import DispatchTable, cache_file, forget
 from paredown.kernels.tuning import Product
-from paredown.kernels.tuning import tune as measure
+
+
+class Measure(Protocol):
+    """Times every kernel for some products on a device; `progress` is called with (steps done, steps)."""
+
+    def __call__(
+        self,
+        products: set[Product],
+        device: torch.device,
+        dtype: torch.dtype,
+        /,
+        *,
+        progress: Callable[[int, int], None],
+    ) -> DispatchTable: ...
 
 
 def tune(
-    folders: Sequence[Path], device: str, progress: Callable[[int, int], None]
-) -> tuple[DispatchTable, Path]:  # fmt: skip
-    """The table, and where it was written. What an older table of this GPU knows of other sizes is kept.
+    folders: Sequence[Path],
+    device: str | torch.device = "auto",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    measure: Measure = tuning.tune,
+) -> tuple[DispatchTable, Path]:
+    """Measure a table for the products of these checkpoints and write it to the user's cache; returns it and its file.
 
+    An older table of the same GPU keeps its choices for other sizes. `progress` is called with (steps done, steps).
     Raises PareError without a GPU, or if a folder holds no packed weights.
     """
-    wanted = {one for folder in folders for one in _products(folder)}
-    place = pick_device(device)
+    wanted = {product for folder in folders for product in _products(folder)}
+    place = pick_device(device) if isinstance(device, str) else device
     if place.type != "cuda":
         raise PareError(
             "tuning measures kernels on a GPU, and this machine has none. Until then the shipped tables serve; "
-            "what kernels compile to is told by: python -m paredown.kernels.aot"
+            "see what the kernels compile to with: python -m paredown.kernels.aot"
         )
     table = measure(wanted, place, _dtype(folders[0]), progress=progress)
     file = cache_file(table.device)
@@ -43,18 +62,20 @@ def tune(
 
 
 def _products(folder: Path) -> set[Product]:
+    """What the packed linear layers of a checkpoint multiply with."""
     if not (folder / "config.json").exists():
         raise PareError(
             f"{folder} is no checkpoint: it has no config.json. Name the folder that paredown compress wrote."
         )
-    found = products(packed_modules(load_config(folder)))
-    if not found:
+    used = products(packed_modules(load_config(folder)))
+    if not used:
         raise PareError(
             f"{folder} holds no packed linear layers: there is nothing to tune. Dense layers go through torch."
         )
-    return found
+    return used
 
 
 def _dtype(folder: Path) -> torch.dtype:
+    """Of a checkpoint's weights, or bfloat16 where the kernels have no table for it."""
     stored = stored_dtype(load_config(folder), TensorFiles(folder).entries)
     return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16

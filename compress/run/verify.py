@@ -1,8 +1,7 @@
-"""Check a written checkpoint: names, shapes, hashes, masks, sparsity, and its losses against those of the run."""
+"""Check a written checkpoint: names, shapes, hashes, masks, sparsity, and its losses against those in its record."""
 
 import json
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,24 @@ from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.tensor_files import TensorFiles, sha256
 from paredown.compress.checkpoint.writer import RECORD
 from paredown.compress.errors import PareError
-from paredown.compress.model.blocks import View, blocks
+from paredown.compress.model.blocks import Block, View, blocks
 from paredown.compress.numerics.masks import NofM, parse_sparsity
 from paredown.compress.run.pipeline import score
-from paredown.compress.storage import modules
 from paredown.compress.storage.kinds import FORMAT_VERSION, stored_numbers
+from paredown.compress.storage.modules import PACKED
 from paredown.compress.text.windows import Windows
 
-# Another machine or thread count sums in another order. Measured in nats per token on the probe's window; where that is
-# more, as many times what rounding to the model's dtype changes may come on top.
+# Another machine or number of threads adds in another order, so losses differ a little. On the probe's window they may
+# differ by PROBE_TOLERANCE nats per token, and by ROUNDINGS times what rounding to the model's dtype changes on top of it.
 PROBE_TOLERANCE, ROUNDINGS = 0.02, 4
 
 
-def verify(folder: Path) -> list[str]:
-    """All faults of a checkpoint that paredown wrote, each naming its tensor; empty if it is sound."""
+def verify(folder: str | Path) -> list[str]:
+    """All faults of a checkpoint that paredown wrote, a sentence each that names the tensor; empty if it is sound.
+
+    Raises PareError for a folder that paredown did not write.
+    """
+    folder = Path(folder)
     try:
         record = json.loads((folder / RECORD).read_text())
     except (OSError, json.JSONDecodeError) as fault:
@@ -34,70 +37,76 @@ def verify(folder: Path) -> list[str]:
         raise PareError(f"{folder} has format {record.get('format_version')}; this paredown reads {FORMAT_VERSION}.")
     files = TensorFiles(folder)
     faults = list(_file_faults(files, record["tensors"]))
-    if faults:  # what follows would only repeat them
+    if faults:  # further checks would only repeat them
         return faults
     try:
         source = ModelSource(folder, str(folder))
         faults = list(_mask_faults(source, record.get("layers", {})))
-        # a model whose masks are damaged cannot be run
+        # a model with damaged masks cannot be run
         return faults or list(_probe_faults(source, record.get("probe")))
-    except PareError as fault:  # config.json speaks of other weights than these
+    except PareError as fault:  # config.json describes other weights than these
         return [str(fault)]
 
 
-def _file_faults(files: TensorFiles, wanted: dict[str, Any]) -> Iterator[str]:
+def _file_faults(files: TensorFiles, recorded: dict[str, Any]) -> Iterator[str]:
+    """Tensors that are missing, unknown, or not as they were recorded."""
     try:
-        found = files.entries
+        stored = files.entries
     except PareError as fault:
         yield str(fault)
         return
-    yield from (f"tensor {name!r} is missing" for name in sorted(set(wanted) - set(found)))
-    yield from (f"tensor {name!r} is not in {RECORD}" for name in sorted(set(found) - set(wanted)))
-    for name in sorted(set(wanted) & set(found)):
-        entry, told = found[name], wanted[name]
+    yield from (f"tensor {name!r} is missing" for name in sorted(set(recorded) - set(stored)))
+    yield from (f"tensor {name!r} is not in {RECORD}" for name in sorted(set(stored) - set(recorded)))
+    for name in sorted(set(recorded) & set(stored)):
+        entry, written = stored[name], recorded[name]
         dtype = str(entry.dtype).removeprefix("torch.")
-        if list(entry.shape) != told["shape"] or dtype != told["dtype"]:
-            yield f"tensor {name!r} is {dtype} {list(entry.shape)}, written was {told['dtype']} {told['shape']}"
+        if list(entry.shape) != written["shape"] or dtype != written["dtype"]:
+            yield f"tensor {name!r} is {dtype} {list(entry.shape)}, written was {written['dtype']} {written['shape']}"
             continue
         try:
             tensor = files.read([name])[name]
         except PareError as fault:
             yield str(fault)
             continue
-        if sha256(tensor) != told["sha256"]:
+        if sha256(tensor) != written["sha256"]:
             yield f"tensor {name!r} has changed since it was written (sha256 differs)"
 
 
 def _mask_faults(source: ModelSource, layers: dict[str, Any]) -> Iterator[str]:
-    """Packed index data that means something, and every layer as sparse as the record says."""
-    seen = set()
+    """Packed index data that is damaged, and layers that are not as sparse as the record says."""
+    seen: set[str] = set()
     for block in blocks(source):
-        source.materialise(block.prefix, block.names)
-        for path, module in block.module.named_modules():
-            name = block.prefix + path
-            if isinstance(module, modules.PACKED):
-                if fault := module.fault():
-                    yield f"{name}.{fault}"
-                for layer in [n for n in layers if n == name or n.startswith(name + ".")]:
-                    seen.add(layer)
-                stored = stored_numbers(module.spec)
-                if name in layers and round(layers[name]["kept"] * prod(module.spec["shape"])) != stored:
-                    yield f"{name} stores {stored} numbers, the record says {layers[name]['kept']:.4f} of the dense ones"
-        for view in block.views():
-            if view.name in layers:
-                seen.add(view.name)
-                yield from _dense_faults(view, layers[view.name])
-        source.release(block.prefix, block.names)
+        with source.loaded(block):
+            yield from _block_faults(block, layers, seen)
     yield from (f"layer {name!r} of the record is not in the model" for name in sorted(set(layers) - seen))
 
 
-def _dense_faults(view: View, told: dict[str, Any]) -> Iterator[str]:
-    if told.get("sparsity") is None:  # factors that were multiplied back
+def _block_faults(block: Block, layers: dict[str, Any], seen: set[str]) -> Iterator[str]:
+    """The same for one block in memory; `seen` gains the layers of the record that it holds."""
+    for path, module in block.module.named_modules():
+        name = block.prefix + path
+        if isinstance(module, PACKED):
+            if fault := module.fault():
+                yield f"{name}.{fault}"
+            for layer in [n for n in layers if n == name or n.startswith(name + ".")]:
+                seen.add(layer)
+            stored = stored_numbers(module.spec)
+            if name in layers and round(layers[name]["kept"] * module.spec.size) != stored:
+                yield f"{name} stores {stored} numbers, the record says {layers[name]['kept']:.4f} of the dense ones"
+    for view in block.views():
+        if view.name in layers:
+            seen.add(view.name)
+            yield from _dense_faults(view, layers[view.name])
+
+
+def _dense_faults(view: View, recorded: dict[str, Any]) -> Iterator[str]:
+    """A pruned weight, stored dense, that holds more nonzeros than recorded."""
+    if recorded.get("sparsity") is None:  # factors that were multiplied back
         return
     nonzero = view.weight != 0  # (out, in)
-    if int(nonzero.sum()) > round(told["kept"] * nonzero.numel()):
-        yield f"{view.name} holds {int(nonzero.sum())} nonzeros, more than the {told['kept']:.4f} that were kept"
-    sparsity = parse_sparsity(told["sparsity"])
+    if int(nonzero.sum()) > round(recorded["kept"] * nonzero.numel()):
+        yield f"{view.name} holds {int(nonzero.sum())} nonzeros, more than the {recorded['kept']:.4f} that were kept"
+    sparsity = parse_sparsity(recorded["sparsity"])
     if isinstance(sparsity, NofM):
         most = int(nonzero.unflatten(-1, (-1, sparsity.m)).sum(-1).max())
         if most > sparsity.n:
@@ -105,15 +114,16 @@ def _dense_faults(view: View, told: dict[str, Any]) -> Iterator[str]:
 
 
 def _probe_faults(source: ModelSource, probe: dict[str, Any] | None) -> Iterator[str]:
+    """Losses that differ from the recorded ones by more than rounding explains."""
     if not probe:
         return
-    ids, wanted = torch.tensor([probe["ids"]]), torch.tensor([probe["nll"]])
-    found = _losses(source, ids)
-    change = float((found - wanted).abs().mean())
+    ids, recorded = torch.tensor([probe["ids"]]), torch.tensor([probe["nll"]])
+    losses = _losses(source, ids)
+    change = float((losses - recorded).abs().mean())
     if change <= PROBE_TOLERANCE:
         return
     wide = ModelSource(source.folder, source.id, dtype=torch.float32)
-    rounding = float((found - _losses(wide, ids)).abs().mean())
+    rounding = float((losses - _losses(wide, ids)).abs().mean())
     if not change <= PROBE_TOLERANCE + ROUNDINGS * rounding:
         yield f"on the probe window the loss differs by {change:.4f} nats per token from the run that wrote it"
 

@@ -1,70 +1,73 @@
-"""How much the model's loss rises when one layer alone is compressed to a share: ASVD's sensitivities, block by block.
+"""The loss of the model with one layer alone compressed to a share of its size: ASVD's sensitivities, block by block.
 
-Yuan et al. 2023, section 3.3 (arXiv 2312.05821). Each layer and share is a stream of its own that leaves the dense one at
-the layer's block, so that weights are read once; how many tokens they carry follows from what memory may hold them.
+Yuan et al. 2023, section 3.3 (arXiv 2312.05821). Each layer and share is a stream of its own, which branches off the
+dense model's at the layer's block: each block is read once for all of them. The number of tokens is limited so that
+the hidden states of all streams fit into memory.
 """
 
 from collections.abc import Mapping
+from math import prod
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from paredown.compress.allocation.base import Layer, option_for
 from paredown.compress.checkpoint.source import ModelSource
-from paredown.compress.methods.lowrank.base import Factorized
+from paredown.compress.job import Job
 from paredown.compress.model.blocks import Block, View
-from paredown.compress.model.stream import Stream, start
-from paredown.compress.numerics.moments import InputStats
+from paredown.compress.model.stream import Stream, hidden_bytes, start
+from paredown.compress.numerics.moments import Stats
 
 SHARES = (0.2, 0.4, 0.6, 0.8)
-TOKENS = 2048  # of the calibration text, scored for each layer and share
-BYTES = 2 << 30  # of hidden states that the streams of all layers may take together
-
-Sensitivities = dict[str, dict[float, float]]  # layer -> share -> loss per token
+TOKENS = 2048  # of the calibration text, for each layer and share
+BYTES = 2 << 30  # limit on the hidden states of all streams together
 
 
-class Probe:
-    """Follows one survey: told each block with its statistics while the block is in memory, asked for losses at the end."""
+class SensitivityProbe:
+    """Add each block with the statistics of its layers, while the block is in memory; then ask for the losses."""
 
-    def __init__(self, source: ModelSource, ids: Tensor, layers: int) -> None:
-        self._source = source
-        self._base = start(source, _probe_ids(source, ids, layers * len(SHARES)))
-        self._forks: dict[tuple[str, float], Stream] = {}
+    def __init__(self, job: Job, ids: Tensor, layers: int) -> None:
+        """ids (windows, length) is the calibration text; `layers`: how many layers are going to be compressed."""
+        self._job = job
+        self._dense = start(job.source, _probe_ids(job.source, ids, layers * len(SHARES)))
+        self._branches: dict[tuple[str, float], Stream] = {}  # by layer and share
 
-    def add(self, block: Block, stats: Mapping[str, InputStats], method: Factorized) -> None:
-        """Fork a stream for each of the block's layers and shares, and take all earlier ones through the dense block."""
-        for fork in self._forks.values():
-            fork.advance(block)
+    def add(self, block: Block, stats: Mapping[str, Stats]) -> None:
+        """Start a stream for each layer in `stats` and each share; all others advance through the dense block."""
+        for stream in self._branches.values():
+            stream.advance(block)
         for view in block.views():
             if view.name in stats:
                 for share in SHARES:
-                    self._fork(block, view, share, stats[view.name], method)
-        self._base.advance(block)
+                    self._branch(block, view, share, stats[view.name])
+        self._dense.advance(block)
 
-    def losses(self) -> Sensitivities:
-        found: Sensitivities = {}
-        for (name, share), fork in self._forks.items():
-            found.setdefault(name, {})[share] = float(fork.nll(self._source).double().mean())
-        return found
+    def losses(self) -> dict[str, dict[float, float]]:
+        """The model's loss in nats per token, by layer and share."""
+        losses: dict[str, dict[float, float]] = {}
+        for (name, share), stream in self._branches.items():
+            losses.setdefault(name, {})[share] = float(stream.nll(self._job.source).double().mean())
+        return losses
 
-    def _fork(self, block: Block, view: View, share: float, stats: InputStats, method: Factorized) -> None:
-        edit, weight = method.with_share(share).compress(view.weight, stats), view.weight
+    def _branch(self, block: Block, view: View, share: float, stats: Stats) -> None:
+        """Compress one layer, advance a new stream through the block, and undo the compression."""
+        method, weight, bias = self._job.method, view.weight, view.bias
+        option = option_for(Layer(view.name, prod(view.shape), method.choices(view.shape)), share)
+        edit = method.at(option).compress(weight, stats)
         if edit is None:
             return
-        bias = view.module.bias
         view.assign(edit.dense())
         if edit.shift is not None:
-            whole = edit.shift if bias is None else bias.double() + edit.shift  # type: ignore[operator]
-            view.module.bias = nn.Parameter(whole.to(weight.dtype), requires_grad=False)
-        fork = self._base.copy()
-        fork.advance(block)
-        self._forks[view.name, share] = fork
+            view.assign_bias((edit.shift if bias is None else bias.double() + edit.shift).to(weight.dtype))
+        stream = self._dense.copy()
+        stream.advance(block)
+        self._branches[view.name, share] = stream
         view.assign(weight)
-        view.module.bias = bias
+        if edit.shift is not None:
+            view.assign_bias(bias)
 
 
-def _probe_ids(source: ModelSource, ids: Tensor, forks: int) -> Tensor:
-    """The first windows (windows, length), as many tokens as TOKENS and BYTES allow; one window may be cut."""
-    element = source.dtype.itemsize if source.dtype else 2
-    width = int(getattr(source.config.get_text_config(), "hidden_size", 4096))
-    tokens = max(16, min(TOKENS, BYTES // max(1, forks * width * element)))
+def _probe_ids(source: ModelSource, ids: Tensor, streams: int) -> Tensor:
+    """The first windows (windows, length), as many tokens as TOKENS and BYTES allow. The first window may be cut."""
+    tokens = max(16, min(TOKENS, BYTES // max(1, streams * hidden_bytes(source, 1))))
     length = min(ids.shape[1], tokens)
     return ids[: max(1, tokens // length), :length].contiguous()

@@ -1,10 +1,10 @@
-"""The first pass over the dense model, where a method needs one: curves of loss, output gradients, angles of the blocks.
+"""The first pass over the dense model: predicted losses of choices, output gradients, angles of the blocks.
 
-Without an allocator, gradients or a choice of blocks there is no first pass.
+There is none for a job that needs none of them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,215 +13,163 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from paredown.compress.allocation.budget import (
-    DATA_DRIVEN,
-    AllocationSpec,
-    Curve,
-    Ranks,
-    by_global_loss,
-    by_sensitivity,
-    by_share,
-    by_theoretical_loss,
-)
-from paredown.compress.checkpoint.source import ModelSource
+from paredown.compress.allocation.base import Sensitivities
 from paredown.compress.errors import PareError
-from paredown.compress.job import spread
+from paredown.compress.job import Job
 from paredown.compress.machine import return_freed_memory
-from paredown.compress.methods.lowrank.base import Factorized
-from paredown.compress.model.blocks import Block, View, blocks
+from paredown.compress.methods.base import Choice
+from paredown.compress.model.blocks import Block
 from paredown.compress.model.stream import start
-from paredown.compress.numerics.moments import GRADIENT_NEEDS, NEEDS, InputStats
-from paredown.compress.survey.gradients import Labels, backward
-from paredown.compress.survey.observe import Observer
-from paredown.compress.survey.sensitivity import Probe, Sensitivities
-
-Note = Callable[[str], None]
+from paredown.compress.numerics.moments import INPUT_NEEDS, Need, Stats
+from paredown.compress.progress import ignore
+from paredown.compress.survey.gradients import backward
+from paredown.compress.survey.products import InputObserver
+from paredown.compress.survey.sensitivity import SensitivityProbe
 
 
 @dataclass
 class Survey:
-    """What the first pass found, and what it leads to."""
+    """What the first pass measured. Gradients are files in `scratch`: those of a whole model do not fit into memory."""
 
     scratch: Path
-    curves: dict[str, Curve] = field(default_factory=dict)
-    angles: list[float] = field(default_factory=list)  # per block, in units of pi
-    ranks: Ranks | None = None  # None: every layer settles its own rank
-    chosen: set[str] = field(default_factory=set)  # layers that are edited
-    strategy: str = "uniform"
-    sensitivities: Sensitivities = field(default_factory=dict)
+    choices: dict[str, list[Choice]] = field(default_factory=dict)  # by layer, with predicted losses, smallest first
+    angles: list[float] | None = None  # of each block, in units of pi: see `_angles`
+    sensitivities: Sensitivities = field(default_factory=dict)  # nats per token, by layer and share
 
-    def gradients(self, block: Block, device: torch.device) -> dict[str, dict[str, Tensor]]:
-        """Gradient moments of the block's layers, float32, by layer and by name out of GRADIENT_NEEDS."""
+    def gradients(self, block: Block, device: torch.device) -> dict[str, dict[Need, Tensor]]:
+        """Moments of output gradients, float32, by layer of the block and by need: shapes as in `gradients.moments`."""
         path = self._path(block)
-        found: dict[str, dict[str, Tensor]] = {}
+        by_layer: dict[str, dict[Need, Tensor]] = {}
         for key, tensor in (load_file(path) if path.exists() else {}).items():
             layer, _, need = key.rpartition("|")
-            found.setdefault(layer, {})[need] = tensor.to(device)
-        return found
+            by_layer.setdefault(layer, {})[Need(need)] = tensor.to(device)
+        return by_layer
 
-    def keep_gradients(self, block: Block, stats: dict[str, InputStats], needs: frozenset[str]) -> None:
-        """In float32, on disk: a model's moments do not fit into memory."""
-        kept = {
+    def keep_gradients(self, block: Block, stats: Mapping[str, Stats], needs: frozenset[Need]) -> None:
+        """Write these moments of output gradients to disk, in float32."""
+        tensors = {
             f"{name}|{need}": s.gradient(need).float().cpu().contiguous() for name, s in stats.items() for need in needs
         }
-        if kept:
-            save_file(kept, self._path(block))
+        if tensors:
+            save_file(tensors, self._path(block))
 
-    def predicted(self, name: str, rank: int) -> float | None:
-        """Predicted loss at a rank, as a share of what dropping the whole weight would lose; None without a curve."""
-        curve = self.curves.get(name)
-        return curve.loss(rank) / max(curve.loss(0), 1e-300) if curve and curve.losses else None
+    def predicted(self, name: str, option: Any) -> float | None:
+        """Predicted loss of a layer's option, as a share of the loss of removing the whole weight; None if not measured."""
+        choices = self.choices.get(name)
+        choice = next((c for c in choices or () if c.option == option), None)
+        return choice.loss / max(choices[0].loss, 1e-300) if choices and choice is not None else None
 
-    def progress(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What `restored` needs beside the scratch folder, as facts and tensors."""
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All but the gradients, for `restored`: facts that JSON can hold, and tensors."""
         facts = {
-            "shapes": {name: curve.shape for name, curve in self.curves.items()},
+            "choices": {name: [[c.numbers, c.option] for c in choices] for name, choices in self.choices.items()},
             "sensitivities": {name: list(losses.items()) for name, losses in self.sensitivities.items()},
-            "angles": self.angles, "ranks": self.ranks, "chosen": sorted(self.chosen), "strategy": self.strategy,
-        }  # fmt: skip
-        return facts, {name: torch.tensor(c.losses, dtype=torch.float64) for name, c in self.curves.items()}
+            "angles": self.angles,
+        }
+        losses = {name: [c.loss for c in choices] for name, choices in self.choices.items()}
+        return facts, {name: torch.tensor(values, dtype=torch.float64) for name, values in losses.items()}
 
     @classmethod
-    def restored(cls, scratch: Path, facts: dict[str, Any], losses: dict[str, Tensor]) -> "Survey":
-        curves = {n: Curve(n, (out, inner), losses[n].tolist()) for n, (out, inner) in facts["shapes"].items()}
-        sensitivities = {name: dict(found) for name, found in facts["sensitivities"].items()}
-        return cls(
-            scratch, curves, facts["angles"], facts["ranks"], set(facts["chosen"]), facts["strategy"], sensitivities
-        )
+    def restored(cls, scratch: Path, facts: Mapping[str, Any], losses: Mapping[str, Tensor]) -> "Survey":
+        """The survey whose `state` this is, with its gradients in `scratch`."""
+        choices = {
+            name: [Choice(n, loss, o) for (n, o), loss in zip(pairs, losses[name].tolist(), strict=True)]
+            for name, pairs in facts["choices"].items()
+        }
+        sensitivities = {name: dict(pairs) for name, pairs in facts["sensitivities"].items()}
+        return cls(scratch, choices, facts["angles"], sensitivities)
 
     def _path(self, block: Block) -> Path:
         return self.scratch / f"gradients-{block.index}.safetensors"
 
 
-def survey(
-    source: ModelSource,
-    method: Any,
-    allocation: AllocationSpec | None,
-    ids: Tensor,
-    chosen: set[str],
-    scratch: Path,
-    note: Note = lambda text: None,
-) -> Survey:
-    """All that the walk must know beforehand; ids (windows, length) is the calibration text."""
-    made = Survey(scratch, chosen=set(chosen))
-    spec = spread(method, allocation, chosen)
-    gradient = method.needs & GRADIENT_NEEDS
-    if not isinstance(method, Factorized):  # a pruning score may read the diagonal Fisher
-        if gradient:
-            _walk(made, source, method, made.chosen, ids, gradient, note)
-        return made
-    made.strategy = spec.strategy
-    views = [v for block in blocks(source) for v in block.views() if v.name in chosen and v.expert is None]
-    if hasattr(method, "chosen_blocks"):
-        made.angles = (
-            _angles(source, ids, note) if getattr(method, "surveys_angles", False) else [0.0] * len(blocks(source))
-        )
-        prefixes = tuple(blocks(source)[i].prefix for i in method.chosen_blocks(made.angles))
-        views = [v for v in views if v.name.startswith(prefixes)]
-        made.chosen = {name for name in chosen if name.startswith(prefixes)}
-    made.curves = {v.name: Curve(v.name, v.shape) for v in views}
-    if gradient or made.strategy in DATA_DRIVEN:
-        _walk(made, source, method, set(made.curves), ids, gradient, note)
-    if made.strategy != "uniform" or method.target_parameters:
-        made.ranks = _allocated(made, source, method, spec, ids)
-    return made
+def survey(job: Job, ids: Tensor, scratch: Path, note: Callable[[str], None] = ignore) -> Survey:
+    """Measure what the job needs to know of the dense model before any block is edited.
 
-
-def _walk(
-    made: Survey, source: ModelSource, method: Any, wanted: set[str], ids: Tensor, gradient: frozenset[str], note: Note
-) -> None:
-    """Fill in curves and gradients: backward where gradients are needed, forward otherwise."""
-    needs = method.needs & NEEDS
-    if "output_gradient" in gradient:  # a solver reads its diagonal too
-        gradient = gradient | {"output_gradient_diagonal"}
-    labels: Labels = getattr(method, "labels", "data")
-    walk = (
-        backward(source, ids, wanted, needs, gradient, made.scratch, labels, note)
-        if gradient
-        else _forward(source, ids, wanted, needs, note)
-    )
-    probe = Probe(source, ids, len(wanted)) if made.strategy == "sensitivity" else None
-    for block, stats in walk:
-        made.keep_gradients(block, stats, gradient)
+    ids (windows, length) is the calibration text; `scratch` an empty folder; `note` is told each step. Raises PareError,
+    naming the layer, for data that cannot be used.
+    """
+    result = Survey(scratch)
+    if job.method.surveys_angles:
+        result.angles = _angles(job, ids, note)
+    views = [v for v in job.targets_within(result.angles) if v.expert is None or job.method.experts]
+    reads = job.allocation.reads
+    if not job.gradients and reads == "shapes":
+        return result
+    layers = {view.name for view in views}
+    probe = SensitivityProbe(job, ids, len(layers)) if reads == "sensitivities" else None
+    gradients = job.gradients
+    if Need.OUTPUT_GRADIENT in gradients:  # a solver reads the diagonal beside it
+        gradients = gradients | {Need.OUTPUT_GRADIENT_DIAGONAL}
+    for block, stats in _observed(job, ids, layers, gradients, scratch, note):
+        result.keep_gradients(block, stats, gradients)
         if probe is not None:
-            probe.add(block, stats, method)
-        elif made.strategy in DATA_DRIVEN:
-            for view in block.views():
-                if view.name in stats:
-                    losses = _losses(method, view, stats[view.name])
-                    made.curves[view.name] = Curve(view.name, view.shape, losses.tolist())
-        del stats  # before the next block's are collected
+            probe.add(block, stats)
+        elif reads == "losses":
+            result.choices |= _choices(job, block, stats)
+        del stats  # free them before the next block's are collected
         return_freed_memory()
     if probe is not None:
-        made.sensitivities = probe.losses()
+        result.sensitivities = probe.losses()
+    return result
 
 
-def _losses(method: Factorized, view: View, stats: InputStats) -> Tensor:
-    try:
-        return method.losses(view.weight, stats)
-    except PareError as fault:
-        raise PareError(f"{view.name}: {fault}") from fault
+def _observed(
+    job: Job, ids: Tensor, layers: set[str], gradients: frozenset[Need], scratch: Path, note: Callable[[str], None]
+) -> Iterator[tuple[Block, dict[str, Stats]]]:
+    """Each block, in memory, with the statistics of its layers: from last to first where gradients are needed."""
+    needs = job.method.needs & INPUT_NEEDS
+    if gradients:
+        return backward(job.source, start(job.source, ids), layers, needs, gradients, scratch, job.method.labels, note)
+    return _forward(job, ids, layers, needs, note)
 
 
-def _forward(source: ModelSource, ids: Tensor, wanted: set[str], needs: frozenset[str], note: Note) -> Any:
-    stream, all_blocks = start(source, ids), blocks(source)
-    for block in all_blocks:
-        source.materialise(block.prefix, block.names)
-        observer = Observer([v for v in block.views() if v.name in wanted], needs, source.device)
-        with observer:
-            for i, made in enumerate(stream.outputs(block)):
-                observer.next_batch()
-                stream.hidden[i] = made.to("cpu")
-        yield block, observer.stats
-        source.release(block.prefix, block.names)
-        note(f"survey: block {block.index + 1} of {len(all_blocks)}")
+def _choices(job: Job, block: Block, stats: Mapping[str, Stats]) -> dict[str, list[Choice]]:
+    """The method's choices for each layer of the block, with predicted losses."""
+    choices = {}
+    for view in block.views():
+        if view.name in stats:
+            try:
+                choices[view.name] = job.method.choices(view.shape, view.weight, stats[view.name])
+            except PareError as error:
+                raise PareError(f"{view.name}: {error}") from error
+    return choices
 
 
-def _angles(source: ModelSource, ids: Tensor, note: Note) -> list[float]:
-    """Mean angle, in units of pi, by which each block turns its hidden states. Gromov et al. 2024 (arXiv 2403.17887)."""
-    stream, found = start(source, ids), []
-    for block in blocks(source):
-        source.materialise(block.prefix, block.names)
+def _forward(
+    job: Job, ids: Tensor, layers: set[str], needs: frozenset[Need], note: Callable[[str], None]
+) -> Iterator[tuple[Block, dict[str, Stats]]]:
+    """As `_observed`, from the first block to the last. The pass that collects also gives the next block's input."""
+    source, stream = job.source, start(job.source, ids)
+    for block in job.blocks:
+        with source.loaded(block):
+            observer = InputObserver([v for v in block.views() if v.name in layers], needs, source.device)
+            with observer:
+                for i, output in enumerate(stream.outputs(block)):
+                    observer.next_batch()
+                    stream.hidden[i] = output.to("cpu")
+            yield block, {name: Stats(inputs) for name, inputs in observer.stats.items()}
+        note(f"survey: block {block.index + 1} of {len(job.blocks)}")
+
+
+def _angles(job: Job, ids: Tensor, note: Callable[[str], None]) -> list[float]:
+    """Of each block the mean angle, in units of pi, between a token's hidden state before and after it.
+
+    Gromov et al. 2024 (arXiv 2403.17887).
+    """
+    source, stream, angles = job.source, start(job.source, ids), []
+    for block in job.blocks:
         before = stream.hidden.copy()
-        stream.advance(block)
-        turned = [
-            torch.cosine_similarity(a.float(), b.float(), dim=-1).clamp(-1, 1).acos().mean()
-            for a, b in zip(before, stream.hidden, strict=True)
-        ]
-        found.append(float(torch.stack(turned).mean()) / math.pi)
-        source.release(block.prefix, block.names)
-        note(f"survey, angles: block {block.index + 1} of {len(blocks(source))}")
-    return found
+        with source.loaded(block):
+            stream.advance(block)
+        angles.append(_mean_angle(before, stream.hidden))
+        note(f"survey, angles: block {block.index + 1} of {len(job.blocks)}")
+    return angles
 
 
-def _allocated(made: Survey, source: ModelSource, method: Factorized, spec: AllocationSpec, ids: Tensor) -> Ranks:
-    curves, total = list(made.curves.values()), sum(c.size for c in made.curves.values())
-    kept = method.share or share_of_model(source, method, total)
-    if made.strategy == "global":
-        return by_global_loss(curves, int(kept * total), method.numbers)
-    if made.strategy == "theoretical_loss":
-        return by_theoretical_loss(curves, kept, method.largest, method.numbers, ids.numel())
-    if made.strategy == "sensitivity":
-        return by_sensitivity(curves, made.sensitivities, kept, method.largest, method.numbers)
-    return by_share(curves, kept, spec.weights, method.largest, method.numbers)
-
-
-def share_of_model(source: ModelSource, method: Factorized, targeted: int) -> float:
-    """Of the targeted parameters, so that the whole model has `target_parameters`."""
-    assert method.target_parameters is not None
-    total = sum(t.numel() for t in source.parameters.values())
-    kept = (method.target_parameters - (total - targeted)) / targeted
-    if not 0 < kept < 1:
-        raise PareError(
-            f"target_parameters {method.target_parameters:,} cannot be met: the model has {total:,}, of which "
-            f"{targeted:,} are targeted. Ask for a number between {total - targeted:,} and {total:,}."
-        )
-    return kept
-
-
-def of_layer(made: Survey, method: Any, name: str) -> Any:
-    """The method with the rank that the allocation gives a layer; None where it stays dense."""
-    if made.ranks is None:
-        return method
-    rank = made.ranks.get(name)
-    return None if rank is None else method.with_rank(rank)
+def _mean_angle(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    means = [
+        torch.cosine_similarity(a.float(), b.float(), dim=-1).clamp(-1, 1).acos().mean()
+        for a, b in zip(before, after, strict=True)
+    ]
+    return float(torch.stack(means).mean()) / math.pi

@@ -1,12 +1,12 @@
-"""The corpus `stdlib`: English prose and code, read at run time from the running Python's own standard library.
+"""The corpus `stdlib`: English prose and code, from the standard library of the Python that runs.
 
 Every CPython carries megabytes of docstrings, comments and source, so a first calibration and a first perplexity need
 neither a network nor a copy of anyone's text. The text differs a little between Python versions: quote the version and
 the corpus digest beside a number.
 
-A document is one module. The side of the split is drawn from the name of its top-level package, so that a package never
-stands on two sides, and a test stands on the side of what it tests or nowhere. What some distributions leave out (the
-tests, IDLE, Tk, lib2to3, distutils) may enter the training side only: calibration and evaluation are alike everywhere.
+A document is one module. A hash of its top-level package's name picks its split, so that no package is in two splits. A
+test is in the split of what it tests, or in none. What some distributions leave out (the tests, IDLE, Tk, lib2to3,
+distutils) is in no split but `train`: calibration and evaluation are alike everywhere.
 """
 
 import ast
@@ -24,24 +24,24 @@ SPLITS = ("train", "calibration", "evaluation")
 
 JOINER = "\n\n"
 
-# Debian packs these apart or not at all, and newer Pythons dropped some: never calibration or evaluation.
+# Debian ships these in packages of their own or not at all, and newer Pythons dropped some.
 TRAIN_ONLY = frozenset(
     {"distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tkinter", "turtle", "turtledemo"}
 )
 
-# Generated tables and the files a distribution or a site writes: no prose, or not Python's own.
+# Generated tables, and files that a distribution or a site adds: no prose, or not Python's own.
 SKIPPED = frozenset({"__phello__", "encodings", "sitecustomize", "usercustomize", "html.entities"})
 GENERATED = ("_sysconfigdata", "_sysconfig_vars")
 
-# Of 100 drawn numbers, those below 12 are evaluation and the next 12 calibration. The salt was searched for, by sizes
-# alone, to give both nearly a megabyte, with no package above a quarter of it.
+# A package's hash modulo 100 picks its split: below 12 evaluation, below 24 calibration, else train. The salt was chosen,
+# by sizes alone, so that both hold nearly a megabyte, and no package more than a quarter of it.
 EVALUATION_BELOW, CALIBRATION_BELOW = 12, 24
 SALT = "stdlib-9216"
 
 
 @dataclass(frozen=True)
 class Document:
-    """One module of the standard library: its dotted name and its whole source, or the prose of the language topics."""
+    """One module of the standard library: its dotted name and its source; of `pydoc_data.topics`, the prose in it."""
 
     module: str
     text: str
@@ -57,14 +57,14 @@ def documents(split: str) -> list[Document]:
             f"the corpus stdlib has no split {split!r}; wanted one of {', '.join(SPLITS)}.{did_you_mean(split, SPLITS)}"
         )
     root = _library()
-    found = (_read(path, module) for path, module in _modules(root) if split_of(module) == split)
-    chosen = [document for document in found if document is not None]
-    if not chosen:
+    read = (_read(path, module) for path, module in _modules(root) if split_of(module) == split)
+    readable = [document for document in read if document is not None]
+    if not readable:
         raise PareError(
             f"the standard library at {root} holds no readable source for the split {split!r}; "
             "wanted the .py files beside the interpreter. Install Python with its source, or name another corpus"
         )
-    return chosen
+    return readable
 
 
 def text(split: str) -> str:
@@ -74,29 +74,29 @@ def text(split: str) -> str:
 
 @lru_cache(maxsize=4096)
 def split_of(module: str) -> str | None:
-    """The split a module belongs to, from its name alone; `None` for a test whose subject is held out of training."""
+    """The split of a module, from its name alone; None for a test of something that is not in `train`."""
     parts = module.split(".")
-    side = _side(_family(parts[0]))
-    tests = [place for place, part in enumerate(parts) if part in ("test", "tests")]
+    tests = [i for i, part in enumerate(parts) if part in ("test", "tests")]
     if not tests:
-        return side
-    # `test.test_email.test_policy` speaks of email, `unittest.test.test_case` of unittest.
+        return _split_of_family(family_of(parts[0]))
+    # `test.test_email.test_policy` is about email, `unittest.test.test_case` about unittest.
     subject = parts[0] if tests[0] > 0 else next((part for part in parts if part.startswith("test_")), parts[-1])
-    return "train" if _side(_family(subject.removeprefix("test_"))) == "train" else None
+    return "train" if _split_of_family(family_of(subject.removeprefix("test_"))) == "train" else None
 
 
-def _side(family: str) -> str:
+def _split_of_family(family: str) -> str:
     if family in TRAIN_ONLY:
         return "train"
-    drawn = int.from_bytes(hashlib.sha256(f"{SALT}:{family}".encode()).digest()[:8], "big") % 100
-    return "evaluation" if drawn < EVALUATION_BELOW else "calibration" if drawn < CALIBRATION_BELOW else "train"
+    number = int.from_bytes(hashlib.sha256(f"{SALT}:{family}".encode()).digest()[:8], "big") % 100
+    return "evaluation" if number < EVALUATION_BELOW else "calibration" if number < CALIBRATION_BELOW else "train"
 
 
-def _family(name: str) -> str:
-    """`_pydecimal` is decimal written in Python and `_collections_abc` a part of collections: they share one name."""
-    if name in TRAIN_ONLY:
-        return name
-    return re.sub(r"^_+(py(?=[a-z]))?", "", name).split("_")[0] or name
+def family_of(package: str) -> str:
+    """One name for the top-level packages that share text: `decimal` for `_pydecimal`, `collections` for
+    `_collections_abc`."""
+    if package in TRAIN_ONLY:
+        return package
+    return re.sub(r"^_+(py(?=[a-z]))?", "", package).split("_")[0] or package
 
 
 def _library() -> Path:
@@ -111,10 +111,11 @@ def _library() -> Path:
 
 
 def _modules(root: Path) -> Iterator[tuple[Path, str]]:
-    """Path and dotted name of each module below `root`, sorted by name; site-packages is no identifier and drops out."""
+    """Path and dotted name of each module below `root`, sorted by name."""
     named = []
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).with_suffix("").parts
+        # leaves site-packages out too: it is no identifier
         if all(part.isidentifier() for part in parts) and "__pycache__" not in parts:
             named.append((".".join(part for part in parts if part != "__init__") or parts[0], path))
     for module, path in sorted(named):
@@ -134,7 +135,7 @@ def _read(path: Path, module: str) -> Document | None:
 
 
 def _topics(source: str) -> str:
-    """The prose of `pydoc_data.topics`: a module that holds nothing but a dict of escaped strings."""
+    """The prose of `pydoc_data.topics`, a module that holds one dict of strings and nothing else."""
     try:
         for statement in ast.parse(source).body:
             if isinstance(statement, (ast.Assign, ast.AnnAssign)) and isinstance(statement.value, ast.Dict):

@@ -1,48 +1,53 @@
-"""Windows of tokens: drawn at random to calibrate, cut in order to score, each knowing where it came from.
+"""Windows of tokens, all of one length: drawn at random to calibrate, cut in order to score.
 
-Calibration draws as SparseGPT and Wanda do: a random window of each of many random documents longer than it, or random
-windows of the joined text (Frantar & Alistarh 2023, arXiv 2301.00774). Scoring is the token perplexity of the same papers.
-The tokenizer adds its special tokens once to each text it is given, as it does by default.
+Calibration draws as SparseGPT and Wanda do: one random window from each of many random documents that are longer than a
+window, or random windows of the joined text (Frantar & Alistarh 2023, arXiv 2301.00774). Scoring follows the token
+perplexity of the same papers. The tokenizer adds its special tokens once per text, as it does by default.
 """
 
 import random
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from paredown.compress.errors import PareError
-from paredown.compress.text.corpora import Corpus
+from paredown.compress.text.corpus import Corpus
 
-# Characters. A tokenizer holds some hundred bytes per token while it works: a longer text is not given to it in one call.
-AT_ONCE = 4_000_000
-PIECE = 2_000_000
-SEARCHED = 256_000_000
-# Text has fewer characters than this to a token, averaged over a window.
-PER_TOKEN = 64
-# A token of a text too short for windows of its own is drawn about so often at most.
-REPEATS = 8
+# A text is long enough to calibrate on if its windows repeat each token about so many times at most.
+MAX_REPEATS_PER_TOKEN = 8
+
+
+@dataclass(frozen=True)
+class ReadSizes:
+    """How much text is read at a time, in characters. A tokenizer holds some hundred bytes per token while it works."""
+
+    one_call: int = 4_000_000  # a longer text is tokenised in pieces
+    piece: int = 2_000_000
+    search: int = 256_000_000  # after so much of the documents, the search for long ones ends
+    per_token: int = 64  # a window of text has fewer characters per token than this
+
+
+READ_SIZES = ReadSizes()
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Token ids `(windows, length)` int64 and their provenance."""
+    """Token ids `(windows, length)` int64, and where they come from."""
 
     ids: Tensor
     corpus: str
     split: str
-    sha256: str  # of the text
+    sha256: str  # of the joined text
     revision: str | None = None
     seed: int | None = None
     sampling: str = "in order"
     bos: str = "none"
-    capped_from: int | None = None  # the length that was asked for, where the model allows less
-    text_tokens: int | None = None  # of the whole text, where it was tokenised whole
-    pieces: int | None = None  # a very long text is cut after line breaks into so many to be tokenised
+    capped_from: int | None = None  # the requested length, where the model allows less
+    text_tokens: int | None = None  # of the whole text, where all of it was tokenised
+    pieces: int | None = None  # into how many pieces a very long text was cut, after line breaks, to tokenise it
 
     @property
     def length(self) -> int:
@@ -53,21 +58,28 @@ class Windows:
         return self.ids.numel()
 
     def provenance(self) -> dict[str, Any]:
-        """For the report: everything but the ids."""
-        told = {
+        """All fields but the ids, for the report; those that are None are left out."""
+        fields = {
             "split": self.split, "sha256": self.sha256, "revision": self.revision, "seed": self.seed,
             "sequences": len(self.ids), "length": self.length, "tokens": self.tokens, "text_tokens": self.text_tokens,
             "pieces": self.pieces, "sampling": self.sampling, "bos": self.bos, "capped_from": self.capped_from,
         }  # fmt: skip
-        return {"corpus": self.corpus, **{k: v for k, v in told.items() if v is not None}}
+        return {"corpus": self.corpus, **{k: v for k, v in fields.items() if v is not None}}
 
 
 def calibration_windows(
-    corpus: Corpus, tokenizer: Any, sequences: int, length: int, seed: int, max_length: int
+    corpus: Corpus,
+    tokenizer: Any,
+    sequences: int,
+    length: int,
+    seed: int,
+    max_length: int,
+    sizes: ReadSizes = READ_SIZES,
 ) -> Windows:
-    """`sequences` windows at random: from documents longer than a window where there are enough, else from the joined text.
+    """`sequences` random windows of `length` tokens, or of `max_length`, the most that the model takes, if that is less.
 
-    Only as many documents are tokenised as are needed. Raises PareError if the text is too short.
+    They come from documents longer than a window where there are enough of them, else from the joined text. No more
+    documents are tokenised than are needed. Raises PareError if the text is too short.
     """
     width = _width(length, max_length, "calibration.length")
     if sequences < 1:
@@ -78,19 +90,20 @@ def calibration_windows(
     text_tokens = None
     sampling = "joined" if corpus.pooled else "documents"
     if not corpus.pooled:
-        rows, offsets = _from_documents(corpus, tokenizer, sequences, width, draw)
+        rows, offsets = _from_documents(corpus, tokenizer, sequences, width, draw, sizes)
     if len(rows) < sequences:
         sampling = "joined"
-        if corpus.characters > max(AT_ONCE, sequences * width * PER_TOKEN):
-            rows, offsets = _from_stretches(corpus, tokenizer, sequences, width, draw)
+        if corpus.characters > max(sizes.one_call, sequences * width * sizes.per_token):
+            rows, offsets = _from_stretches(corpus, tokenizer, sequences, width, draw, sizes)
         else:
-            ids = torch.cat([part for part, _ in _encode_pieces(corpus, tokenizer, corpus.characters)])  # (tokens,)
+            parts = [part for part, _ in _encode_pieces(corpus, tokenizer, corpus.characters, sizes)]
+            ids = torch.cat(parts)  # (tokens,)
             text_tokens = len(ids)
             _check_enough(corpus, text_tokens, sequences, width)
             offsets = [draw.randint(0, len(ids) - width - 1) for _ in range(sequences)]
             rows = [ids[offset : offset + width] for offset in offsets]
-    # a window begins with the tokenizer's BOS only where it begins its text
-    begun = offsets.count(0) if special_prefix(tokenizer) else 0
+    # a window begins with the tokenizer's BOS only where it stands at the start of its text
+    with_bos = offsets.count(0) if special_prefix(tokenizer) else 0
     return Windows(
         torch.stack(rows),  # (sequences, width)
         corpus.name,
@@ -99,28 +112,34 @@ def calibration_windows(
         corpus.revision,
         seed,
         sampling,
-        f"first of {begun} of {sequences} windows" if begun else "none",
+        f"first of {with_bos} of {sequences} windows" if with_bos else "none",
         length if width < length else None,
         text_tokens,
     )
 
 
 def evaluation_windows(
-    corpus: Corpus, tokenizer: Any, length: int, max_length: int, limit: int | None = None
+    corpus: Corpus,
+    tokenizer: Any,
+    length: int,
+    max_length: int,
+    limit: int | None = None,
+    sizes: ReadSizes = READ_SIZES,
 ) -> Windows:
-    """The field's token-perplexity protocol: joined, tokenised once, cut without overlap, the tail dropped.
+    """The field's token-perplexity protocol: the joined text is tokenised once and cut without overlap, the tail dropped.
 
-    `limit` keeps the first windows only. Raises PareError if the text is shorter than one window.
+    Windows have `length` tokens, or `max_length`, the most that the model takes, if that is less. `limit` keeps the first
+    windows only. Raises PareError if the text is shorter than one window.
     """
     width = _width(length, max_length, "evaluate.length")
     if limit is not None and limit < 1:
         raise PareError(f"scoring needs at least one window, not {limit}: --set evaluate.windows=1")
     limits = [n for n in (limit, corpus.max_windows) if n is not None]
     wanted = min(limits) * width if limits else None  # tokens
-    most = corpus.characters if wanted is None else min(wanted * PER_TOKEN, corpus.characters)
+    most = corpus.characters if wanted is None else min(wanted * sizes.per_token, corpus.characters)
     parts: list[Tensor] = []
-    read = 0
-    for part, end in _encode_pieces(corpus, tokenizer, most):
+    read = 0  # characters
+    for part, end in _encode_pieces(corpus, tokenizer, most, sizes):
         parts.append(part)
         read = end
         if wanted is not None and sum(map(len, parts)) >= wanted:
@@ -147,21 +166,21 @@ def evaluation_windows(
 
 
 def special_prefix(tokenizer: Any) -> int:
-    """How many special tokens the tokenizer puts before a text by default: 1 where it begins with BOS, 0 for most."""
+    """How many special tokens the tokenizer puts before a text by default: 1 if it adds a BOS, 0 for most."""
     plain, full = _encode(tokenizer, "a", special=False).tolist(), _encode(tokenizer, "a").tolist()
     return next((start for start in range(len(full)) if full[start : start + len(plain)] == plain), 0)
 
 
 def _encode(tokenizer: Any, text: str, special: bool = True) -> Tensor:  # (tokens,)
-    """As the tokenizer does by default, special tokens included; long texts are expected, so no warning about them."""
-    found = tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
-    return torch.tensor(list(found), dtype=torch.int64)
+    """With the tokenizer's defaults, and without its warning about texts longer than the model's window."""
+    ids = tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+    return torch.tensor(list(ids), dtype=torch.int64)
 
 
-def _encode_pieces(corpus: Corpus, tokenizer: Any, most: int) -> Iterator[tuple[Tensor, int]]:
-    """Tokens of the first `most` characters of the joined text, piece by piece, and how many characters were read so far."""
+def _encode_pieces(corpus: Corpus, tokenizer: Any, most: int, sizes: ReadSizes) -> Iterator[tuple[Tensor, int]]:
+    """Tokens of the first `most` characters of the joined text, piece by piece, with the number of characters so far."""
     read = 0
-    for piece in _pieces(corpus, most):
+    for piece in [corpus.excerpt(0, most)] if most <= sizes.one_call else corpus.pieces(most, sizes.piece):
         ids = _encode(tokenizer, piece, special=not read)
         read += len(piece)
         yield ids, read
@@ -178,23 +197,26 @@ def _width(length: int, max_length: int, option: str) -> int:
 
 
 def _from_documents(
-    corpus: Corpus, tokenizer: Any, sequences: int, width: int, draw: random.Random
+    corpus: Corpus, tokenizer: Any, sequences: int, width: int, draw: random.Random, sizes: ReadSizes
 ) -> tuple[list[Tensor], list[int]]:
-    """A window of each of up to `sequences` random documents longer than it, and where in its text each begins."""
+    """One window from each of up to `sequences` random documents, all longer than a window.
+
+    Beside each, where it starts: 0 only for the first token of the document.
+    """
     rows: list[Tensor] = []
     offsets: list[int] = []
-    room, searched = max(PIECE, width * PER_TOKEN), 0
+    excerpt, searched = max(sizes.piece, width * sizes.per_token), 0  # characters
     for position in draw.sample(range(len(corpus.documents)), len(corpus.documents)):
-        if len(rows) == sequences or searched > SEARCHED:
+        if len(rows) == sequences or searched > sizes.search:
             break
         text = corpus.documents[position]
-        # a token is at least one byte: shorter documents need no tokenising to be passed over
+        # a token is at least one byte: a document of fewer bytes than a window has tokens is too short
         if len(text.encode("utf-8", "ignore")) <= width:
             continue
-        # of a huge document a random excerpt, whose first token may be the half of a word
-        start = draw.randrange(1, len(text) - room + 1) if len(text) > room else 0
-        ids = _encode(tokenizer, text[start : start + room], special=not start)[1 if start else 0 :]
-        searched += min(len(text), room)
+        # of a huge document a random excerpt is enough; its first token, which may be half a word, is dropped
+        start = draw.randrange(1, len(text) - excerpt + 1) if len(text) > excerpt else 0
+        ids = _encode(tokenizer, text[start : start + excerpt], special=not start)[1 if start else 0 :]
+        searched += min(len(text), excerpt)
         if len(ids) > width:
             offset = draw.randint(0, len(ids) - width - 1)
             rows.append(ids[offset : offset + width].clone())
@@ -203,19 +225,21 @@ def _from_documents(
 
 
 def _from_stretches(
-    corpus: Corpus, tokenizer: Any, sequences: int, width: int, draw: random.Random
+    corpus: Corpus, tokenizer: Any, sequences: int, width: int, draw: random.Random, sizes: ReadSizes
 ) -> tuple[list[Tensor], list[int]]:
-    """As windows of the joined text, of a text too long to be tokenised: one of each of `sequences` equal stretches."""
-    ends = list(accumulate(len(document) + len(corpus.joiner) for document in corpus.documents))
-    stretch, reach = corpus.characters // sequences, width * PER_TOKEN
+    """One window from each of `sequences` equal stretches of a joined text that is too long to tokenise.
+
+    Beside each, the character where it starts.
+    """
+    stretch, excerpt = corpus.characters // sequences, width * sizes.per_token  # characters
     rows, offsets = [], []
-    for place in range(sequences):
-        offset = place * stretch + draw.randrange(1, stretch - reach + 1)
-        # the first token may be the half of a word
-        ids = _encode(tokenizer, _characters(corpus, ends, offset, offset + reach), special=False)[1 : width + 1]
+    for i in range(sequences):
+        offset = i * stretch + draw.randrange(1, stretch - excerpt + 1)
+        # the first token may be half a word
+        ids = _encode(tokenizer, corpus.excerpt(offset, offset + excerpt), special=False)[1 : width + 1]
         if len(ids) < width:
             raise PareError(
-                f"the calibration text {corpus.name} has {len(ids)} tokens in {reach} characters, too few for a window of "
+                f"the calibration text {corpus.name} has {len(ids)} tokens in {excerpt} characters, too few for a window of "
                 f"{width}. Name another text, or shorten the windows: --set calibration.length={max(2, len(ids))}"
             )
         rows.append(ids.clone())
@@ -223,59 +247,21 @@ def _from_stretches(
     return rows, offsets
 
 
-def _characters(corpus: Corpus, ends: Sequence[int], start: int, stop: int) -> str:
-    """`corpus.text[start:stop]`; `ends` are the places where each document and the joiner after it end."""
-    first = bisect_right(ends, start)
-    last = bisect_right(ends, stop) + 1  # `stop` may lie in the joiner before it
-    begin = ends[first - 1] if first else 0
-    return corpus.joiner.join(corpus.documents[first : last + 1])[start - begin : stop - begin]
-
-
-def _pieces(corpus: Corpus, most: int) -> Iterator[str]:
-    """The first `most` characters of the joined text: in one piece, unless they are very many."""
-    if most <= AT_ONCE:
-        ends = list(accumulate(len(document) + len(corpus.joiner) for document in corpus.documents))
-        yield _characters(corpus, ends, 0, most)
-        return
-    held: list[str] = []
-    size, left = 0, most
-    for place, document in enumerate(corpus.documents):
-        held.append(((corpus.joiner if place else "") + document)[:left])
-        size, left = size + len(held[-1]), left - len(held[-1])
-        while size > PIECE:
-            text = "".join(held)
-            cut = _cut(text, PIECE)
-            yield text[:cut]
-            held, size = [text[cut:]], len(text) - cut
-        if not left:
-            break
-    if size:
-        yield "".join(held)
-
-
-def _cut(text: str, most: int) -> int:
-    """The last place before `most` where a line begins with no space, which no tokenizer that splits into words crosses."""
-    place = text.rfind("\n", 0, most - 1)
-    while place >= 0:
-        if not text[place + 1].isspace():
-            return place + 1
-        place = text.rfind("\n", 0, place)
-    return most
-
-
 def _check_enough(corpus: Corpus, tokens: int, sequences: int, width: int) -> None:
-    needed = max(width + 1, sequences * width // REPEATS)
+    """Raise PareError, with settings that work, if `sequences` windows of `width` need more tokens than there are."""
+    needed = max(width + 1, sequences * width // MAX_REPEATS_PER_TOKEN)
     if tokens >= needed:
         return
     fewer = f"take fewer windows: --set calibration.sequences={tokens // width}" if tokens > width else None
-    longest = min(max(2, tokens // 2), tokens - 1, REPEATS * tokens // sequences)
+    longest = min(max(2, tokens // 2), tokens - 1, MAX_REPEATS_PER_TOKEN * tokens // sequences)
     shorter = f"shorten the windows: --set calibration.length={longest}" if longest >= 2 else None
     ways = "".join(f", or {way}" for way in (fewer, shorter) if way)
-    lacking = (
-        f"and a window needs {width + 1}"
+    need = (
+        f"a window needs {width + 1}"
         if tokens <= width
-        else f"and {sequences} windows of {width} need {needed} if no token is to be drawn more than about {REPEATS} times"
+        else f"{sequences} windows of {width} need {needed} if no token is to be drawn more than about "
+        f"{MAX_REPEATS_PER_TOKEN} times"
     )
     raise PareError(
-        f"the calibration text {corpus.name} has {tokens} tokens, {lacking}. Name a longer text{ways or '.'}"
+        f"the calibration text {corpus.name} has {tokens} tokens, and {need}. Name a longer text{ways or '.'}"
     )

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from paredown.compress import compress
-from paredown.compress.numerics.factorize import Metric, Target, factorize, largest_rank
+from paredown.compress.numerics.factorize import factorize, largest_rank
+from paredown.compress.numerics.metric import Metric, Target
 from paredown.compress.recipe import Recipe
 from paredown.evaluation.benchmarks.shapes import SHAPES, linears
 from paredown.evaluation.gauges import wait
@@ -75,9 +76,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", default="llama-3-8b", choices=SHAPES)
     parser.add_argument("--precision", default="float64", choices=["float64", "float32"], help="methods use float64")
+    parser.add_argument("--repeats", type=int, default=3, help="of --speed")
     chosen = parser.parse_args()
     if chosen.speed:
-        block_seconds(linears(chosen.shape), torch.device(chosen.device), getattr(torch, chosen.precision))
+        precision = getattr(torch, chosen.precision)
+        block_seconds(linears(chosen.shape), torch.device(chosen.device), precision, repeats=chosen.repeats)
         return
     rows = PAPERS if chosen.rows == "papers" else ABLATIONS
     shares = [float(share) for share in chosen.kept.split(",")]
@@ -127,7 +130,7 @@ def _table(rows: dict[str, Any], shares: list[float], found: dict[str, Any]) -> 
 def block_seconds(
     shapes: list[tuple[int, int]], device: torch.device, dtype: torch.dtype, kept: float = 0.8, repeats: int = 3
 ) -> None:
-    """Prints the median time of factoring all linears of a block in both metrics, with its spread."""
+    """Prints in both metrics the time of each linear, and the median of factoring all linears of a block with its spread."""
     for name in ("input only", "two-sided"):
         taken = []
         for _ in range(repeats):
@@ -139,7 +142,9 @@ def block_seconds(
                 began = time.perf_counter()
                 factorize(Target(weight), metric, lambda losses, rank=rank: rank)  # type: ignore[misc]
                 wait(device)
-                seconds += time.perf_counter() - began
+                linear = time.perf_counter() - began
+                print(f"  {out} x {inner}, {name}: {linear:.2f} s", flush=True)
+                seconds += linear
             taken.append(seconds)
         spread = f"{min(taken):.2f} to {max(taken):.2f}"
         print(f"one block, {name}: {statistics.median(taken):.2f} s ({spread}) on {device}, {str(dtype)[6:]}")

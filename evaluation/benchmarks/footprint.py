@@ -24,8 +24,11 @@ from paredown.evaluation.benchmarks.shapes import DTYPE, SHAPES, random_paramete
 from paredown.evaluation.reference import model_path
 
 
-def make_model(folder: Path, shape: str = "llama-1b", blocks: int | None = None) -> Path:
-    """A random bf16 Llama of that shape (or with fewer blocks) and the bundled tokenizer, written block by block."""
+def make_model(folder: Path, shape: str = "llama-1b", blocks: int | None = None, device: str = "cpu") -> Path:
+    """A random bf16 Llama of that shape (or with fewer blocks) and the bundled tokenizer, written block by block.
+
+    The device draws the weights: a GPU is done with 8B of them in seconds.
+    """
     from transformers import LlamaConfig
 
     if (folder / "config.json").exists():
@@ -38,7 +41,7 @@ def make_model(folder: Path, shape: str = "llama-1b", blocks: int | None = None)
     parameters = skeleton(config, {}, DTYPE).named_parameters()
     for part, members in groupby(parameters, lambda named: named[0].partition(".layers.")[2].partition(".")[0]):
         file = f"model-{part or 'rest'}-{len(weight_map)}.safetensors"
-        tensors = {name: random_parameter(parameter, torch.device("cpu")) for name, parameter in members}
+        tensors = {name: random_parameter(parameter, torch.device(device)).cpu() for name, parameter in members}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -53,6 +56,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="wanda-2of4")
     parser.add_argument("--shape", default="llama-1b", choices=SHAPES)
     parser.add_argument("--blocks", type=int, default=None, help="fewer than the shape has")
+    parser.add_argument("--make", action="store_true", help="make the model, and no more")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sequences", type=int, default=16, help="calibration windows")
@@ -60,7 +64,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows")
     chosen = parser.parse_args()
     name = f"{chosen.shape}-{chosen.blocks or 'whole'}"
-    model, out = make_model(chosen.work / name, chosen.shape, chosen.blocks), chosen.work / "compressed"
+    model, out = make_model(chosen.work / name, chosen.shape, chosen.blocks, chosen.device), chosen.work / "compressed"
+    if chosen.make:
+        return
     for left in (out, out.with_name(out.name + ".partial")):  # a stopped run would go on and not be measured whole
         shutil.rmtree(left, ignore_errors=True)
     settings = {

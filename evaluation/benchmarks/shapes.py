@@ -25,8 +25,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 20,
         "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048,
     },
-    "tiny": {
-        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "tiny": {  # takes the bundled tokenizer's tokens
+        "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
     },
 }  # fmt: skip

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import transformers as t
@@ -156,12 +158,12 @@ def test_an_output_that_is_not_empty(tiny_model, text_file, tmp_path):
 
 
 def test_a_disk_that_is_too_small(run, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1000, 990, 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     run("free .* GB, or name another output")
 
 
 def test_a_memory_that_is_too_small(run, monkeypatch):
-    monkeypatch.setattr("paredown.compress.run.plan.available_memory", lambda: 1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     run("GB are missing")
 
 

@@ -3,11 +3,12 @@
 import json
 import sys
 import xml.etree.ElementTree as ET
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import transformers as t
 
-from paredown.commands import bench as command
 from paredown.commands.app import main
 
 QUICK = ["--batch", "1,2", "--context", "16", "--decode", "4", "--repeats", "1", "--device", "cpu"]
@@ -84,8 +85,8 @@ def test_faults_are_named_with_their_next_step(bench, tiny_model, tiny_config, s
     save_model(tmp_path / "other", other)
     fails("a vocabulary of 320 tokens", tiny_model, "--against", tmp_path / "other", *QUICK)
     size = sum(path.stat().st_size for path in tiny_model.glob("*.safetensors"))
-    monkeypatch.setattr(command, "free_memory", lambda device: size * 3 // 2)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size * 3 // 2))
     assert bench(tiny_model, *QUICK)[0] == 0
     fails("cannot be timed in turn", tiny_model, "--against", tiny_model, *QUICK)
-    monkeypatch.setattr(command, "free_memory", lambda device: size // 2)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size // 2))
     fails("alone takes", tiny_model, *QUICK)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from paredown.compress.methods import build
-from paredown.compress.numerics.factorize import OUTPUT_DAMPING
-from paredown.compress.numerics.moments import GRADIENT_NEEDS, PAIRED_NEEDS, InputStats
+from paredown.compress.numerics.metric import OUTPUT_DAMPING
+from paredown.compress.numerics.moments import GRADIENT_NEEDS, PAIRED_NEEDS, InputStats, Need, Residual, Stats
 
 SHAPES = {"wide": (12, 20), "tall": (20, 12)}
 
@@ -63,22 +63,24 @@ class Problem:
                 per_token += torch.outer(delta[t], x[t]) ** 2
             fisher += summed**2
         return {
-            "output_gradient": moment if out <= inner else self.wide.T @ moment @ self.wide,
-            "output_gradient_diagonal": moment.diagonal(),
-            "fisher_rows": fisher.sum(1) / tokens,
-            "fisher_rows_per_token": per_token.sum(1) / tokens,
+            Need.OUTPUT_GRADIENT: moment if out <= inner else self.wide.T @ moment @ self.wide,
+            Need.OUTPUT_GRADIENT_DIAGONAL: moment.diagonal(),
+            Need.FISHER_ROWS: fisher.sum(1) / tokens,
+            Need.FISHER_ROWS_PER_TOKEN: per_token.sum(1) / tokens,
         }
 
     def inputs(self, method):
-        """Moments of the inputs that the method asks for, fed in uneven batches."""
-        stats = InputStats(self.weight.shape[1], method.needs & PAIRED_NEEDS)
+        """Moments of the inputs that a run collects for the method, fed in uneven batches."""
+        needs = method.needs & PAIRED_NEEDS
+        needs = needs if Need.GRAM in needs else needs | {Need.SECOND_MOMENT}  # which the reported error takes
+        stats = InputStats(self.weight.shape[1], needs)
         for x, dense in zip(self.x.tensor_split([7, 50]), self.dense.tensor_split([7, 50]), strict=True):
             stats.update(x, dense if "cross" in method.needs else None)
         return stats
 
     def stats(self, method):
-        stats = self.inputs(method)
-        return stats.with_gradient(self.gradient()) if method.needs & GRADIENT_NEEDS else stats
+        """All that the method asks for of this layer."""
+        return Stats(self.inputs(method), self.gradient() if method.needs & GRADIENT_NEEDS else {})
 
     def damped_outputs(self, share=OUTPUT_DAMPING):
         """G (out, out) with what is added for directions that no gradient saw."""
@@ -87,9 +89,9 @@ class Problem:
         return moment + share * moment.diagonal().mean() * torch.eye(len(moment)).double()
 
     def residual(self):
-        """As `observe_writer` finds them: what was lost, and what the dense weight makes of what the input lacks."""
+        """As `observe_residual` finds them: what was lost, and what the dense weight makes of what the input lacks."""
         z = self.lost.double() + (self.dense - self.x).double() @ self.wide.T  # (tokens, out)
-        return {"missing": z.T @ self.x.double() / len(z), "missing_mean": z.mean(0)}
+        return Residual(z.T @ self.x.double() / len(z), z.mean(0))
 
     def compress(self, name, **options):
         method = build(name, options)

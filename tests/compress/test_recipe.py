@@ -5,6 +5,7 @@ import yaml
 from pydantic import ValidationError
 
 from paredown.compress.errors import PareError
+from paredown.compress.methods import WeightMethod
 from paredown.compress.recipe import Recipe, shipped_recipes
 
 
@@ -12,7 +13,7 @@ from paredown.compress.recipe import Recipe, shipped_recipes
 def test_every_shipped_recipe_loads_builds_and_cites(name):
     recipe = Recipe.load(name)
     assert recipe.name == name and recipe.citation and "arXiv" in recipe.citation and recipe.description
-    assert recipe.build().needs and recipe.evaluate.perplexity == ("stdlib",)
+    assert isinstance(recipe.build(), WeightMethod) and recipe.evaluate.perplexity == ("stdlib",)
     assert Recipe.parse(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
 
 

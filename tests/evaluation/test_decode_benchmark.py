@@ -72,7 +72,7 @@ def test_a_shape_has_as_many_parameters_as_the_model_it_is_named_after(shape):
 @pytest.mark.parametrize("kind", ["pifa", "lowrank"])
 def test_factors_keep_the_share_that_is_asked_for(kind):
     for kept in (0.3, 0.5, 0.8):
-        rank = decode.spec_of(kind, (96, 64), kept)["rank"]
+        rank = decode.spec_of(kind, (96, 64), kept).rank
         stored = {r: r * (96 + 64 - (r if kind == "pifa" else 0)) for r in (rank, rank + 1)}
         assert stored[rank] <= kept * 96 * 64 < stored[rank + 1]
 

@@ -1,14 +1,11 @@
 """What is decoded, token by token or by a graph, is what the model computes."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 import transformers as t
 
 from paredown.compress.errors import PareError
-from paredown.evaluation import decoding
-from paredown.evaluation.decoding import Decoding, cache_bytes
+from paredown.evaluation.decoding import Decoding, cache_bytes, graphs_or_eager, use_graphs
 
 C = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -66,13 +63,12 @@ class Graph:
         self.replay = replay
 
 
-def test_a_captured_step_is_used_only_if_it_computes_what_the_model_computes(llama, monkeypatch):
+def test_a_captured_step_is_used_only_if_it_computes_what_the_model_computes(llama):
     ids = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 
-    def attempt(make):
+    def attempt(capture):
         runs = {"model": Decoding(llama, ids, 16)}
-        monkeypatch.setattr(decoding, "captured", make)
-        return decoding.use_graphs(runs, {"model": {"first": 1e-6, "last": 1e-6}})
+        return use_graphs(runs, {"model": {"first": 1e-6, "last": 1e-6}}, capture)
 
     assert attempt(lambda calls: {name: Graph(call) for name, call in calls.items()}) is None
     # a graph that forgot to move on: every step is the same one
@@ -81,15 +77,13 @@ def test_a_captured_step_is_used_only_if_it_computes_what_the_model_computes(lla
     assert attempt(lambda calls: None) == "a step cannot be captured into one"
 
 
-def test_if_one_model_cannot_be_captured_all_are_made_anew_and_run_without_a_graph(llama, monkeypatch):
+def test_if_one_model_cannot_be_captured_all_are_made_anew_and_run_without_a_graph(llama):
     ids = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
     runs = {name: Decoding(llama, ids, 16) for name in ("model", "against")}
     before, wanted = dict(runs), runs["model"].plain()
     forgetful = {"model": Graph(runs["model"].step), "against": Graph(lambda: None)}
-    monkeypatch.setattr(decoding, "captured", lambda calls: forgetful)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     errors = {name: {"first": 1e-6, "last": 1e-6} for name in runs}
-    assert decoding.graphs_or_eager(runs, errors) == (
+    assert graphs_or_eager(runs, errors, lambda calls: forgetful) == (
         "the captured step of against does not compute what the model computes"
     )
     assert list(runs) == ["model", "against"] and all(runs[name] is not before[name] for name in runs)
@@ -97,10 +91,19 @@ def test_if_one_model_cannot_be_captured_all_are_made_anew_and_run_without_a_gra
         torch.testing.assert_close(run.run_once(), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_that_no_static_cache_fits_is_refused(llama, monkeypatch):
-    def forward(*args, **options):
-        raise RuntimeError("The expanded size of the tensor must match")
+class WithoutStaticCache(t.LlamaForCausalLM):
+    def forward(self, input_ids, past_key_values=None, **options):
+        if past_key_values is not None:
+            raise RuntimeError("The expanded size of the tensor must match")
+        return super().forward(input_ids, **options)
 
-    monkeypatch.setattr(Decoding, "_forward", forward)
-    with pytest.raises(PareError, match="LlamaForCausalLM cannot run with a static cache"):
+
+def test_a_model_that_no_static_cache_fits_is_refused(tiny_config):
+    with pytest.raises(PareError, match="WithoutStaticCache cannot run with a static cache"):
+        cache_bytes(WithoutStaticCache(tiny_config).eval(), 24)
+
+
+def test_a_model_that_cannot_run_at_all_raises_its_own_error(llama):
+    llama.model.norm = torch.nn.Linear(3, 3)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         cache_bytes(llama, 24)

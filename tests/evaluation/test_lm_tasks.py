@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from paredown.compress.errors import PareError
 from paredown.compress.text import stdlib_text
-from paredown.evaluation import lm_tasks
-from paredown.evaluation.lm_tasks import Score, TaskScores, check_tasks, compare_tasks, run_tasks
+from paredown.evaluation.lm_tasks import Score, TaskScores, check_tasks, compare_tasks, run_tasks, task_manager
 from paredown.evaluation.reference import model_path
 from paredown.evaluation.tasks import stdlib_lines
 
@@ -158,9 +157,7 @@ def test_a_task_whose_metric_is_no_mean_keeps_no_samples_and_has_no_paired_error
     assert entry["paired_stderr"] is None and entry["correct_to_wrong"] is None
 
 
-def test_a_group_with_a_score_stands_for_its_tasks_and_one_without_shows_them(tokenizer, folder, monkeypatch):
-    plain = lm_tasks._manager
-    monkeypatch.setattr(lm_tasks, "_manager", lambda include, defaults: plain(include, False))
+def test_a_group_with_a_score_stands_for_its_tasks_and_one_without_shows_them(tokenizer, folder):
     found = run_tasks(tiny(), tokenizer, ["own_group"], include=folder)
     assert list(found.scores) == ["own_group"] and len(found.documents["own_group"]) == 18
     assert len(found.scores["own_group"]["acc"].samples) == 18
@@ -234,14 +231,17 @@ def test_different_documents_or_tasks_are_not_compared():
 # Names, folders, faults
 
 
-def test_our_task_is_known_without_indexing_those_of_lm_eval(monkeypatch):
-    asked, plain = [], lm_tasks._manager
-    monkeypatch.setattr(
-        lm_tasks, "_manager", lambda include, defaults: asked.append(defaults) or plain(include, defaults)
-    )
+def test_our_task_is_known_without_indexing_those_of_lm_eval():
     check_tasks(["stdlib_lines"])
     check_tasks([])
-    assert asked == [False]
+    assert task_manager(["stdlib_lines"]).all_tasks == ["stdlib_lines"]
+
+
+def test_a_users_group_is_known_without_indexing_those_of_lm_eval_unless_it_names_one_of_them(folder):
+    assert "hellaswag" not in task_manager(["own_group", "own_bag"], folder).all_tasks
+    (folder / "mixed.yaml").write_text("group: own_mixed\ntask: [own_choice, own_inner]\n")
+    (folder / "inner.yaml").write_text("group: own_inner\ntask: [hellaswag]\n")
+    assert "hellaswag" in task_manager(["own_mixed"], folder).all_tasks
 
 
 def test_unknown_names_are_all_listed_with_a_suggestion_and_a_path_is_no_name(folder):

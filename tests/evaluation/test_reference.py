@@ -6,7 +6,6 @@ import math
 import re
 from importlib.resources import files
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paredown.compress.errors import PareError
 from paredown.compress.text import stdlib_text
-from paredown.evaluation import reference
 from paredown.evaluation.reference import model_path
 from paredown.evaluation.reference import train as training
 
@@ -99,29 +97,26 @@ def test_magnitude_2of4_raises_the_perplexity_by_a_quarter_or_more(bundled, wind
     assert perplexity(pruned, windows) > 1.25 * perplexity(bundled[1], windows)
 
 
-def test_a_missing_model_is_told_how_to_get_it_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "files", lambda package: tmp_path)
+def test_a_missing_model_is_told_how_to_get_it_again(tmp_path):
     with pytest.raises(PareError, match=r"found no model\.safetensors in .*reference\.train -o"):
-        model_path()
+        model_path(tmp_path)
 
 
 @pytest.mark.parametrize("goes_on", [False, True])
-def test_training_learns_and_writes_what_loads_again(tmp_path, monkeypatch, goes_on):
+def test_training_learns_and_writes_what_loads_again(tmp_path, goes_on):
     words = ["def spam(eggs):\n    return eggs + 1\n" * 60, "class Ham:\n    '''A ham.'''\n" * 60]
     few = [stdlib_text.Document(f"m{i}", word) for i, word in enumerate(words)]
-    monkeypatch.setattr(stdlib_text, "documents", lambda split: few)
-    small = {"VOCABULARY": 280, "CONTEXT": 32}
-    for name, value in small.items():
-        monkeypatch.setattr(training, name, value)
+    small = {"vocabulary": 280, "context": 32}
     start = None
     if goes_on:
         start = tmp_path / "first"
-        tokenizer, _ = training.prepare()
-        model = training.build_model(tokenizer.bos_token_id)
+        plan = training.Plan(start, **small)
+        tokenizer, _ = training.prepare(plan, lambda split: few)
+        model = training.build_model(plan, tokenizer.bos_token_id)
         training.save(model, dict(model.named_parameters()), tokenizer, start)
     ticks = itertools.count(step=0.02)  # the budget is wall time: here each look at the clock takes so many seconds
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
-    facts = training.train(training.Plan(tmp_path / "out", minutes=0.03, batch=2, start=start, average=0.5))
+    plan = training.Plan(tmp_path / "out", minutes=0.03, batch=2, start=start, average=0.5, **small)
+    facts = training.train(plan, lambda split: few, lambda: next(ticks))
     assert facts["steps"] >= 10 and facts["tokens_seen"] == facts["steps"] * 2 * 32
     assert facts["loss"]["library"] < math.log(280) - 0.5
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("out")) == ["out"]

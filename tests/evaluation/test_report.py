@@ -9,11 +9,13 @@ import sys
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from paredown.compress.errors import PareError
 from paredown.evaluation.report import SCHEMA, check_report, loading_code, model_card, render, render_eval
+from paredown.evaluation.schema import report_json_schema
 from paredown.evaluation.tables import base_name, bytes_text, layer_kind, plus_minus, seconds_text
 
 
@@ -113,6 +115,12 @@ def forget(tree, path):
     del tree[path[-1]]
 
 
+def put(tree, path, value):
+    for key in path[:-1]:
+        tree = tree[key]
+    tree[path[-1]] = value
+
+
 # What a report must hold
 
 
@@ -158,15 +166,78 @@ def test_all_faults_are_told_at_once_with_what_was_found(report):
     with pytest.raises(PareError) as fault:
         check_report(report)
     told = str(fault.value)
-    assert "report.bytes.after is '1 GB'; wanted int" in told
-    assert "report.seconds.total is True; wanted int or float" in told
-    assert "report.layers is {}; wanted a list" in told
+    assert "report.bytes.after is '1 GB'; wanted a valid integer" in told
+    assert "report.seconds.total is True; wanted a valid number" in told
+    assert "report.layers is {}; wanted a valid list" in told
     assert "token_perplexity is nan; wanted a finite number" in told
 
 
 def test_a_report_of_another_schema_is_refused(report):
     with pytest.raises(PareError, match="schema is 99"):
         check_report({**report, "schema": 99})
+
+
+@pytest.mark.parametrize("nothing", [None, [], "report", {}])
+def test_what_is_no_report_at_all_is_refused(nothing):
+    with pytest.raises(PareError, match="no report of paredown"):
+        check_report(nothing)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        (("schema",), True, "report.schema is True; wanted a valid integer"),
+        (("layers", 3, "kept"), "0.5", "report.layers[3].kept is '0.5'; wanted a valid number"),
+        (("layers", 3, "sparsity"), None, "report.layers[3].sparsity is None; wanted a valid number or a valid string"),
+        (("tasks", "boolq", "acc", "wrong_to_correct"), 1.5, "report.tasks.boolq.acc.wrong_to_correct is 1.5; wanted"),
+        (("evaluation", 0, "paired_delta", "low"), float("inf"), "paired_delta.low is inf; wanted a finite number"),
+        (("format",), "zip", "report.format is 'zip'; wanted 'packed' or 'dense'"),
+        (("warnings",), ["fine", 7], "report.warnings[1] is 7; wanted a valid string"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_place_also_where_its_key_is_optional(report, path, value, problem):
+    put(report, path, value)
+    with pytest.raises(PareError) as error:
+        check_report(report)
+    assert str(error.value).splitlines()[1:] == [line for line in str(error.value).splitlines() if problem in line]
+
+
+def test_further_keys_are_welcome_at_every_level(report):
+    for path in ((), ("model",), ("layers", 0), ("evaluation", 0, "before"), ("tasks", "boolq", "acc")):
+        put(report, (*path, "anything"), {"of": ["ours", None]})
+    check_report(report)
+
+
+def test_the_json_schema_describes_every_key_that_a_report_must_hold(report):
+    done = subprocess.run(
+        [sys.executable, "-m", "paredown.evaluation.schema"], capture_output=True, text=True, check=True
+    )
+    schema = json.loads(done.stdout)
+    assert schema == report_json_schema()
+    assert schema["properties"]["schema"]["const"] == SCHEMA
+    assert set(schema["required"]) <= report.keys() <= schema["properties"].keys()
+    parts = {**schema["$defs"], "Report": schema}
+    assert parts["Layer"]["properties"]["kept"]["description"].startswith("Share of its numbers that is stored")
+    assert parts["Perplexity"]["required"] == ["token_perplexity", "stderr"]
+    vague = [
+        f"{name}.{key}"
+        for name, part in parts.items()
+        for key, entry in part["properties"].items()
+        if "description" not in entry and "$ref" not in entry
+    ]
+    assert vague == []
+
+
+def test_every_key_of_what_the_pipeline_measures_is_typed(tiny_model, tmp_path, prune):
+    result, _ = prune(tiny_model, tmp_path / "out")
+    parts = report_json_schema()["$defs"]
+    assert result.layers and result.evaluation
+    for layer in result.layers:
+        assert layer.keys() <= parts["Layer"]["properties"].keys()
+    for entry in result.evaluation:
+        assert entry.keys() <= parts["TextComparison"]["properties"].keys()
+        assert entry["paired_delta"].keys() == parts["PairedDelta"]["properties"].keys()
+    assert result.seconds.keys() <= parts["Seconds"]["properties"].keys()
 
 
 # The screen
@@ -277,6 +348,7 @@ def test_eval_against_a_dense_model_names_both(report):
 
 def test_the_front_matter_is_yaml_with_base_model_library_and_tags(report):
     front = yaml.safe_load(model_card(report).split("---\n")[1])
+    assert front == ModelCard(model_card(report)).data.to_dict()  # as the Hub's own library reads it
     assert front["base_model"] == "meta-llama/Llama-3.2-1B"
     assert front["library_name"] == "transformers"
     assert {"paredown", "wanda", "wanda-2-4"} <= set(front["tags"])

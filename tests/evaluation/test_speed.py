@@ -9,24 +9,26 @@ import pytest
 import transformers as t
 
 from paredown.compress.errors import PareError
-from paredown.evaluation import decoding, gauges, speed
-from paredown.evaluation.decoding import Decoding
+from paredown.evaluation import decoding, gauges
 from paredown.evaluation.gauges import weight_bytes
 from paredown.evaluation.speed import Settings, measure
 
 SMALL = Settings(batches=(2,), context=16, decode=8, repeats=1)
 
 
-def test_decoding_at_a_wrong_place_shows_in_the_error(llama, monkeypatch):
+class LateDecoding(t.LlamaForCausalLM):
+    """Computes a token that is decoded as if it stood one place earlier."""
+
+    def forward(self, input_ids, position_ids=None, **options):
+        earlier = None if position_ids is None else position_ids - 1
+        return super().forward(input_ids, position_ids=earlier, **options)
+
+
+def test_decoding_at_a_wrong_place_shows_in_the_error(llama, tiny_config):
     assert max(measured_error(llama).values()) < 1e-5
-    right = Decoding.start
-
-    def late(self):
-        right(self)
-        self.position.fill_(self.context - 1)
-
-    monkeypatch.setattr(Decoding, "start", late)
-    found = measure({"model": llama}, SMALL)
+    late = LateDecoding(tiny_config).eval()
+    late.load_state_dict(llama.state_dict())
+    found = measure({"model": late}, SMALL)
     assert max(found["end_to_end"][0]["model"]["relative_error"].values()) > decoding.TOLERANCE
     assert "away from those of a plain forward" in found["notes"][0]
 
@@ -41,17 +43,17 @@ def test_logits_that_are_not_finite_are_refused(llama):
         measure({"model": llama}, SMALL)
 
 
-def test_models_take_turns_within_every_repeat(llama, random_model, tiny_config, monkeypatch):
+def test_models_take_turns_within_every_repeat(llama, random_model, tiny_config):
     order = []
-    prefill = Decoding.prefill
+    models = {"model": llama, "against": random_model(tiny_config)}
+    for name, model in models.items():
 
-    def told(self):
-        order.append("a" if self.model is llama else "b")
-        prefill(self)
+        def tell(module, args, name=name):
+            if 1 < args[0].shape[1] <= SMALL.context:  # a prefill: neither a step nor a plain forward
+                order.append("a" if name == "model" else "b")
 
-    other = random_model(tiny_config)
-    monkeypatch.setattr(Decoding, "prefill", told)
-    measure({"model": llama, "against": other}, replace(SMALL, repeats=4))
+        model.register_forward_pre_hook(tell)
+    measure(models, replace(SMALL, repeats=4))
     assert "".join(order) == "ab" + "ab" + "abbaabba"  # cache sizes, checks, and what is timed
 
 
@@ -108,15 +110,13 @@ def test_sizes_that_mean_nothing_are_refused(wrong, said):
         Settings(**wrong)
 
 
-def test_a_batch_that_does_not_fit_is_left_out_with_a_note(llama, monkeypatch):
+def test_a_batch_that_does_not_fit_is_left_out_with_a_note(llama):
     need = 2 * (decoding.cache_bytes(llama, 24) + gauges.activation_bytes(llama, 16))
-    monkeypatch.setattr(speed, "free_memory", lambda device: need)
-    found = measure({"model": llama}, replace(SMALL, batches=(4, 2)))
+    found = measure({"model": llama}, replace(SMALL, batches=(4, 2)), free=need)
     assert [row["batch"] for row in found["end_to_end"]] == [2]
     assert any("batch 4 with 16 tokens of context is left out" in note for note in found["notes"])
-    monkeypatch.setattr(speed, "free_memory", lambda device: need - 1)
     with pytest.raises(PareError, match="not even batch 2"):
-        measure({"model": llama}, SMALL)
+        measure({"model": llama}, SMALL, free=need - 1)
 
 
 def test_progress_is_told_to_its_end(llama):

@@ -1,11 +1,14 @@
 """What the screen, the Markdown and the picture tell is what was measured."""
 
+import json
 import re
 import xml.etree.ElementTree as ET
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
+from paredown.evaluation.schema import BenchResult
 from paredown.evaluation.speed import Settings, measure
 from paredown.evaluation.speed_plot import bench_svg
 from paredown.evaluation.speed_report import bench_markdown, render_bench
@@ -18,10 +21,19 @@ def result(packed, dense):
     for told in measured["memory"].values():
         told["growth_bytes"] = 1_000_000
     return {
-        "model": "org/small<1>", "against": "org/large & dense", "dtype": "bfloat16", "date": "2026-01-01",
-        "device": {"type": "cpu", "name": "A <CPU>", "threads": 1}, "versions": {"torch": "2.0", "triton": None},
+        "schema": 1, "model": "org/small<1>", "against": "org/large & dense", "dtype": "bfloat16", "date": "2026-01-01",
+        "device": {"type": "cpu", "name": "A <CPU>", "threads": 1}, "versions": {"torch": "2.0"},
         **measured,
     }  # fmt: skip
+
+
+def test_the_result_is_of_its_type_and_holds_no_key_that_the_type_does_not_name(result, packed):
+    alone = {**result, **measure({"model": packed}, Settings((2,), 16, 8, 1)), "against": None}
+    for one in (result, json.loads(json.dumps(result)), alone):
+        TypeAdapter(BenchResult).validate_python(one, extra="forbid")
+    result["end_to_end"][0]["model"]["speed"] = 3
+    with pytest.raises(ValidationError, match=r"end_to_end\.0\.model\.speed"):
+        TypeAdapter(BenchResult).validate_python(result, extra="forbid")
 
 
 def test_screen_and_markdown_show_both_models_their_ratio_and_the_protocol(result):

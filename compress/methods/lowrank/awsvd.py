@@ -1,18 +1,17 @@
 """AWSVD, the attention part of LoRAP: columns weighed by the norm of their input. Li et al. 2024 (arXiv 2404.09695)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from paredown.compress.methods import register
+from paredown.compress.methods.base import register
 from paredown.compress.methods.lowrank.base import Factorized
-from paredown.compress.numerics.factorize import Metric
-from paredown.compress.numerics.moments import InputStats
+from paredown.compress.numerics.metric import Metric
+from paredown.compress.numerics.moments import Need, Stats
 
 
 @register("awsvd")
 @dataclass(frozen=True)
 class AWSVD(Factorized):
-    needs: ClassVar[frozenset[str]] = frozenset({"second_moment_diagonal"})
+    needs = frozenset({Need.SECOND_MOMENT})
 
-    def metric(self, stats: InputStats) -> Metric:
-        return Metric(input=stats.second_moment_diagonal)
+    def metric(self, stats: Stats) -> Metric:
+        return Metric(input=stats.inputs.second_moment_diagonal)

@@ -1,28 +1,31 @@
-"""What all low-rank methods share: how much is asked for, and the way from two weightings to a stored weight."""
+"""What all low-rank methods share: how much is kept, and how factors are computed and stored in a given metric."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from math import fsum, nan
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from paredown.compress.errors import PareError
-from paredown.compress.numerics.edits import LowRank
+from paredown.compress.methods.base import Budget, Choice, Shape, WeightMethod
+from paredown.compress.numerics.edits import Factored
 from paredown.compress.numerics.factorize import (
     Factors,
-    Metric,
-    Target,
     balanced,
     cost,
     factorize,
     largest_rank,
-    pivoted,
     rank_step,
     spectrum,
 )
-from paredown.compress.numerics.moments import InputStats
-from paredown.compress.numerics.sweep import narrowed
+from paredown.compress.numerics.metric import Metric, Target
+from paredown.compress.numerics.moments import InputStats, Need, Stats
+from paredown.compress.numerics.pifa import pivoted
+from paredown.compress.numerics.precision import narrowed
+from paredown.compress.storage.spec import Spec
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -30,18 +33,20 @@ ASKED = ("kept", "rank", "energy", "target_parameters")
 
 
 @dataclass(frozen=True)
-class Factorized:
-    """A method is a subclass that says which moments weigh the error; at most one of the first four options is given."""
+class Factorized(WeightMethod):
+    """A method is a subclass that says in `metric` how errors are weighed. At most one of the first four options is given."""
 
     kept: Share | None = None  # of the targeted parameters
     rank: Count | None = None  # of every layer
-    energy: Share | None = None  # of each layer's loss in the method's own metric that must not be lost
+    energy: Share | None = None  # the share of each layer's energy, in the method's own metric, that must be kept
     target_parameters: Count | None = None  # of the whole model
     storage: Literal["factors", "pifa"] = "factors"
 
-    allocation: ClassVar[str] = "uniform"  # strategy, where the recipe names none
-    kept_unasked: ClassVar[float | None] = 0.8  # None: it has a rule of its own for each layer's rank
-    predicts: ClassVar[bool] = True  # whether `losses` are those of what it makes
+    chain = True
+    experts = False
+    strategy = "uniform"
+    # `kept` where no option says how much; None: the method has its own rule for ranks
+    default_kept: ClassVar[float | None] = 0.8
 
     def __post_init__(self) -> None:
         asked = [name for name in ASKED if getattr(self, name) is not None]
@@ -49,16 +54,13 @@ class Factorized:
             raise PareError(f"{' and '.join(asked)} say how much is kept in different ways: give one of them.")
 
     @property
-    def needs(self) -> frozenset[str]:
-        """Names of the statistics that `metric`, `target` and `shift` read."""
-        raise NotImplementedError
-
-    @property
     def kind(self) -> str:
+        """The kind in which its factors are stored."""
         return "lowrank" if self.storage == "factors" else "pifa"
 
     @property
     def adds_bias(self) -> bool:
+        """Whether every layer gets a bias, which then counts among the numbers kept."""
         return False
 
     @property
@@ -68,104 +70,138 @@ class Factorized:
 
     @property
     def share(self) -> float | None:
-        """The fraction of the targeted parameters that is asked for, if that is how it is asked."""
-        return None if self.rank or self.energy or self.target_parameters else self.kept or self.kept_unasked
+        """The share of the targeted parameters to keep; None if it is asked for in another way."""
+        return None if self.rank or self.energy or self.target_parameters else self.kept or self.default_kept
 
-    def with_share(self, kept: float) -> "Factorized":
-        return replace(self, kept=kept, rank=None, energy=None, target_parameters=None)
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.share, self.target_parameters, self.asked, by_data=self.energy is not None)
 
-    def with_rank(self, rank: int) -> "Factorized":
-        return replace(self, kept=None, rank=rank, energy=None, target_parameters=None)
+    def at(self, option: int) -> "Factorized":
+        return replace(self, kept=None, rank=option, energy=None, target_parameters=None)
 
-    def metric(self, stats: InputStats) -> Metric:
-        """How an error of the weight is weighed."""
+    def metric(self, stats: Stats) -> Metric:
+        """How errors of the weight are weighed."""
         raise NotImplementedError
 
-    def target(self, weight: Tensor, stats: InputStats) -> Target:
+    def target(self, weight: Tensor, stats: Stats) -> Target:
+        """The matrix to approximate, by default the weight (out, in)."""
         return Target(weight.double())
 
-    def shift(self, weight: Tensor, made: Tensor, stats: InputStats) -> Tensor | None:
-        """What the bias must take up, (out,), given the weight and what stands for it, (out, in) float64."""
+    def shift(self, weight: Tensor, low: Tensor, stats: Stats) -> Tensor | None:
+        """What the bias gains, (out,) float64, given the weight and its approximation `low` (out, in) float64."""
         return None
 
-    def largest(self, shape: tuple[int, int], numbers: float) -> int:
-        """The largest rank that stores at most so many numbers, 0 if there is none."""
-        return largest_rank(self.kind, shape, numbers, self.adds_bias)
-
-    def numbers(self, shape: tuple[int, int], rank: int) -> int:
+    def numbers(self, shape: Shape, rank: int) -> int:
+        """How many numbers a weight (out, in) of this rank stores."""
         return cost(self.kind, shape, rank, self.adds_bias)
 
-    def planned_rank(self, shape: tuple[int, int]) -> int | None:
-        """The rank that a weight of this shape gets, 0 where it stays dense, None where only the data can tell."""
+    def planned_rank(self, shape: Shape) -> int | None:
+        """The rank of a weight (out, in); 0 if it stays dense, None if only the data can tell.
+
+        Raises PareError if not even rank 1 fits.
+        """
         if self.rank is None and self.share is None:
             return None
         size = shape[0] * shape[1]
-        rank = self.rank or self.largest(shape, (self.share or 0) * size)
+        rank = self.rank or largest_rank(self.kind, shape, (self.share or 0) * size, self.adds_bias)
         if not rank:
             raise PareError(
                 f"{[*shape]}: not even rank 1 fits into {self.share:g} of it. Raise kept, or skip it with targets.skip."
             )
         return rank if rank <= min(shape) and self.numbers(shape, rank) < size else 0
 
-    def spec(self, shape: tuple[int, int], element_size: int) -> dict[str, Any] | None:
-        """How such a weight will be stored; None where it stays dense, or where only the data can tell."""
+    def expect(self, shape: Shape, element_size: int) -> Spec | None:
         rank = self.planned_rank(shape)
-        return {"kind": self.kind, "shape": [*shape], "rank": rank, "bias": self.adds_bias} if rank else None
+        return Spec(self.kind, shape, rank=rank, bias=self.adds_bias) if rank else None
 
-    def losses(self, weight: Tensor, stats: InputStats) -> Tensor:
+    def working_bytes(self, shape: Shape) -> int:
+        """float64 copies of the weight, of a moment of its smaller side, and of the input's moment."""
+        out, inner = shape
+        needs = self.needs
+        # regression adds its target and the correction; two forms are compared if one has a bias
+        copies = 4 + 2 * (Need.CROSS in needs) + (Need.MEAN in needs)
+        held = copies * out * inner + 4 * min(shape) ** 2
+        if Need.GRAM in needs:  # one to read, one that regression factors in place
+            held += (1 + (Need.CROSS in needs)) * inner * inner
+        if Need.CROSS in needs and Need.RESIDUAL not in needs:
+            # its sums and a copy; with RESIDUAL the widest layer writes to the residual stream, without a cross moment
+            held += 2 * inner * inner
+        return 8 * held
+
+    def losses(self, weight: Tensor, stats: Stats) -> Tensor:
         """All squared singular values, largest first: the loss at rank k is the sum of those past the k-th."""
         return spectrum(self.target(weight, stats), self.metric(stats))
 
-    def compress(self, weight: Tensor, stats: InputStats) -> LowRank | None:
-        """None where factors would store no less than the weight."""
+    def choices(self, shape: Shape, weight: Tensor | None = None, stats: Stats | None = None) -> list[Choice]:
+        """Every multiple of `rank_step` at which less is stored than the dense weight."""
+        if weight is None or stats is None:
+            return self._choices(shape, [nan] * min(shape))
+        return self._choices(shape, self.losses(weight, stats).tolist())
+
+    def _choices(self, shape: Shape, losses: Sequence[float]) -> list[Choice]:
+        tail = fsum(losses)
+        choices = [Choice(0, tail, None)]
+        for rank, loss in enumerate(losses, 1):
+            tail = max(tail - loss, 0.0)
+            if rank % rank_step(shape):
+                continue
+            numbers = self.numbers(shape, rank)
+            if numbers >= shape[0] * shape[1]:
+                break
+            choices.append(Choice(numbers, tail, rank))
+        return choices
+
+    def compress(self, weight: Tensor, stats: Stats) -> Factored | None:
+        """None if factors would store no less than the weight."""
         if self.planned_rank((weight.shape[0], weight.shape[1])) == 0:
             return None
         target, metric = self.target(weight, stats), self.metric(stats)
         edit = self.approximate(target, metric, weight.dtype)
         if edit is None:
             return None
-        made = dense64(edit, weight.dtype)
-        loss = target.lost(target.seen(made, metric), metric) / max(target.dropped(metric), 1e-300)
-        return replace(edit, shift=self.shift(weight, made, stats), loss=loss)
+        low = dense64(edit, weight.dtype)
+        loss = target.error_of(target.projected(low, metric), metric) / max(target.error_of_zero(metric), 1e-300)
+        return replace(edit, shift=self.shift(weight, low, stats), loss=loss)
 
-    def approximate(self, target: Target, metric: Metric, dtype: torch.dtype) -> LowRank | None:
-        """The best that the rank allows; None where factors would store no less. Without its loss and shift."""
+    def approximate(self, target: Target, metric: Metric, dtype: torch.dtype) -> Factored | None:
+        """The best factors, still without loss and shift; None if they would store no less than the weight."""
         shape = (target.weight.shape[0], target.weight.shape[1])
-        factors = factorize(target, metric, lambda losses: self._choose(shape, losses))
+        factors = factorize(target, metric, lambda losses: self._rank_for(shape, losses))
         if not factors.rank:
             return None
-        return LowRank(self.kind, shape, factors.rank, self.store(factors, metric, dtype))
+        return Factored(self.kind, shape, factors.rank, self.store(factors, metric, dtype))
 
     def store(self, factors: Factors, metric: Metric, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors to write. Narrowed from float64 here and nowhere else."""
+        """The tensors to store, rounded from float64 to `dtype`. Raises PareError where a value does not fit into it."""
         if self.kind == "pifa":
             tensors = pivoted(factors, metric, dtype)
         else:
             tensors = dict(zip(("left", "right"), balanced(factors), strict=True))
         return {name: narrowed(t, dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
-    def _choose(self, shape: tuple[int, int], losses: Tensor) -> int:
+    def _rank_for(self, shape: Shape, losses: Tensor) -> int:
         planned = self.planned_rank(shape)
         if planned is not None:
             return planned
         if self.energy is None:
-            raise PareError("target_parameters counts the whole model: it is turned into ranks by the pipeline.")
-        held = losses.cumsum(0)
+            raise PareError("target_parameters counts the whole model: the pipeline turns it into ranks.")
+        energies = losses.cumsum(0)
         step = rank_step(shape)
-        rank = step * (int((held < self.energy * held[-1]).sum()) // step + 1)
+        rank = step * (int((energies < self.energy * energies[-1]).sum()) // step + 1)
         return rank if rank <= len(losses) and self.numbers(shape, rank) < shape[0] * shape[1] else 0
 
 
-def dense64(edit: LowRank, dtype: torch.dtype) -> Tensor:  # (out, in)
-    """What stands for the weight, float64. Raises PareError where the product overflows."""
+def dense64(edit: Factored, dtype: torch.dtype) -> Tensor:  # (out, in)
+    """The approximation as the checkpoint rounds it, float64. Raises PareError if the product overflows `dtype`."""
     return narrowed(edit.dense(), dtype).double()
 
 
-def centred(stats: InputStats) -> Tensor:  # (in, in)
+def centred(inputs: InputStats) -> Tensor:  # (in, in)
     """The covariance of the input, float64."""
-    return stats.gram.addr_(stats.mean, stats.mean, alpha=-1.0)
+    return inputs.gram.addr_(inputs.mean, inputs.mean, alpha=-1.0)
 
 
-def affine_shift(weight: Tensor, made: Tensor, stats: InputStats) -> Tensor:  # (out,)
-    """`W E[x] - W' E[y]`: with it the mean output is the dense model's."""
-    return weight.double() @ stats.dense_mean - made @ stats.mean
+def affine_shift(weight: Tensor, low: Tensor, inputs: InputStats) -> Tensor:  # (out,)
+    """`W E[x] - W' E[y]`, float64: with it the mean output is that of the dense model."""
+    return weight.double() @ inputs.dense_mean - low @ inputs.mean

@@ -1,35 +1,37 @@
 """CURing: some columns and rows of the weight itself, chosen by DEIM on Wanda's scores, and a matrix that links them.
 
-Park et al. 2025 (arXiv 2501.04211). The link is fitted to the layer's outputs, not to its weights, unless told otherwise.
+Park et al. 2025 (arXiv 2501.04211). The link is fitted to the layer's outputs; with `link: plain` to the weight, as there.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from paredown.compress.errors import PareError
-from paredown.compress.methods import register
+from paredown.compress.methods.base import Shape, register
 from paredown.compress.methods.lowrank.base import Count, Factorized
-from paredown.compress.numerics.edits import LowRank
-from paredown.compress.numerics.factorize import Metric, share_lost
-from paredown.compress.numerics.moments import InputStats
-from paredown.compress.numerics.sweep import narrowed, wanda_score
+from paredown.compress.numerics.edits import Factored
+from paredown.compress.numerics.metric import Metric, share_lost
+from paredown.compress.numerics.moments import Need, Stats
+from paredown.compress.numerics.precision import narrowed
+from paredown.compress.numerics.scores import wanda_score
 
 
 @register("cur")
 @dataclass(frozen=True)
 class CUR(Factorized):
-    max_rank: Count = 256  # of the paper's own choice of rank
-    blocks: Count | None = 10  # those that turn their input least, without the first and the last; null: all
+    max_rank: Count = 256  # the most that the paper's rule for ranks gives
+    blocks: Count | None = 10  # how many: those that turn their input least, without the first and the last; null: all
     link: Literal["gram", "plain"] = "gram"  # C^+ W weighed by the input's moment, or the paper's C^+ W R^+
 
-    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
-    surveys_angles: ClassVar[bool] = True
-    kept_unasked: ClassVar[float | None] = None
-    predicts: ClassVar[bool] = False  # rows and columns of the weight lose more than singular vectors
+    needs = frozenset({Need.GRAM})
+    surveys_angles = True
+    default_kept = None
+    predicts = False  # with rows and columns of the weight more is lost than with singular vectors
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,47 +42,47 @@ class CUR(Factorized):
     def kind(self) -> str:
         return "cur"
 
-    def chosen_blocks(self, angles: list[float]) -> list[int]:
+    def chosen_blocks(self, angles: Sequence[float]) -> list[int]:
         inner = sorted(range(1, len(angles) - 1), key=lambda index: angles[index])
         if self.blocks and not inner:
             raise PareError("cur leaves out the first and the last block, and there is no other: --set blocks=null")
         return sorted(inner[: self.blocks]) if self.blocks else list(range(len(angles)))
 
-    def planned_rank(self, shape: tuple[int, int]) -> int | None:
+    def planned_rank(self, shape: Shape) -> int | None:
         if self.asked:
             return super().planned_rank(shape)
         m, n = shape
         rank = max(1, min(self.max_rank, int((sqrt(m * m + 6 * m * n + n * n) - (m + n)) / 2)))
         return rank if self.numbers(shape, rank) < m * n else 0
 
-    def metric(self, stats: InputStats) -> Metric:
-        return Metric(input=stats.gram)
+    def metric(self, stats: Stats) -> Metric:
+        return Metric(input=stats.inputs.gram)
 
-    def compress(self, weight: Tensor, stats: InputStats) -> LowRank | None:
+    def compress(self, weight: Tensor, stats: Stats) -> Factored | None:
         shape = (weight.shape[0], weight.shape[1])
-        rank = self._choose(shape, weight.new_zeros(0))
+        rank = self._rank_for(shape, weight.new_zeros(0))
         if not rank:
             return None
         try:
-            rows, columns = deim(wanda_score(weight, stats).double(), rank)
+            rows, columns = deim(wanda_score(weight, stats.inputs.rms).double(), rank)
             middle = self._link(weight.double(), weight[:, columns].double(), weight[rows].double(), stats)
         except torch.linalg.LinAlgError as fault:  # type: ignore[attr-defined]
             raise PareError(f"its singular value decomposition failed ({fault}). Calibrate on more text.") from fault
         parts = {"columns": weight[:, columns], "link": narrowed(middle, weight.dtype), "rows": weight[rows]}
-        edit = LowRank("cur", shape, rank, {name: part.contiguous() for name, part in parts.items()})
+        edit = Factored("cur", shape, rank, {name: part.contiguous() for name, part in parts.items()})
         wide = weight.double()
         return replace(edit, loss=share_lost(wide, edit.dense().double(), self.metric(stats), wide))
 
-    def _link(self, weight: Tensor, columns: Tensor, rows: Tensor, stats: InputStats) -> Tensor:  # (rank, rank)
+    def _link(self, weight: Tensor, columns: Tensor, rows: Tensor, stats: Stats) -> Tensor:  # (rank, rank)
         """argmin over U of |(W - C U R) H^(1/2)|: C^+ W H R^T (R H R^T)^+."""
-        weighed = rows if self.link == "plain" else rows @ stats.gram  # (rank, in)
+        weighed = rows if self.link == "plain" else rows @ stats.inputs.gram  # (rank, in)
         inverse: Tensor = torch.linalg.pinv(weighed @ rows.T, hermitian=True)  # (rank, rank)
         left: Tensor = torch.linalg.pinv(columns)  # (rank, out)
         return left @ weight @ weighed.T @ inverse
 
 
 def deim(score: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Which rows and columns (rank,) stand for a matrix: discrete empirical interpolation on its singular vectors.
+    """The rows and columns, (rank,) each, that represent a matrix: discrete empirical interpolation of singular vectors.
 
     Sorensen & Embree 2016, algorithm 1 (arXiv 1407.5516).
     """
@@ -89,11 +91,11 @@ def deim(score: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _deim(vectors: Tensor) -> Tensor:  # (rank,) int64
-    """The place where each vector is worst interpolated by the earlier ones: the pivots of an LU factorisation."""
-    work, found = vectors.clone(), []
+    """For each vector the place where the earlier ones interpolate it worst: the pivots of an LU factorisation."""
+    work, places = vectors.clone(), []
     for j in range(work.shape[1]):
         place = int(work[:, j].abs().argmax())
-        found.append(place)
-        # what is left of the later vectors once they are interpolated at this place
+        places.append(place)
+        # subtract from the later vectors their interpolation at this place
         work[:, j + 1 :] -= torch.outer(work[:, j] / work[place, j], work[place, j + 1 :])
-    return torch.tensor(found, device=vectors.device)
+    return torch.tensor(places, device=vectors.device)

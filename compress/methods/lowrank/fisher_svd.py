@@ -4,20 +4,21 @@ The Kronecker-factored curvature of Martens & Grosse 2015 (arXiv 1503.05671) as 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
-from paredown.compress.methods import register
+from paredown.compress.methods.base import register
 from paredown.compress.methods.lowrank.base import Factorized
-from paredown.compress.numerics.factorize import Metric
-from paredown.compress.numerics.moments import InputStats
+from paredown.compress.numerics.metric import Metric
+from paredown.compress.numerics.moments import Labels, Need, Stats
 
 
 @register("fisher_svd")
 @dataclass(frozen=True)
 class FisherSVD(Factorized):
-    labels: Literal["data", "sampled"] = "data"  # empirical Fisher, or the true one by the model's own draws
+    labels: Labels = "data"  # empirical Fisher, or the true one with tokens drawn from the model
 
-    needs: ClassVar[frozenset[str]] = frozenset({"gram", "output_gradient"})
+    needs = frozenset({Need.GRAM, Need.OUTPUT_GRADIENT})
 
-    def metric(self, stats: InputStats) -> Metric:
-        return Metric(stats.gram, stats.gradient("output_gradient"), stats.gradient("output_gradient_diagonal"))
+    def metric(self, stats: Stats) -> Metric:
+        return Metric(
+            stats.inputs.gram, stats.gradient(Need.OUTPUT_GRADIENT), stats.gradient(Need.OUTPUT_GRADIENT_DIAGONAL)
+        )

@@ -3,26 +3,26 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from paredown.compress.methods import register
+from paredown.compress.methods.base import register
 from paredown.compress.methods.lowrank.base import Factorized
-from paredown.compress.numerics.factorize import Metric
-from paredown.compress.numerics.moments import InputStats
+from paredown.compress.numerics.metric import Metric
+from paredown.compress.numerics.moments import Labels, Need, Stats
 
 
 @register("fwsvd")
 @dataclass(frozen=True)
 class FWSVD(Factorized):
-    # whose gradient is squared: that of each sequence, as the paper's of a batch, or that of each token
+    # which gradient is squared: that of each sequence, as the paper squares that of each batch, or that of each token
     gradient: Literal["per_sequence", "per_token"] = "per_sequence"
-    labels: Literal["data", "sampled"] = "data"  # empirical Fisher, or the true one by the model's own draws
+    labels: Labels = "data"  # empirical Fisher, or the true one with tokens drawn from the model
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"second_moment_diagonal", self._rows})
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.SECOND_MOMENT, self._rows})
 
-    def metric(self, stats: InputStats) -> Metric:
+    def metric(self, stats: Stats) -> Metric:
         return Metric(output=stats.gradient(self._rows))
 
     @property
-    def _rows(self) -> str:
-        return "fisher_rows" if self.gradient == "per_sequence" else "fisher_rows_per_token"
+    def _rows(self) -> Need:
+        return Need.FISHER_ROWS if self.gradient == "per_sequence" else Need.FISHER_ROWS_PER_TOKEN

@@ -1,9 +1,9 @@
 """LASER: plain rank reduction of MLP matrices in the last blocks. Sharma et al. 2023 (arXiv 2312.13558)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
-from paredown.compress.methods import register
+from paredown.compress.methods.base import register
 from paredown.compress.methods.lowrank.base import Share
 from paredown.compress.methods.lowrank.svd import SVD
 
@@ -11,12 +11,12 @@ from paredown.compress.methods.lowrank.svd import SVD
 @register("laser")
 @dataclass(frozen=True)
 class LASER(SVD):
-    rho: Share = 0.1  # rank as a share of the largest possible one, unless it is asked for otherwise
-    last: Share = 0.25  # share of the blocks, counted from the end
+    rho: Share = 0.1  # the rank as a share of the full one, unless another option says how much is kept
+    last: Share = 0.25  # the share of blocks, counted from the end, that is edited
 
-    kept_unasked: ClassVar[float | None] = None
+    default_kept = None
 
-    def chosen_blocks(self, angles: list[float]) -> list[int]:
+    def chosen_blocks(self, angles: Sequence[float]) -> list[int]:
         count = len(angles)
         return list(range(count - max(1, round(self.last * count)), count))
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from paredown.compress.methods import register
+from paredown.compress.methods.base import register
 from paredown.compress.methods.lowrank.awsvd import AWSVD
 
 
 @register("lorap")
 @dataclass(frozen=True)
 class LoRAP(AWSVD):
-    allocation: ClassVar[str] = "per_type"
+    strategy = "per_type"
     type_weights: ClassVar[Mapping[str, float]] = {"v_proj": 3.0, "o_proj": 3.0, "q_proj": 1.0, "k_proj": 1.0}
-    remark: ClassVar[str] = "the MLP was factored: pruning its channels, as LoRAP does, is not available"
+    remark = "the MLP was factored: pruning its channels, as LoRAP does, is not available"

@@ -1,84 +1,81 @@
 """Ours: two-sided Fisher, affine, reduced-rank regression towards the dense output, ranks by one budget, PIFA storage.
 
-Each part can be switched off by its option: evaluation/BENCHMARKS.md shows what it is worth.
+Each part can be switched off by its option; evaluation/BENCHMARKS.md shows what each is worth.
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from paredown.compress.methods import Damping, register
+from paredown.compress.methods.base import Damping, register
 from paredown.compress.methods.lowrank.base import Factorized, affine_shift, dense64
-from paredown.compress.numerics.edits import LowRank
-from paredown.compress.numerics.factorize import (
-    OUTPUT_DAMPING,
-    Metric,
-    Target,
-    largest_rank,
-    measured,
-    regressed,
-    spectrum,
-)
-from paredown.compress.numerics.moments import InputStats
+from paredown.compress.numerics.edits import Factored
+from paredown.compress.numerics.factorize import largest_rank, spectrum
+from paredown.compress.numerics.least_squares import regressed
+from paredown.compress.numerics.metric import OUTPUT_DAMPING, Metric, Target, measured
+from paredown.compress.numerics.moments import Labels, Need, Residual, Stats
 
 
 @register("paredown_lowrank")
 @dataclass(frozen=True)
 class ParedownLowRank(Factorized):
     storage: Literal["factors", "pifa"] = "pifa"
-    two_sided: bool = True  # weigh the output side by the gradient of the loss
-    affine: bool = True  # keep the mean output by a bias
-    regression: bool = True  # aim at the dense model's output, from the compressed model's input
-    residual: bool = True  # let layers that write to the residual stream make up for what it has lost; with regression
-    damping: Damping = 0.3  # what a change of the weight itself costs, as a share of the input's mean moment
-    output_damping: Damping = 0.5  # of the gradient's moment, likewise: one average of a curvature that varies by token
-    labels: Literal["data", "sampled"] = "data"  # empirical Fisher, or the true one by the model's own draws
+    two_sided: bool = True  # weigh the output side by the moment of the loss's gradient
+    affine: bool = True  # keep the mean output with a bias
+    regression: bool = True  # approximate the dense model's output from the compressed model's input
+    residual: bool = True  # layers that write to the residual stream make up for its error; needs regression
+    damping: Damping = 0.3  # the cost of changing the weight itself, relative to the input's mean moment
+    output_damping: Damping = 0.5  # likewise for the gradient's moment, an average of a curvature that varies by token
+    labels: Labels = "data"  # empirical Fisher, or the true one with tokens drawn from the model
 
-    allocation: ClassVar[str] = "global"
+    strategy = "global"
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Need]:
         asked = {
-            "gram": True,
-            "mean": self.affine,
-            "cross": self.regression,
-            "residual": self.regression and self.residual,
-            "output_gradient": self.two_sided,
+            Need.GRAM: True,
+            Need.MEAN: self.affine,
+            Need.CROSS: self.regression,
+            Need.RESIDUAL: self.regression and self.residual,
+            Need.OUTPUT_GRADIENT: self.two_sided,
         }
-        return frozenset(name for name, wanted in asked.items() if wanted)
+        return frozenset(need for need, wanted in asked.items() if wanted)
 
-    def metric(self, stats: InputStats, gram: Tensor | None = None) -> Metric:
-        """`gram`, here and below: that of `stats`, where it is at hand; each one made is a large copy."""
-        gram = stats.gram if gram is None else gram
-        mean = stats.mean if self.affine else None
+    def without_bias(self) -> "ParedownLowRank":
+        return replace(self, affine=False)
+
+    def metric(self, stats: Stats, gram: Tensor | None = None) -> Metric:
+        """gram (in, in), here and below: that of `stats`, if the caller has it already, to save a large copy."""
+        gram = stats.inputs.gram if gram is None else gram
+        mean = stats.inputs.mean if self.affine else None
         metric = Metric(
             gram, mean=mean, input_damping=self.damping if self.regression else 0.0, output_damping=self.output_damping
         )
         if not self.two_sided:
             return metric
-        output, diagonal = stats.gradient("output_gradient"), stats.gradient("output_gradient_diagonal")
+        output, diagonal = stats.gradient(Need.OUTPUT_GRADIENT), stats.gradient(Need.OUTPUT_GRADIENT_DIAGONAL)
         return replace(metric, output=output, output_diagonal=diagonal)
 
-    def losses(self, weight: Tensor, stats: InputStats) -> Tensor:
-        """Without a bias, which few layers get; hardly damped, as the budget weighs the second order of the model's loss."""
+    def losses(self, weight: Tensor, stats: Stats) -> Tensor:
+        """Without a bias, which few layers get; hardly damped: the budget compares second-order losses of the model."""
         plain = replace(self, affine=False, damping=0.0, output_damping=OUTPUT_DAMPING)
         return spectrum(plain.target(weight, stats), plain.metric(stats))
 
-    def target(self, weight: Tensor, stats: InputStats, gram: Tensor | None = None) -> Target:
-        """Towards the dense output: the correction of the input for a tall weight, for a wide one what it adds up to."""
-        makes_up = self._makes_up(stats)
-        if not self.regression or not (makes_up or "cross" in stats.needs):
-            return Target(weight.double())  # a survey of the dense model has one stream
-        gram, mean = stats.gram if gram is None else gram, stats.mean if self.affine else None
-        if makes_up:
-            wanted = stats.gradient("missing")  # (out, in)
+    def target(self, weight: Tensor, stats: Stats, gram: Tensor | None = None) -> Target:
+        """Towards the dense output: a correction of the input for a tall weight, a change of the weight for a wide one."""
+        inputs, residual = stats.inputs, self._residual(stats)
+        if not self.regression or not (residual or Need.CROSS in inputs.needs):
+            return Target(weight.double())  # a survey of the dense model follows one stream only
+        gram, mean = inputs.gram if gram is None else gram, inputs.mean if self.affine else None
+        if residual:
+            wanted = residual.missing  # (out, in)
             if mean is not None:
-                wanted = wanted.addr(stats.gradient("missing_mean"), mean, alpha=-1.0)
+                wanted = wanted.addr(residual.missing_mean, mean, alpha=-1.0)
         else:
-            change = stats.cross.sub_(gram)  # (in, in)
+            change = inputs.cross.sub_(gram)  # (in, in)
             if mean is not None:
-                change.addr_(stats.dense_mean - mean, mean, alpha=-1.0)
+                change.addr_(inputs.dense_mean - mean, mean, alpha=-1.0)
             if weight.shape[0] > weight.shape[1]:
                 return Target(weight.double(), correction=regressed(change, gram, self.damping, mean))
             wanted = weight.double() @ change
@@ -86,44 +83,45 @@ class ParedownLowRank(Factorized):
         added = regressed(wanted, gram, self.damping, mean)
         return Target(weight.double(), added=added)
 
-    def shift(self, weight: Tensor, made: Tensor, stats: InputStats) -> Tensor | None:
+    def shift(self, weight: Tensor, low: Tensor, stats: Stats) -> Tensor | None:
         if not self.affine:
             return None
-        if self._makes_up(stats):
-            return (weight.double() - made) @ stats.mean + stats.gradient("missing_mean")
-        return affine_shift(weight, made, stats)
+        if residual := self._residual(stats):
+            return (weight.double() - low) @ stats.inputs.mean + residual.missing_mean
+        return affine_shift(weight, low, stats.inputs)
 
-    def compress(self, weight: Tensor, stats: InputStats) -> LowRank | None:
-        """With a bias only where that loses less than a few more components for the same numbers."""
+    def compress(self, weight: Tensor, stats: Stats) -> Factored | None:
+        """With a bias only if less is lost so than with a few more components for the same numbers."""
         shape = (weight.shape[0], weight.shape[1])
         if not self.affine or self.planned_rank(shape) == 0:
             return super().compress(weight, stats)
-        plain, gram = replace(self, affine=False), stats.gram
+        plain, gram = replace(self, affine=False), stats.inputs.gram
         target, metric = plain.target(weight, stats, gram), plain.metric(stats, gram)
         without = plain.approximate(target, metric, weight.dtype)
         if without is None:
             return None
-        made = dense64(without, weight.dtype)  # (out, in)
-        seen, missed = target.seen(made, metric), self.shift(weight, made, stats)
-        without = replace(without, loss=target.lost(seen, metric) / max(target.dropped(metric), 1e-300))
+        low = dense64(without, weight.dtype)  # (out, in)
+        projected, shift = target.projected(low, metric), self.shift(weight, low, stats)
+        without = replace(without, loss=target.error_of(projected, metric) / max(target.error_of_zero(metric), 1e-300))
         rank = largest_rank(self.kind, shape, plain.numbers(shape, without.rank), bias=True)
         if not rank:
             return without
-        del made, target
+        del low, target
         target, metric = self.target(weight, stats, gram), self.metric(stats, gram)
-        shifted = self.with_rank(rank).approximate(target, metric, weight.dtype)
-        if shifted is None or missed is None:
+        shifted = self.at(rank).approximate(target, metric, weight.dtype)
+        if shifted is None or shift is None:
             return without
         # the two forms differ in what varies and, without a bias, in the mean output
-        means = target.seen(missed[:, None], metric)
-        lost = target.lost(seen, metric) + measured(means, replace(metric, input=None, mean=None))
-        del seen
-        made = dense64(shifted, weight.dtype)
-        varying = target.lost(target.seen(made, metric), metric)
-        if lost <= varying:
+        means = target.projected(shift[:, None], metric)
+        error = target.error_of(projected, metric) + measured(means, replace(metric, input=None, mean=None))
+        del projected
+        low = dense64(shifted, weight.dtype)
+        varying = target.error_of(target.projected(low, metric), metric)
+        if error <= varying:
             return without
-        loss = varying / max(target.dropped(metric), 1e-300)
-        return replace(shifted, shift=self.shift(weight, made, stats), loss=loss)
+        loss = varying / max(target.error_of_zero(metric), 1e-300)
+        return replace(shifted, shift=self.shift(weight, low, stats), loss=loss)
 
-    def _makes_up(self, stats: InputStats) -> bool:
-        return self.regression and self.residual and stats.has("missing")
+    def _residual(self, stats: Stats) -> Residual | None:
+        """The error of the residual stream, if the layer writes to it and the options ask for it."""
+        return stats.residual if self.regression and self.residual else None

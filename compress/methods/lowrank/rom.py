@@ -1,17 +1,16 @@
-"""LLM-ROM: principal components of the layer's output, here of its covariance, the mean kept by a bias.
+"""LLM-ROM: principal components of the layer's output, here of its covariance, with a bias that keeps the mean.
 
-Chavan et al. 2023 (arXiv 2312.07046), which takes the second moment; with the bias the error is never larger.
+Chavan et al. 2023 (arXiv 2312.07046) take the second moment; with the bias the error is never larger.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from paredown.compress.methods import register
+from paredown.compress.methods.base import register
 from paredown.compress.methods.lowrank.base import Factorized, affine_shift, centred
-from paredown.compress.numerics.factorize import Metric
-from paredown.compress.numerics.moments import InputStats
+from paredown.compress.numerics.metric import Metric
+from paredown.compress.numerics.moments import Need, Stats
 
 
 @register("rom")
@@ -19,14 +18,17 @@ from paredown.compress.numerics.moments import InputStats
 class ROM(Factorized):
     affine: bool = True
 
-    needs: ClassVar[frozenset[str]] = frozenset({"gram", "mean"})
+    needs = frozenset({Need.GRAM, Need.MEAN})
 
     @property
     def adds_bias(self) -> bool:
         return self.affine
 
-    def metric(self, stats: InputStats) -> Metric:
-        return Metric(input=centred(stats) if self.affine else stats.gram)
+    def without_bias(self) -> "ROM | None":
+        return None if self.affine else self
 
-    def shift(self, weight: Tensor, made: Tensor, stats: InputStats) -> Tensor | None:
-        return affine_shift(weight, made, stats) if self.affine else None
+    def metric(self, stats: Stats) -> Metric:
+        return Metric(input=centred(stats.inputs) if self.affine else stats.inputs.gram)
+
+    def shift(self, weight: Tensor, low: Tensor, stats: Stats) -> Tensor | None:
+        return affine_shift(weight, low, stats.inputs) if self.affine else None

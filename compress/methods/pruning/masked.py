@@ -1,55 +1,53 @@
-"""Any mask with any update of the surviving weights: two separate choices, of which the papers' methods are named pairs.
+"""Any mask with any update of the weights that stay; the methods of the papers are named pairs of them.
 
-`{mask: wanda, update: sparsegpt}` lets Wanda choose and SparseGPT's sweep repair (arXiv 2306.11695, section 5).
+`{mask: wanda, update: sparsegpt}` prunes by Wanda and updates by SparseGPT's sweep (arXiv 2306.11695, section 5).
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
 
-from torch import Tensor
-
-from paredown.compress.methods import Damping, register
-from paredown.compress.numerics.edits import Masked
-from paredown.compress.numerics.masks import Sparsity, keep_mask
-from paredown.compress.numerics.moments import InputStats
-from paredown.compress.numerics.sweep import (
-    adaptive_mask,
-    block_columns,
-    fixed_mask,
-    magnitude_score,
-    masked,
-    narrowed,
-    sparsegpt_sweep,
-    wanda_score,
-)
+from paredown.compress.errors import PareError
+from paredown.compress.methods.base import register
+from paredown.compress.methods.pruning.base import MASKS, UPDATES, Mask, Pruner, Update
+from paredown.compress.registry import OwnOptions, Registry, option_fields, parse_options, unknown_options
 
 
 @register("masked")
 @dataclass(frozen=True)
-class MaskAndUpdate:
-    sparsity: Sparsity = 0.5  # fraction removed, or "2:4" to keep 2 of every 4
-    mask: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
-    update: Literal["none", "sparsegpt"] = "sparsegpt"
-    damping: Damping = 0.01  # of the mean diagonal of H, added to the diagonal
+class MaskAndUpdate(Pruner, OwnOptions):
+    """Its options are `sparsity`, `mask`, `update`, and those of both parts, such as `damping` of SparseGPT's."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+    mask: str = "wanda"
+    update: str = "sparsegpt"
+    further: Mapping[str, Any] = field(default_factory=dict)  # options of the mask and the update
 
-    def compress(self, weight: Tensor, stats: InputStats) -> Masked:
-        if self.sparsity == 0:
-            return Masked(weight, weight == weight, 0.0)
-        if self.mask == "sparsegpt":
-            choose = adaptive_mask(self.sparsity, *weight.shape)
-        else:
-            keep = self._scored(weight, stats)
-            if self.update == "none":
-                return Masked(masked(weight, keep), keep, self.sparsity)
-            choose = fixed_mask(keep)
-        inverse = stats.inverse_cholesky(self.damping)
-        updated, keep = sparsegpt_sweep(weight, inverse, choose, block_columns(self.sparsity))
-        new = narrowed(updated, weight.dtype) if self.update == "sparsegpt" else weight
-        return Masked(masked(new, keep), keep, self.sparsity, inverse.damping, inverse.told(self.damping))
+    @classmethod
+    def from_options(cls, name: str, options: Mapping[str, Any]) -> Self:
+        """Raises PareError listing every fault at once."""
+        own = {key: option for key, option in option_fields(cls).items() if key != "further"}
+        faults: list[str] = []
+        values = parse_options(name, options, own, faults)
+        known, parts_exist = dict(own), True
+        for registry, part in ((MASKS, values.get("mask", cls.mask)), (UPDATES, values.get("update", cls.update))):
+            try:
+                of_part = option_fields(registry.get(part))
+            except PareError as fault:
+                faults.append(f"{name}.{registry.what}: {fault}")
+                parts_exist = False
+                continue
+            parse_options(name, options, of_part, faults)
+            known |= of_part
+        if parts_exist:  # else an option may be one of the part whose name is misspelt
+            faults = unknown_options(name, options, known) + faults
+        if faults:
+            raise PareError("\n".join(dict.fromkeys(faults)))
+        return cls(**values, further={key: value for key, value in options.items() if key not in own})
 
-    def _scored(self, weight: Tensor, stats: InputStats) -> Tensor:  # (out, in) bool
-        if self.mask == "wanda":
-            return keep_mask(wanda_score(weight, stats), self.sparsity, within="row")
-        return keep_mask(magnitude_score(weight, stats), self.sparsity, within="layer")
+    def pair(self) -> tuple[Mask, Update]:
+        mask = MASKS.build(self.mask, self._of(MASKS, self.mask))
+        return mask, UPDATES.build(self.update, self._of(UPDATES, self.update))
+
+    def _of(self, registry: Registry[Any], name: str) -> dict[str, Any]:
+        """The further options that this mask or update has."""
+        return {key: self.further[key] for key in option_fields(registry.get(name)) if key in self.further}

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from functools import cached_property
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ import transformers as t
 from safetensors.torch import load_file, save_file
 
 from paredown.commands.app import main
-from paredown.compress.checkpoint.bitmask_import import BITMASK, SPARSE24
+from paredown.compress.checkpoint.bitmask_import import BITMASK, SPARSE24, BitmaskFiles
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.tensor_files import TensorFiles
 from paredown.compress.errors import PareError
-from paredown.compress.run.export import export
+from paredown.compress.run.export import export_source
 from paredown.compress.run.verify import verify
 
 C = {
@@ -126,7 +127,7 @@ def strand(tmp_path, save_model):
 
 
 def convert(folder, out, format=None):
-    return export(ModelSource(folder, folder.name, stranded=True), out, format, lambda done, total: None)
+    return export_source(ModelSource(folder, folder.name, stranded=True), out, format, lambda done, total: None)
 
 
 def same_bits(a, b):
@@ -226,16 +227,23 @@ def test_settings_that_only_tell_of_zeros_are_dropped(key, strand, tmp_path, log
     assert_old_settings_are_gone(tmp_path / "dense")
 
 
-def test_one_weight_is_read_at_a_time(strand, tmp_path, monkeypatch):
+def test_one_weight_is_read_at_a_time(strand, tmp_path):
     _, old = strand(SPARSE24)
-    read, calls = TensorFiles.read, []
+    calls = []
 
-    def watched(self, names):
-        calls.append(list(names))
-        return read(self, calls[-1])
+    class WatchedFiles(TensorFiles):
+        def read(self, names):
+            calls.append(list(names))
+            return super().read(calls[-1])
 
-    monkeypatch.setattr(TensorFiles, "read", watched)
-    convert(old, tmp_path / "packed")
+    class WatchedBitmaskFiles(BitmaskFiles):
+        @cached_property
+        def stored(self):
+            return WatchedFiles(self.folder)
+
+    source = ModelSource(old, "old", stranded=True)
+    source.files = WatchedBitmaskFiles(old, SPARSE24)
+    export_source(source, tmp_path / "packed", None, lambda done, total: None)
     values = [[name for name in names if name.endswith(".compressed")] for names in calls]
     assert max(map(len, values)) == 1 and sum(map(len, values)) >= 12
 

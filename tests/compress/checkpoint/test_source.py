@@ -1,6 +1,8 @@
 """A model as a skeleton: weights come by the class's names, whatever the checkpoint calls and splits them."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +57,32 @@ def test_tied_weights_are_one_and_materialising_them_is_undone(tmp_path, save_mo
     layer = source.model.model.layers[0]
     assert not layer.mlp.up_proj.weight.is_meta and layer.mlp.down_proj.weight.is_meta
     source.release(prefix, names)
+    assert all(p.is_meta for p in source.model.parameters())
+
+
+@pytest.mark.parametrize("fault", [None, RuntimeError, KeyboardInterrupt])
+def test_a_loaded_block_is_released_whatever_happens(fault, tiny_model):
+    source = ModelSource(tiny_model, "x")
+    block = SimpleNamespace(prefix="model.layers.0.", names=["mlp.up_proj.weight", "input_layernorm.weight"])
+    layer = source.model.model.layers[0]
+    with pytest.raises(fault) if fault else nullcontext(), source.loaded(block):
+        stored = source.read(block.prefix + name for name in block.names)
+        assert all(torch.equal(layer.get_parameter(name), stored[block.prefix + name]) for name in block.names)
+        assert layer.mlp.down_proj.weight.is_meta
+        if fault:
+            raise fault
+    assert all(p.is_meta for p in source.model.parameters())
+
+
+def test_a_block_that_cannot_be_read_leaves_nothing_loaded(tiny_model):
+    path = tiny_model / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.weight"][0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    source = ModelSource(tiny_model, "x")
+    block = SimpleNamespace(prefix="model.layers.0.", names=["input_layernorm.weight", "mlp.up_proj.weight"])
+    with pytest.raises(PareError, match="up_proj"), source.loaded(block):
+        pass
     assert all(p.is_meta for p in source.model.parameters())
 
 

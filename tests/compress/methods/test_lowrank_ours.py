@@ -1,5 +1,6 @@
 """Our low-rank method against its formula over the tokens themselves, and each of its parts on and off."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from oracles import SHAPES, close, mean_square, rank_beside_a_bias, root, truncated
 
 from paredown.compress.methods import build
-from paredown.compress.numerics.factorize import OUTPUT_DAMPING
-from paredown.compress.numerics.moments import InputStats
+from paredown.compress.numerics.metric import OUTPUT_DAMPING
+from paredown.compress.numerics.moments import InputStats, Stats
 
 
 def slow_paredown(problem, rank, two_sided, affine, regression, damping=0.3, output_damping=0.5, residual=False):
@@ -89,7 +90,7 @@ def test_a_bias_is_taken_only_where_it_loses_less_than_more_components(shape, st
             lost = [data_loss(problem, e.dense(), e.shift, **seen) for e in (edit, plain)]
             assert lost[0] <= min(lost[1], data_loss(problem, made, shift, **seen)) * (1 + 1e-4)
             bias = 0 if edit.shift is None else len(edit.shift)
-            assert edit.kept + bias <= plain.kept and edit.rank == (less if bias else rank)
+            assert edit.numbers + bias <= plain.numbers and edit.rank == (less if bias else rank)
             taken.append((regression, bool(bias)))
     assert (True, True) in taken and (True, False) in taken
     # the mean is one more direction of the second moment: a component that holds it loses no more than a bias
@@ -112,7 +113,7 @@ def test_a_layer_that_writes_to_the_residual_stream_makes_up_for_what_it_lost(
     problem, seen = lowrank_problem("wide", apart=apart), {"two_sided": two_sided, "residual": True, "regression": True}
     options = {"rank": 4, "two_sided": two_sided, "affine": affine, "storage": "factors"}
     method = build("paredown_lowrank", options)
-    edit = method.compress(problem.weight, problem.stats(method).with_residual(problem.residual()))
+    edit = method.compress(problem.weight, replace(problem.stats(method), residual=problem.residual()))
     wanted, shift = slow_paredown(problem, 4, affine=False, **seen)
     if edit.shift is not None:
         wanted, shift = slow_paredown(problem, rank_beside_a_bias((12, 20), 4, "factors"), affine=True, **seen)
@@ -128,7 +129,7 @@ def test_a_layer_that_writes_to_the_residual_stream_makes_up_for_what_it_lost(
 def test_what_was_lost_stays_lost_where_the_option_says_so(off, lowrank_problem):
     problem, method = lowrank_problem(apart=True), build("paredown_lowrank", {"rank": 4, **off})
     stats = problem.stats(build("paredown_lowrank", {}))
-    told = stats.with_residual(problem.residual())
+    told = replace(stats, residual=problem.residual())
     assert torch.equal(method.target(problem.weight, told).value, method.target(problem.weight, stats).value)
     made = torch.zeros_like(problem.wide)
     assert torch.equal(method.shift(problem.weight, made, told), method.shift(problem.weight, made, stats))
@@ -142,7 +143,7 @@ def test_ours_without_its_parts_is_another_paper_bit_for_bit(shape, lowrank_prob
     for others, name in (({}, "svd_llm"), ({"affine": True}, "svd_llm"), ({"two_sided": True}, "fisher_svd")):
         mine = problem.compress("paredown_lowrank", rank=4, **{**off, **others})
         theirs = problem.compress(name, rank=4)
-        assert all(torch.equal(mine.tensors[key], theirs.tensors[key]) for key in ("left", "right"))
+        assert all(torch.equal(mine.parts[key], theirs.parts[key]) for key in ("left", "right"))
         assert mine.loss == theirs.loss and mine.shift is theirs.shift is None
 
 
@@ -196,9 +197,9 @@ def test_damping_counts_as_data_that_say_the_weight_is_right_as_it_is(shape, low
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_survey_of_the_dense_model_aims_at_the_weight_itself(shape, lowrank_problem):
     problem, method = lowrank_problem(shape), build("paredown_lowrank", {"rank": 4})
-    blind = InputStats(problem.weight.shape[1], frozenset({"gram", "mean"}))
-    blind.update(problem.x)
-    blind = blind.with_gradient(problem.gradient())
+    inputs = InputStats(problem.weight.shape[1], frozenset({"gram", "mean"}))
+    inputs.update(problem.x)
+    blind = Stats(inputs, problem.gradient())
     assert torch.equal(method.target(problem.weight, blind).value, problem.wide)
     off = build("paredown_lowrank", {"rank": 4, "regression": False})
     assert torch.equal(method.losses(problem.weight, blind), off.losses(problem.weight, blind))

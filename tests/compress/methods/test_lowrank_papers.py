@@ -7,11 +7,11 @@ import pytest
 import torch
 from oracles import SHAPES, close, mean_square, root, truncated
 
-from paredown.compress.allocation.budget import Curve, by_share
+from paredown.compress.allocation.base import Budget, Layer
+from paredown.compress.allocation.by_share import PerType
 from paredown.compress.errors import PareError
 from paredown.compress.methods import build
 from paredown.compress.methods.lowrank.cur import deim
-from paredown.compress.numerics.factorize import largest_rank
 from paredown.compress.storage import kinds
 
 
@@ -136,13 +136,9 @@ def test_laser_keeps_a_share_of_the_largest_rank_in_the_last_blocks(lowrank_prob
 
 def test_lorap_gives_values_and_outputs_three_times_the_numbers_of_queries_and_keys():
     method = build("lorap", {})
-    assert method.allocation == "per_type"
-    curves = [Curve(f"layers.0.{part}_proj", (240, 240)) for part in "qkvo"]
-
-    def largest(shape, numbers):
-        return largest_rank(method.kind, shape, numbers)
-
-    ranks = by_share(curves, 0.4, method.type_weights, largest, method.numbers)
+    assert method.strategy == "per_type"
+    layers = [Layer(f"layers.0.{part}_proj", 240 * 240, method.choices((240, 240))) for part in "qkvo"]
+    ranks = PerType(dict(method.type_weights)).allocate(Budget(layers, 0.4))
     by_hand = {part: 0.4 * 4 * weight / (3 + 3 + 1 + 1) for part, weight in zip("qkvo", (1, 1, 3, 3), strict=True)}
     for part, share in by_hand.items():
         assert ranks[f"layers.0.{part}_proj"] == int(share * 240 * 240 / 480)
@@ -186,13 +182,13 @@ def test_cur_keeps_rows_and_columns_of_the_weight_itself(shape, lowrank_problem)
     for i, j in product(*map(range, score.shape)):
         score[i, j] = abs(problem.weight[i, j]) * sqrt(float(problem.second[j, j]))
     u, _, vt = torch.linalg.svd(score, full_matrices=False)
-    assert torch.equal(edit.tensors["columns"], problem.weight[:, naive_deim(vt[:4].T)])
-    assert torch.equal(edit.tensors["rows"], problem.weight[naive_deim(u[:, :4])])
-    assert edit.kind == "cur" and edit.kept == 4 * sum(problem.weight.shape) + 16
+    assert torch.equal(edit.parts["columns"], problem.weight[:, naive_deim(vt[:4].T)])
+    assert torch.equal(edit.parts["rows"], problem.weight[naive_deim(u[:, :4])])
+    assert edit.kind == "cur" and edit.numbers == 4 * sum(problem.weight.shape) + 16
 
 
 def parts(edit):
-    return (edit.tensors[name].double() for name in ("columns", "link", "rows"))
+    return (edit.parts[name].double() for name in ("columns", "link", "rows"))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -215,7 +211,7 @@ def test_the_plain_link_is_the_fit_of_the_weight_and_costs_output(shape, seed, l
     columns, link, rows = parts(plain)
     wanted = torch.linalg.pinv(columns) @ problem.wide @ torch.linalg.pinv(rows)
     torch.testing.assert_close(link, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
-    assert all(torch.equal(weighted.tensors[part], plain.tensors[part]) for part in ("columns", "rows"))
+    assert all(torch.equal(weighted.parts[part], plain.parts[part]) for part in ("columns", "rows"))
     wrong = [problem.outputs - problem.x.double() @ e.dense().double().T for e in (weighted, plain)]
     assert mean_square(wrong[0]) < mean_square(wrong[1]) and weighted.loss < plain.loss
     weights = [float((problem.wide - e.dense().double()).square().sum()) for e in (weighted, plain)]
@@ -278,9 +274,9 @@ def test_sparse_and_low_rank_beat_each_alone_at_the_same_count_of_numbers(seed, 
     problem = planted(lowrank_problem, seed=seed)
     both = problem.compress("sparse_low_rank", sparsity=0.8, rank=2)
     size = problem.weight.numel()
-    sparse = problem.compress("sparsegpt", sparsity=1 - both.kept / size)
-    low = problem.compress("svd_llm", rank=-(-both.kept // sum(problem.weight.shape)))
-    assert abs(sparse.kept - both.kept) <= 1 <= low.kept - both.kept + 1
+    sparse = problem.compress("sparsegpt", sparsity=1 - both.numbers / size)
+    low = problem.compress("svd_llm", rank=-(-both.numbers // sum(problem.weight.shape)))
+    assert abs(sparse.numbers - both.numbers) <= 1 <= low.numbers - both.numbers + 1
     assert output_error(problem, both) < 0.8 * min(output_error(problem, sparse), output_error(problem, low))
 
 
@@ -317,12 +313,12 @@ def test_sparse_and_low_rank_store_exactly_what_was_asked_for(sparsity, kind, lo
     problem = lowrank_problem()
     edit = problem.compress("sparse_low_rank", sparsity=sparsity, rank=2)
     removed = round(0.37 * 240) if sparsity == 0.37 else 240 - 240 * int(sparsity[0]) // 4
-    assert edit.kind == kind and edit.rank == 2 and edit.kept == 240 - removed + 2 * 32
-    sparse = kinds.kind_of(kind.removesuffix("_lowrank")).unpack(edit.tensors, (12, 20))
+    assert edit.kind == kind and edit.rank == 2 and edit.numbers == 240 - removed + 2 * 32
+    sparse = kinds.kind_of(kind.removesuffix("_lowrank")).unpack(edit.tensors(), (12, 20))
     assert int((sparse == 0).sum()) == removed
-    torch.testing.assert_close(edit.dense(), sparse + edit.tensors["left"] @ edit.tensors["right"], rtol=0, atol=1e-5)
-    spec = build("sparse_low_rank", {"sparsity": sparsity, "rank": 2}).spec((12, 20), 4)
-    assert spec == edit.spec and edit.damping == 0.01
+    torch.testing.assert_close(edit.dense(), sparse + edit.parts["left"] @ edit.parts["right"], rtol=0, atol=1e-5)
+    spec = build("sparse_low_rank", {"sparsity": sparsity, "rank": 2}).expect((12, 20), 4)
+    assert spec == edit.spec() and edit.damping == 0.01
 
 
 def test_a_damping_that_sparse_plus_low_rank_had_to_raise_is_told(lowrank_problem):

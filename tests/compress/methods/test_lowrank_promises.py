@@ -1,14 +1,18 @@
 """What all low-rank methods promise of their options, and of what they are given and give back."""
 
+from dataclasses import replace
 from itertools import product
+from math import isnan
 
 import pytest
 import torch
 from oracles import SHAPES, numbers_by_hand, rank_beside_a_bias
 
 from paredown.compress.errors import PareError
-from paredown.compress.methods import build
+from paredown.compress.methods import METHODS, build
+from paredown.compress.methods.lowrank.base import Factorized
 from paredown.compress.numerics.factorize import spectrum
+from paredown.compress.numerics.moments import Stats
 from paredown.compress.storage import kinds
 
 # methods that store factors of what one metric calls the best, with a small option or two
@@ -34,8 +38,10 @@ def test_how_much_is_kept_is_said_in_one_way(name):
             assert getattr(build(name, {one: value}), one) == value
     # where nothing is asked for: of these two each layer's own rule
     assert build(name, {}).share == (None if name in ("cur", "laser") else 0.8)
-    assert build(name, {"kept": 0.9}).with_rank(2) == build(name, {"rank": 2})
-    assert build(name, {"target_parameters": 9}).with_share(0.3) == build(name, {"kept": 0.3})
+    assert build(name, {"kept": 0.9}).at(2) == build(name, {"rank": 2})
+    assert replace(build(name, {"target_parameters": 9}), kept=0.3, target_parameters=None) == build(
+        name, {"kept": 0.3}
+    )
 
 
 @pytest.mark.parametrize("bad", [{"kept": 0}, {"kept": 1.0}, {"kept": 1.5}, {"rank": 0}, {"energy": 0}, {"energy": 1}, {"target_parameters": 0}, {"storage": "dense"}])  # fmt: skip
@@ -54,8 +60,8 @@ def test_kept_is_the_most_that_the_share_allows_with_the_bias_counted(shape, nam
     size = shape[0] * shape[1]
     for kept in (0.25, 0.4, 0.55, 0.7, 0.85, 0.95):
         edit = problem.compress(name, kept=kept, storage=storage)
-        stored = sum(t.numel() for t in edit.tensors.values() if t.is_floating_point())
-        assert edit.kept == stored
+        stored = sum(t.numel() for t in edit.parts.values() if t.is_floating_point())
+        assert edit.numbers == stored
         if name == "paredown_lowrank" and edit.shift is not None:  # as many numbers as the plan, or a few less
             planned = build(name, {"kept": kept, "storage": storage}).planned_rank(shape)
             assert edit.rank == rank_beside_a_bias(shape, planned, storage)
@@ -92,7 +98,7 @@ def test_a_rank_that_pays_is_factored_and_any_larger_one_stays_dense(name, stora
         assert edit.rank == pays
     for rank in (pays + 1, 12, 13, 500):
         assert problem.compress(name, rank=rank, storage=storage) is None
-        assert method.with_rank(rank).spec(shape, 2) is None
+        assert method.at(rank).expect(shape, 2) is None
 
 
 def test_cur_stays_dense_where_three_factors_store_no_less(lowrank_problem):
@@ -122,10 +128,10 @@ def test_sparse_plus_low_rank_leaves_a_weight_dense_where_it_would_store_no_less
     for rank in (1, 2, 3, 4, 5, 6, 12, 500):
         stored = (numbers + min(rank, 12) * 32) * element + mask
         edit = problem.compress("sparse_low_rank", sparsity=sparsity, rank=rank, rounds=1)
-        spec = build("sparse_low_rank", {"sparsity": sparsity, "rank": rank}).spec((out, inner), element)
+        spec = build("sparse_low_rank", {"sparsity": sparsity, "rank": rank}).expect((out, inner), element)
         assert (edit is None) == (spec is None) == (stored >= 240 * element)
         if edit is not None:
-            assert sum(t.numel() * t.element_size() for t in edit.tensors.values()) == stored and edit.spec == spec
+            assert sum(t.numel() * t.element_size() for t in edit.parts.values()) == stored and edit.spec() == spec
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -170,14 +176,58 @@ def test_what_is_planned_is_what_is_stored(name, shape, lowrank_problem):
     problem = lowrank_problem(shape)
     for options in ({"kept": 0.6}, {"rank": 3}):
         method = build(name, options)
-        edit, spec = problem.compress(name, **options), method.spec(SHAPES[shape], 4)
-        assert spec == {**edit.spec, "bias": method.adds_bias}
+        edit, spec = problem.compress(name, **options), method.expect(SHAPES[shape], 4)
+        assert spec == replace(edit.spec(), bias=method.adds_bias)
         bias = 0 if edit.shift is None else len(edit.shift)
-        assert kinds.stored_numbers(spec) == edit.kept + bias == method.numbers(SHAPES[shape], edit.rank)
+        assert kinds.stored_numbers(spec) == edit.numbers + bias == method.numbers(SHAPES[shape], edit.rank)
         sizes = kinds.kind_of(edit.kind).sizes(spec)
-        assert {key: tuple(t.shape) for key, t in edit.tensors.items()} == sizes
+        assert {key: tuple(t.shape) for key, t in edit.parts.items()} == sizes
     for options in ({"energy": 0.5}, {"target_parameters": 100})[name == "cur" :]:
-        assert build(name, options).spec(SHAPES[shape], 4) is None
+        assert build(name, options).expect(SHAPES[shape], 4) is None
+
+
+def test_these_are_all_low_rank_methods_of_the_package():
+    classes = {name: cls for name, cls in METHODS.classes().items() if cls.__module__.startswith("paredown.compress")}
+    assert {name for name, cls in classes.items() if issubclass(cls, Factorized)} == set(RANKED)
+
+
+@pytest.mark.parametrize("name", RANKED)
+@pytest.mark.parametrize("storage", ["factors", "pifa"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_choice_is_what_the_method_at_it_expects_to_store(name, storage, shape, lowrank_problem):
+    if name == "cur" and storage == "pifa":
+        pytest.skip("cur has a storage of its own")
+    problem, method = lowrank_problem(shape), build(name, {"storage": storage})
+    stats = problem.stats(method)
+    nothing, *choices = method.choices(SHAPES[shape], problem.weight, stats)
+    assert nothing.numbers == 0 and nothing.option is None
+    losses = [choice.loss for choice in (nothing, *choices)]
+    assert losses == sorted(losses, reverse=True) and losses[-1] >= 0
+    for choice in choices:
+        spec = method.at(choice.option).expect(SHAPES[shape], 4)
+        assert spec.rank == choice.option and kinds.stored_numbers(spec) == choice.numbers < problem.weight.numel()
+        edit = method.at(choice.option).compress(problem.weight, stats)
+        bias = 0 if edit.shift is None else len(edit.shift)
+        # ours may take a bias, and then a few components less, for as many numbers or fewer
+        assert edit.numbers + bias <= choice.numbers and (edit.rank == choice.option or name == "paredown_lowrank")
+    offered = [choice.option for choice in choices]
+    assert offered == [k for k in range(1, 13) if method.at(k).expect(SHAPES[shape], 4)]
+    by_shape = method.choices(SHAPES[shape])
+    assert [(c.numbers, c.option) for c in by_shape] == [(c.numbers, c.option) for c in (nothing, *choices)]
+    assert all(isnan(choice.loss) for choice in by_shape)
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_of_a_large_weight_only_whole_steps_are_choices(name):
+    shape, method = (512, 1024), build(name, {})
+    ranks = [choice.option for choice in method.choices(shape)[1:]]
+    assert ranks == list(range(16, ranks[-1] + 1, 16)) and method.at(ranks[-1]).expect(shape, 2).rank == ranks[-1]
+    assert method.at(ranks[-1] + 16).expect(shape, 2) is None or ranks[-1] + 16 > 512
+
+
+def test_sparse_plus_low_rank_offers_nothing_to_allocate(lowrank_problem):
+    problem, method = lowrank_problem(), build("sparse_low_rank", {"rank": 2})
+    assert method.choices((12, 20), problem.weight, problem.stats(method)) == [] and method.strategy is None
 
 
 def own_metric(problem, name, centred):
@@ -212,7 +262,7 @@ def test_the_loss_told_is_the_weighted_one_as_a_share_of_dropping_the_weight(nam
         "ab,bc,cd,ad->", g, problem.wide, a, problem.wide
     )
     assert edit.loss == pytest.approx(float(share), rel=1e-5)
-    assert edit.told["measured_loss"] == edit.loss and edit.told["rank"] == edit.rank
+    assert edit.facts["measured_loss"] == edit.loss and edit.facts["rank"] == edit.rank
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -227,7 +277,7 @@ def test_the_relative_error_is_the_mean_square_over_the_data_bias_included(name,
         made = edit.dense().double() @ token + (0 if edit.shift is None else edit.shift)
         wrong += float((problem.wide @ token - made).square().sum())
         total += float((problem.wide @ token).square().sum())
-    assert edit.relative_error(problem.weight, stats) == pytest.approx(wrong / total, rel=1e-4)
+    assert edit.relative_error(problem.weight, stats.inputs) == pytest.approx(wrong / total, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -239,7 +289,7 @@ def test_every_dtype_is_kept_and_loses_little_more(name, storage, dtype, lowrank
     options = {"rank": 3, **ALL[name], **storage}
     problem = lowrank_problem(dtype=dtype)
     edit = problem.compress(name, **options)
-    floats = [t for t in edit.tensors.values() if t.is_floating_point()]
+    floats = [t for t in edit.parts.values() if t.is_floating_point()]
     assert {t.dtype for t in floats} == {edit.dense().dtype} == {dtype}
     assert all(torch.isfinite(t).all() for t in floats)
     assert edit.shift is None or edit.shift.dtype == torch.float64
@@ -250,21 +300,27 @@ def test_every_dtype_is_kept_and_loses_little_more(name, storage, dtype, lowrank
     assert edit.loss == pytest.approx(wide.compress(name, **options).loss, rel=within)
 
 
+def contents(stats):
+    """All that is known of a layer, copied."""
+    moments = [getattr(stats.inputs, need) for need in sorted(stats.inputs.needs)]
+    return [moment.clone() for moment in (*moments, *stats.gradients.values())]
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_compress_changes_neither_the_weight_nor_the_statistics(name, lowrank_problem):
     problem, method = lowrank_problem(), build(name, {"rank": 3, **ALL[name]})
     stats, weight = problem.stats(method), problem.weight.clone()
-    sums = {key: total.clone() for key, total in stats._sums.items()}
+    before = contents(stats)
     one, two = method.compress(problem.weight, stats), method.compress(problem.weight, stats)
-    assert torch.equal(problem.weight, weight) and all(torch.equal(stats._sums[key], sums[key]) for key in sums)
-    assert all(torch.equal(one.tensors[key], two.tensors[key]) for key in one.tensors) and one.loss == two.loss
+    assert torch.equal(problem.weight, weight) and all(map(torch.equal, contents(stats), before))
+    assert all(torch.equal(one.parts[key], two.parts[key]) for key in one.parts) and one.loss == two.loss
 
 
 @pytest.mark.parametrize("name", ["fwsvd", "fisher_svd", "paredown_lowrank"])
 def test_a_gradient_that_was_not_collected_is_asked_for_by_name(name, lowrank_problem):
     problem, method = lowrank_problem(), build(name, {"rank": 3})
     with pytest.raises(RuntimeError, match="not collected"):
-        method.compress(problem.weight, problem.inputs(method))
+        method.compress(problem.weight, Stats(problem.inputs(method)))
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "paredown_lowrank"])
@@ -287,7 +343,7 @@ def test_a_weight_of_zeros_stays_zero(lowrank_problem):
         assert (
             not edit.dense().any()
             and edit.loss == 0
-            and edit.relative_error(problem.weight, problem.stats(build(name, {}))) == 0
+            and edit.relative_error(problem.weight, problem.inputs(build(name, {}))) == 0
         )
 
 

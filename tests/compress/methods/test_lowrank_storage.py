@@ -6,16 +6,11 @@ from factoring import COMBINATIONS, SHAPES, data, made, moment, pifa_matrix, slo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paredown.compress.numerics.factorize import (
-    Factors,
-    Metric,
-    Target,
-    balanced,
-    cost,
-    factorize,
-    largest_rank,
-    pivoted,
-)
+from paredown.compress.numerics.factorize import Factors, balanced, cost, factorize, largest_rank
+from paredown.compress.numerics.metric import Metric, Target
+from paredown.compress.numerics.pifa import pivoted
+from paredown.compress.storage.kinds import stored_numbers
+from paredown.compress.storage.spec import Spec
 from paredown.kernels.lowrank import pifa_dense
 
 
@@ -190,8 +185,10 @@ def stored_slowly(kind, out, inner, rank, bias, kept):
 )
 def test_a_rank_costs_the_numbers_of_its_tensors(kind, out, inner, bias, drawn):
     rank, kept = drawn.draw(st.integers(1, min(out, inner))), drawn.draw(st.integers(0, out * inner))
-    mask = kept if kind == "bitmap_lowrank" else 0
-    assert cost(kind, (out, inner), rank, bias, mask) == stored_slowly(kind, out, inner, rank, bias, mask)
+    wanted = stored_slowly(kind, out, inner, rank, bias, kept)
+    values = kept if kind == "bitmap_lowrank" else None
+    assert stored_numbers(Spec(kind, (out, inner), rank=rank, values=values, bias=bias)) == wanted
+    assert values is not None or cost(kind, (out, inner), rank, bias) == wanted
 
 
 @settings(max_examples=150, deadline=None)

@@ -6,7 +6,8 @@ import transformers as t
 
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
-from paredown.compress.model.blocks import blocks, matches, select
+from paredown.compress.model.blocks import blocks
+from paredown.compress.model.targets import matches, select
 
 C = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -6,7 +6,6 @@ import transformers as t
 
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
-from paredown.compress.model import stream as streams
 from paredown.compress.model.blocks import blocks
 from paredown.compress.model.stream import next_token_nll, start
 from paredown.compress.run.pipeline import score
@@ -23,21 +22,31 @@ def source(tmp_path, save_model):
     return ModelSource(tmp_path / "m", "m")
 
 
+def losses(source, stream):
+    """Loss per token of the whole model (windows, length - 1)."""
+    for block in blocks(source):
+        with source.loaded(block):
+            stream.advance(block)
+    return stream.nll(source)
+
+
 @pytest.mark.parametrize(
     "batch_tokens", [24, 100, 2048]
 )  # windows one by one, by fours with two left over, all at once
-def test_the_size_of_a_batch_changes_nothing(batch_tokens, source, windows, monkeypatch):
-    whole = score(source, [windows], lambda done, total: None)[0]
-    monkeypatch.setitem(streams.BATCH_TOKENS, "cpu", batch_tokens)
-    torch.testing.assert_close(score(source, [windows], lambda done, total: None)[0], whole)
+def test_the_size_of_a_batch_changes_nothing(batch_tokens, source, windows):
+    whole = losses(source, start(source, windows.ids))
+    stream = start(source, windows.ids, batch_tokens)
+    assert len(stream.hidden) == {24: 6, 100: 2, 2048: 1}[batch_tokens]
+    torch.testing.assert_close(losses(source, stream), whole)
 
 
-def test_the_head_may_be_run_on_few_positions_at_a_time(tmp_path, save_model, windows, monkeypatch):
+def test_the_head_may_be_run_on_few_positions_at_a_time(tmp_path, save_model, windows):
     model = save_model(tmp_path / "m", t.LlamaConfig(**C), torch.float32)
     with torch.no_grad():
         whole = next_token_nll(model, windows.ids)
-        monkeypatch.setattr(streams, "HEAD_TOKENS", 12)
-        torch.testing.assert_close(next_token_nll(model, windows.ids), whole)
+        torch.testing.assert_close(next_token_nll(model, windows.ids, head_tokens=12), whole)
+    source = ModelSource(tmp_path / "m", "m")
+    torch.testing.assert_close(losses(source, start(source, windows.ids, head_tokens=12)), whole)
     assert whole.shape == (6, 23)
 
 
@@ -61,7 +70,8 @@ def test_hidden_states_between_blocks_are_the_models_own(tmp_path, save_model, w
     assert torch.equal(torch.cat(stream.hidden), wanted[0])
     block = blocks(source)[0]
     source.materialise(block.prefix, block.names)
-    stream.observe(block)
+    with torch.no_grad():
+        assert torch.equal(torch.cat(list(stream.outputs(block))), wanted[1])
     assert torch.equal(torch.cat(stream.hidden), wanted[0])
     stream.advance(block)
     assert torch.equal(torch.cat(stream.hidden), wanted[1]) and torch.equal(torch.cat(copy.hidden), wanted[0])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paredown.compress.numerics.edits import Masked, storage_kind
+from paredown.compress.numerics.edits import Masked, mask_spec
 from paredown.compress.numerics.masks import NofM, keep_mask
 from paredown.compress.numerics.moments import InputStats
 
@@ -67,7 +67,7 @@ def test_a_half_precision_weight_is_measured_in_float32(dtype):
 
 def test_kept_counts_the_mask_and_not_the_zeros_of_the_weight():
     edit = Masked(torch.zeros(2, 4), torch.tensor([[True, True, False, False]] * 2), NofM(2, 4))
-    assert edit.kept == 4 and edit.dense() is edit.weight
+    assert edit.numbers == 4 and edit.dense() is edit.weight
 
 
 @settings(max_examples=80, deadline=None)
@@ -77,11 +77,11 @@ def test_bitmap_is_chosen_exactly_where_it_has_fewer_bytes(rows, columns, share,
     kept = round(share * math.prod(shape))
     dense = math.prod(shape) * element
     packed = kept * element + math.prod(shape) // columns * -(-columns // 8)
-    assert storage_kind(shape, kept, 0.5, element) == ("bitmap" if packed < dense else "dense")
+    assert mask_spec(shape, kept, 0.5, element).kind == ("bitmap" if packed < dense else "dense")
 
 
 def test_only_two_of_four_has_a_format_of_its_own():
-    assert storage_kind((8, 16), 64, NofM(2, 4), 2) == "sparse24"
-    assert storage_kind((8, 16), 32, NofM(1, 4), 2) == "bitmap"
-    assert storage_kind((8, 16), 64, NofM(4, 8), 2) == "bitmap"
-    assert storage_kind((8, 16), 128, NofM(4, 4), 2) == "dense"
+    assert mask_spec((8, 16), 64, NofM(2, 4), 2).kind == "sparse24"
+    assert mask_spec((8, 16), 32, NofM(1, 4), 2).kind == "bitmap"
+    assert mask_spec((8, 16), 64, NofM(4, 8), 2).kind == "bitmap"
+    assert mask_spec((8, 16), 128, NofM(4, 4), 2).kind == "dense"

@@ -7,7 +7,9 @@ import torch
 from factoring import COMBINATIONS, SHAPES, SIDES, data, made, moment, slow_loss, symmetric_root, weighed_by
 
 from paredown.compress.errors import PareError
-from paredown.compress.numerics.factorize import Metric, Target, _eigh_by_float32, balanced, error, factorize, spectrum
+from paredown.compress.numerics.factorize import balanced, factorize, spectrum
+from paredown.compress.numerics.metric import Metric, Target, error
+from paredown.compress.numerics.spectral import eigh_by_float32
 
 
 def cholesky_root(matrix):
@@ -47,7 +49,7 @@ def test_the_optimum_is_the_svd_in_the_middle_by_any_root(shape, input_side, out
 def test_vectors_by_float32_lose_next_to_nothing(decades, size):
     basis = torch.linalg.qr(torch.randn(96, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
     matrix = size * (basis * torch.logspace(0, -decades, 96, dtype=torch.float64)) @ basis.T
-    values, vectors = _eigh_by_float32(matrix)
+    values, vectors = eigh_by_float32(matrix)
     exact = torch.linalg.eigvalsh(matrix).flip(0)
     whole = float(exact.sum())
     assert torch.equal(values, values.sort(descending=True)[0])
@@ -197,10 +199,10 @@ def test_a_target_measures_what_is_seen_as_the_error_itself_is(shape, input_side
     )
     for target in (Target(weight), Target(weight, correction=change)):
         wanted = error(target.value - stands, metric, weight)
-        assert target.lost(target.seen(stands, metric), metric) == pytest.approx(wanted, rel=1e-6)
-        assert target.dropped(metric) == pytest.approx(error(weight, metric, weight), rel=1e-6)
+        assert target.error_of(target.projected(stands, metric), metric) == pytest.approx(wanted, rel=1e-6)
+        assert target.error_of_zero(metric) == pytest.approx(error(weight, metric, weight), rel=1e-6)
     from_mean = replace(metric, mean=x.mean(0) if input_side == "full" else None)
-    assert target.dropped(from_mean) == pytest.approx(error(weight, from_mean, weight), rel=1e-6)
+    assert target.error_of_zero(from_mean) == pytest.approx(error(weight, from_mean, weight), rel=1e-6)
 
 
 def flat(size, seed=0):

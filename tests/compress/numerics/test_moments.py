@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from paredown.compress.errors import PareError
-from paredown.compress.numerics.moments import NEEDS, InputStats, _invert_lower_
+from paredown.compress.numerics.cholesky import inverse_cholesky, invert_lower_
+from paredown.compress.numerics.moments import INPUT_NEEDS, InputStats, Need, Stats
 
 
-def gathered(x, *cuts, needs=NEEDS):
+def gathered(x, *cuts, needs=INPUT_NEEDS):
     stats = InputStats(x.shape[-1], frozenset(needs))
     for part in x.tensor_split(list(cuts)):
         stats.update(part)
@@ -29,9 +30,11 @@ def test_moments_are_those_of_float64_however_batches_are_cut(dtype):
 
 def test_what_was_not_asked_for_is_not_there():
     stats = gathered(torch.randn(4, 3), needs={"mean"})
-    with pytest.raises(RuntimeError, match="needs"):
+    with pytest.raises(RuntimeError, match=r"'gram' was not collected: .*`needs`"):
         _ = stats.gram
-    with pytest.raises(ValueError, match="unknown statistics"):
+    with pytest.raises(RuntimeError, match="'fisher' was not collected"):
+        Stats(stats).gradient(Need.FISHER)
+    with pytest.raises(ValueError, match=r"unknown statistics: median\. Known: absolute_mean, cross"):
         InputStats(3, frozenset({"median"}))
 
 
@@ -44,7 +47,7 @@ def test_values_that_are_not_finite_are_refused(bad):
 
 
 def test_uniform_statistics_have_the_identity_as_gram():
-    stats = InputStats.uniform(5, NEEDS)
+    stats = InputStats.uniform(5, INPUT_NEEDS)
     assert torch.equal(stats.gram, torch.eye(5, dtype=torch.float64)) and torch.equal(stats.rms, torch.ones(5).double())
 
 
@@ -67,23 +70,18 @@ def test_dead_columns_get_a_one_on_the_diagonal():
 
 
 def test_damping_grows_until_the_matrix_can_be_factored_and_says_so():
-    stats = InputStats.uniform(4, frozenset({"gram"}))
-    stats._sums["gram"] = torch.tensor(
-        [[1.0, 2.5, 0, 0], [2.5, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.float64
-    )
-    inverse = stats.inverse_cholesky(0.01)
+    gram = torch.tensor([[1.0, 2.5, 0, 0], [2.5, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.float64)
+    inverse = inverse_cholesky(gram, 1, 0.01)
     assert inverse.escalated and inverse.damping == pytest.approx(10)
-    stats = InputStats.uniform(2, frozenset({"gram"}))
-    stats._sums["gram"] = torch.tensor([[1.0, 1e9], [1e9, 1.0]], dtype=torch.float64)
     with pytest.raises(PareError, match="cannot be factored"):
-        stats.inverse_cholesky(0.01)
+        inverse_cholesky(torch.tensor([[1.0, 1e9], [1e9, 1.0]], dtype=torch.float64), 1, 0.01)
 
 
 @pytest.mark.parametrize("size", [1, 7, 33, 70])
 def test_the_inverse_by_halves_inverts(size):
     lower = torch.randn(size, size, dtype=torch.float64).tril() + 5 * torch.eye(size, dtype=torch.float64)
     inverse = lower.T.contiguous().T.clone()
-    _invert_lower_(inverse, leaf=8)
+    invert_lower_(inverse, leaf=8)
     assert torch.equal(inverse, inverse.tril())
     torch.testing.assert_close(inverse @ lower, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-9)
 
@@ -110,8 +108,7 @@ def test_new_inputs_make_a_new_factor():
 
 
 def test_a_singular_matrix_without_damping_is_damped_a_little_and_says_so():
-    stats = InputStats.uniform(4, frozenset({"gram"}))
-    stats._sums["gram"] = torch.ones(4, 4, dtype=torch.float64)
+    stats = InputStats.from_sums(1, {"gram": torch.ones(4, 4, dtype=torch.float64)})
     inverse = stats.inverse_cholesky(0.0)
     assert inverse.escalated and inverse.damping == pytest.approx(1e-7)
     ordinary = stats.inverse_cholesky(0.01)
@@ -152,3 +149,15 @@ def test_the_gram_and_the_energy_are_whole_though_a_triangle_is_summed_in_strips
     diagonal = gathered(x, needs={"second_moment_diagonal"})
     wanted = float((rows.double().square() @ x.double().square().mean(0)).sum())
     assert diagonal.energy(rows.bfloat16().float()) == pytest.approx(wanted, rel=2e-2)
+
+
+def test_sums_taken_elsewhere_are_the_same_statistics():
+    x, dense = torch.randn(30, 5, dtype=torch.float64), torch.randn(30, 5, dtype=torch.float64)
+    sums = {"gram": x.T @ x, "mean": x.sum(0), "cross": dense.T @ x, "dense_mean": dense.sum(0)}
+    stats, counted = InputStats.from_sums(30, sums), InputStats(5, frozenset({"gram", "mean", "cross"}))
+    counted.update(x, dense)
+    assert stats.needs == counted.needs and stats.count == counted.count
+    for name in (*sums, "rms"):
+        torch.testing.assert_close(getattr(stats, name), getattr(counted, name), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="median"):
+        InputStats.from_sums(30, {"median": x.sum(0)})

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from paredown.compress.errors import PareError
-from paredown.compress.numerics import perplexity as module
-from paredown.compress.numerics.perplexity import paired_delta, perplexity, target_nll, token_nll
+from paredown.compress.numerics.perplexity import bootstrap_means, paired_delta, perplexity, target_nll, token_nll
 
 
 def test_the_loss_is_minus_the_log_of_the_softmax_at_the_next_token():
@@ -24,12 +23,11 @@ def test_the_loss_is_minus_the_log_of_the_softmax_at_the_next_token():
 
 
 @pytest.mark.parametrize("bytes_at_once", [1, 4 * 11 * 3, 1 << 24])
-def test_the_size_of_a_chunk_changes_nothing(monkeypatch, bytes_at_once):
+def test_the_size_of_a_chunk_changes_nothing(bytes_at_once):
     torch.manual_seed(0)
     logits, ids = torch.randn(3, 7, 11), torch.randint(11, (3, 7))
     expected = -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    monkeypatch.setattr(module, "CHUNK_BYTES", bytes_at_once)
-    torch.testing.assert_close(token_nll(logits, ids), expected)
+    torch.testing.assert_close(token_nll(logits, ids, bytes_at_once), expected)
 
 
 def test_half_precision_logits_are_summed_in_float32():
@@ -43,13 +41,12 @@ def test_half_precision_logits_are_summed_in_float32():
 def test_logits_are_never_copied_whole(monkeypatch):
     sizes = []
     real = torch.nn.functional.cross_entropy
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 100 * 2)
     monkeypatch.setattr(
         torch.nn.functional, "cross_entropy", lambda rows, *a, **k: (sizes.append(rows.numel()), real(rows, *a, **k))[1]
     )
     flattened = []
     monkeypatch.setattr(torch.Tensor, "flatten", lambda tensor, *a: flattened.append(tensor.shape))
-    token_nll(torch.randn(4, 33, 100), torch.randint(100, (4, 33)))
+    token_nll(torch.randn(4, 33, 100), torch.randint(100, (4, 33)), chunk_bytes=4 * 100 * 2)
     assert max(sizes) <= 200 and not flattened
 
 
@@ -133,11 +130,11 @@ def test_one_window_has_no_uncertainty_rather_than_none_at_all():
     json.dumps([perplexity(nll), delta], allow_nan=False)
 
 
-def test_the_seed_decides_the_resampling_and_blocks_of_it_do_not(monkeypatch):
+def test_the_seed_decides_the_resampling_and_blocks_of_it_do_not():
     torch.manual_seed(0)
     nll = torch.rand(37, 20)
     first = perplexity(nll, seed=1)
     assert perplexity(nll, seed=1) == first
     assert perplexity(nll, seed=2)["stderr"] != first["stderr"]
-    monkeypatch.setattr(module, "DRAWS_AT_ONCE", 100)
-    assert perplexity(nll, seed=1)["stderr"] == pytest.approx(first["stderr"], rel=1e-12)
+    in_blocks = bootstrap_means(nll.double().mean(1), seed=1, draws_at_once=100)
+    assert float(in_blocks.exp().std()) == pytest.approx(first["stderr"], rel=1e-12)

@@ -8,18 +8,16 @@ from factoring import SHAPES, data, made, moment, symmetric_root, weighed_by
 
 from paredown.compress.errors import PareError
 from paredown.compress.methods.lowrank.base import affine_shift, centred
-from paredown.compress.numerics.factorize import Metric, Target, error, factorize, pivoted, regressed
+from paredown.compress.numerics.factorize import factorize
+from paredown.compress.numerics.least_squares import regressed
+from paredown.compress.numerics.metric import Metric, Target, error
 from paredown.compress.numerics.moments import InputStats
+from paredown.compress.numerics.pifa import pivoted
 
 
-def stats_of(x, dense=None):
-    stats = InputStats(x.shape[1], frozenset({"gram", "mean"} | ({"cross"} if dense is not None else set())))
-    # sums in float64, so that what is compared is the mathematics alone
-    stats.count = len(x)
-    stats._sums["gram"], stats._sums["mean"] = x.T @ x, x.sum(0)
-    if dense is not None:
-        stats._sums["cross"], stats._sums["dense_mean"] = dense.T @ x, dense.sum(0)
-    return stats
+def stats_of(x):
+    """Of sums in float64, so that what is compared is the mathematics alone."""
+    return InputStats.from_sums(len(x), {"gram": x.T @ x, "mean": x.sum(0)})
 
 
 @pytest.mark.parametrize("shape", SHAPES)

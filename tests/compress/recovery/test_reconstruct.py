@@ -8,13 +8,19 @@ import transformers as t
 from safetensors.torch import load_file
 
 from paredown.compress.checkpoint import transformers_plugin
+from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
-from paredown.compress.model import stream as streams
+from paredown.compress.job import resolve_job
+from paredown.compress.model.stream import start
 from paredown.compress.numerics.edits import Masked
 from paredown.compress.numerics.perplexity import perplexity, token_nll
 from paredown.compress.recipe import Recipe
-from paredown.compress.recovery.reconstruct import _drawn, reconstruct
-from paredown.compress.run import pipeline
+from paredown.compress.recovery.reconstruct import Reconstructed, interpolated, reconstruct
+from paredown.compress.run.editor import Editor
+from paredown.compress.storage.modules import PACKED
+from paredown.compress.survey.collect import observe_alone, observe_both, shared_copy
+from paredown.compress.survey.survey import survey
+from paredown.compress.text.windows import Windows
 
 C = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -43,11 +49,13 @@ class Tuned:
     """One call of `reconstruct`, with what was before and after it."""
 
     prefix: str
-    before: float
+    before: float  # errors by a slow formula
     after: float
-    told: object
+    result: Reconstructed
     edits: dict
-    weights: dict  # of the block as it was handed back
+    edited: dict  # the block's parameters before
+    weights: dict  # and after
+    hidden: list  # its input in the compressed model and in the dense one, and the dense output
 
 
 @pytest.fixture
@@ -67,20 +75,49 @@ def model_of(tmp_path, save_model):
 
 
 @pytest.fixture
-def watched(monkeypatch):
-    """All calls of `reconstruct`, with errors by a slow formula around them."""
-    calls = []
+def tuned(tmp_path_factory, windows):
+    """`tuned(folder, ...)`: the blocks of a run with reconstruction, here walked step by step, and what came of each."""
 
-    def watch(block, inputs, dense, targets, edits, spec, seed, progress):
-        before = slow_error(block, inputs, targets)
-        told = reconstruct(block, inputs, dense, targets, edits, spec, seed)
-        after = slow_error(block, inputs, targets)
-        weights = {name: p.detach().clone() for name, p in block.module.named_parameters()}
-        calls.append(Tuned(block.prefix, before, after, told, dict(edits), weights))
-        return told
+    def parameters(block):
+        return {name: p.detach().clone() for name, p in block.module.named_parameters()}
 
-    monkeypatch.setattr(pipeline, "reconstruct", watch)
-    return calls
+    @torch.no_grad()
+    def walk(folder, sparsity="2:4", format="packed", method="wanda", batch_tokens=None, **changes):
+        recipe = Recipe.parse({"method": method, "options": {"sparsity": sparsity}, **changes})
+        job, ids, blocks = resolve_job(ModelSource(folder, "m"), recipe, format), windows.ids, []
+        made = survey(job, ids, tmp_path_factory.mktemp("scratch"))
+        targets = job.targets_within(made.angles)
+        options = job.allocate(targets, made.choices or None, ids.numel(), made.sensitivities)
+        editor = Editor(job, made, options, frozenset(view.name for view in targets))
+        stream = start(job.source, ids, batch_tokens)
+        dense = stream.copy()
+        for block in job.blocks:
+            with job.source.loaded(block), editor.editing(block) as edited:
+                gradients, twin = made.gradients(block, stream.device), shared_copy(block)
+                views = [view for view in block.views() if view.name in editor.targets]
+                if job.paired:
+                    observed = observe_both(
+                        stream, dense, block, twin, views, job.collected, "residual" in job.method.needs
+                    )
+                else:
+                    observed = observe_alone(stream, block, views, job.collected)
+                for group, stats in observed:
+                    for view in group:
+                        editor.edit(edited, view, stats.get(view.name), gradients.get(view.name, {}))
+                inputs = list(dense.hidden)
+                dense.advance(twin)
+                targets = dense.hidden
+                hidden = [torch.cat(part) for part in (stream.hidden, inputs, targets)]
+                weights, before = parameters(block), slow_error(block, stream, targets)
+                spec, seed = recipe.reconstruct, recipe.calibration.seed
+                result = reconstruct(block, stream, inputs, targets, edited.edits, spec, seed)
+                after = slow_error(block, stream, targets)
+                edits = dict(edited.edits)
+                blocks.append(Tuned(block.prefix, before, after, result, edits, weights, parameters(block), hidden))
+                stream.advance(block)
+        return blocks
+
+    return walk
 
 
 def slow_error(block, inputs, targets):
@@ -100,7 +137,7 @@ def dense_weights(folder):
     """Every parameter of a written checkpoint as the dense model would hold it."""
     model = transformers_plugin.load(folder, experts_implementation="eager")
     names = {name for name, _ in model.named_parameters()}
-    packed = {name: m for name, m in model.named_modules() if hasattr(m, "parts")}
+    packed = {name: m for name, m in model.named_modules() if isinstance(m, PACKED)}
     own = {f"{name}.{part}" for name, m in packed.items() for part in m.parts}
     found = {name: p.detach() for name, p in model.named_parameters() if name in names - own}
     return found | {f"{name}.weight": m.weight.detach() for name, m in packed.items()}
@@ -111,28 +148,21 @@ def dense_weights(folder):
     [(MASK, 48), ({**MASK, "method": "sparsegpt", "sparsity": 0.6}, 2048), (HALF, 48), (ROM, 2048), (OURS, 48)],
     ids=lambda value: value if isinstance(value, int) else value.get("method", "wanda"),
 )  # fmt: skip
-def test_the_error_towards_the_dense_blocks_falls(
-    recipe, batch_tokens, model_of, tmp_path, prune, watched, monkeypatch
-):
-    monkeypatch.setitem(streams.BATCH_TOKENS, "cpu", batch_tokens)
-    prune(model_of(), tmp_path / "out", **recipe, reconstruct={**TUNE, "steps": 12})
-    assert [call.prefix for call in watched] == ["model.layers.0.", "model.layers.1."]
-    for call in watched:
-        assert call.told.before == pytest.approx(call.before, rel=1e-4)
-        assert call.told.after == pytest.approx(call.after, rel=1e-4)
+def test_the_error_towards_the_dense_blocks_falls(recipe, batch_tokens, model_of, tuned):
+    calls = tuned(model_of(), **recipe, batch_tokens=batch_tokens, reconstruct={**TUNE, "steps": 12})
+    assert [call.prefix for call in calls] == ["model.layers.0.", "model.layers.1."]
+    for call in calls:
+        assert call.result.before == pytest.approx(call.before, rel=1e-4)
+        assert call.result.after == pytest.approx(call.after, rel=1e-4)
         assert 0 < call.after < 0.97 * call.before
 
 
 def test_the_second_block_is_tuned_from_the_compressed_ones_input_to_the_dense_ones_output(
-    model_of, tmp_path, prune, windows, monkeypatch
+    model_of, tmp_path, prune, windows, tuned
 ):
-    folder, seen = model_of(), []
-
-    def watch(block, inputs, dense, targets, *rest):
-        seen.append([torch.cat(hidden).clone() for hidden in (inputs.hidden, dense, targets)])
-        return reconstruct(block, inputs, dense, targets, *rest)
-
-    monkeypatch.setattr(pipeline, "reconstruct", watch)
+    """Of the blocks walked here; that a run tunes to the same bits from the same streams, see below."""
+    folder = model_of()
+    seen = [call.hidden for call in tuned(folder, **HALF, reconstruct=TUNE)]
     prune(folder, tmp_path / "out", **HALF, reconstruct=TUNE)
 
     def after_blocks(folder):
@@ -153,13 +183,14 @@ def test_the_second_block_is_tuned_from_the_compressed_ones_input_to_the_dense_o
 
 @pytest.mark.parametrize("format", ["packed", "dense"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_was_pruned_stays_exactly_zero_and_the_rest_is_tuned(dtype, format, model_of, tmp_path, prune, watched):
+def test_what_was_pruned_stays_exactly_zero_and_the_rest_is_tuned(dtype, format, model_of, tmp_path, prune, tuned):
     folder = model_of(dtype=dtype)
+    calls = tuned(folder, **MASK, format=format, reconstruct=TUNE)
     prune(folder, tmp_path / "out", **MASK, format=format, reconstruct=TUNE)
     before, after = load_file(folder / "model.safetensors"), dense_weights(tmp_path / "out")
     bits = torch.int32 if dtype == torch.float32 else torch.int16
-    masks = {f"{name}.weight": edit.keep for call in watched for name, edit in call.edits.items()}
-    assert len(masks) == 14 and all(isinstance(e, Masked) for call in watched for e in call.edits.values())
+    masks = {f"{name}.weight": edit.keep for call in calls for name, edit in call.edits.items()}
+    assert len(masks) == 14 and all(isinstance(e, Masked) for call in calls for e in call.edits.values())
     for name, keep in masks.items():
         assert keep.view(len(keep), -1, 4).sum(-1).eq(2).all()
         assert not after[name].view(bits)[~keep].any(), name  # +0.0, to the last bit
@@ -180,28 +211,28 @@ def test_the_first_masks_are_those_of_the_method_without_tuning(model_of, tmp_pa
 
 
 @pytest.mark.parametrize("recipe", [MASK, HALF, OURS], ids=["wanda", "svd_llm", "paredown_lowrank"])
-def test_the_same_run_twice_writes_the_same_bytes(recipe, model_of, tmp_path, prune, monkeypatch):
-    monkeypatch.setitem(streams.BATCH_TOKENS, "cpu", 48)  # so that windows are drawn
-    folder = model_of(dtype=torch.bfloat16)
+def test_the_same_run_twice_writes_the_same_bytes(recipe, model_of, tmp_path, prune):
+    ids = torch.randint(3, 128, (100, 24), generator=torch.Generator().manual_seed(0))
+    text = Windows(ids, "random", "all", "0")  # more than one batch, so that batches are drawn
+    folder, spec = model_of(dtype=torch.bfloat16), {"steps": 3, "batch": 2, "lr": 1e-3}
     for name in ("one", "two"):
-        prune(folder, tmp_path / name, **recipe, reconstruct={"steps": 3, "batch": 2, "lr": 1e-3})
+        prune(folder, tmp_path / name, **recipe, text=text, reconstruct=spec)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
-    prune(
-        folder, tmp_path / "three", **recipe, reconstruct={"steps": 3, "batch": 2, "lr": 1e-3}, calibration={"seed": 1}
-    )
+    prune(folder, tmp_path / "three", **recipe, text=text, reconstruct=spec, calibration={"seed": 1})
     assert (tmp_path / "three" / "model.safetensors").read_bytes() != one
 
 
 @pytest.mark.parametrize("recipe", [MASK, HALF, OURS], ids=["wanda", "svd_llm", "paredown_lowrank"])
-def test_everything_is_written_as_it_was_tuned(recipe, model_of, tmp_path, prune, watched):
-    """Norms, factors, biases: each number of a tuned block is that of the file."""
+def test_everything_is_written_as_it_was_tuned(recipe, model_of, tmp_path, prune, tuned):
+    """Norms, factors, biases: each number of a block that is tuned here is that of the file that a run writes."""
     folder = model_of()
+    calls = tuned(folder, **recipe, reconstruct=TUNE)
     prune(folder, tmp_path / "out", **recipe, reconstruct=TUNE)
     before, packed = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
     dense = dense_weights(tmp_path / "out")
     norms = 0
-    for call in watched:
+    for call in calls:
         for name, tensor in call.weights.items():
             whole = call.prefix + name
             assert torch.equal(packed[whole] if whole in packed else dense[whole], tensor), whole
@@ -233,9 +264,11 @@ def test_a_reloaded_checkpoint_has_the_streamed_loss(recipe, dtype, format, mode
     ],
     ids=lambda value: value if isinstance(value, str) else value.get("method", "wanda"),
 )  # fmt: skip
-def test_other_families_are_tuned_and_reloaded(family, recipe, model_of, tmp_path, prune, windows, watched):
-    result, _ = prune(model_of(FAMILIES[family]), tmp_path / "out", **recipe, reconstruct=TUNE)
-    assert len(watched) == 2 and all(call.after < call.before for call in watched)
+def test_other_families_are_tuned_and_reloaded(family, recipe, model_of, tmp_path, prune, windows, tuned):
+    folder = model_of(FAMILIES[family])
+    result, _ = prune(folder, tmp_path / "out", **recipe, reconstruct=TUNE)
+    calls = tuned(folder, **recipe, reconstruct=TUNE)
+    assert len(calls) == 2 and all(call.after < call.before for call in calls)
     streamed = result.evaluation[0]["after"]["token_perplexity"]
     assert loss_of(tmp_path / "out", windows.ids)["token_perplexity"] == pytest.approx(streamed, rel=1e-5)
     if recipe is MASK:
@@ -256,19 +289,14 @@ def test_experts_that_were_pruned_stay_zero(model_of, tmp_path, prune, windows):
 
 
 @pytest.mark.parametrize("recipe", [MASK, HALF, PIFA], ids=["wanda", "svd_llm", "pifa"])
-def test_a_rate_is_a_share_of_each_tensors_size(recipe, model_of, tmp_path, prune, monkeypatch):
+def test_a_rate_is_a_share_of_each_tensors_size(recipe, model_of, tuned):
     """Adam's first step is the rate itself, whatever the gradient."""
-    moved = []
-
-    def watch(block, *rest):
-        before = {name: p.detach().clone() for name, p in block.module.named_parameters()}
-        done = reconstruct(block, *rest)
-        after = dict(block.module.named_parameters())
-        moved.extend(((after[n] - p).abs().max(), p.square().mean().sqrt()) for n, p in before.items())
-        return done
-
-    monkeypatch.setattr(pipeline, "reconstruct", watch)
-    prune(model_of(), tmp_path / "out", **recipe, reconstruct={"steps": 1, "lr": 1e-3, "batch": 6})
+    calls = tuned(model_of(), **recipe, reconstruct={"steps": 1, "lr": 1e-3, "batch": 6})
+    moved = [
+        ((call.weights[name] - p).abs().max(), p.square().mean().sqrt())
+        for call in calls
+        for name, p in call.edited.items()
+    ]
     assert len(moved) >= 2 * 9
     for step, size in moved:
         assert float(step) == pytest.approx(1e-3 * max(float(size), 1e-3), rel=1e-2)
@@ -276,7 +304,7 @@ def test_a_rate_is_a_share_of_each_tensors_size(recipe, model_of, tmp_path, prun
 
 def test_a_windows_input_lies_on_the_line_through_the_two_streams():
     compressed, dense = torch.zeros(64, 3, 2, dtype=torch.bfloat16), torch.ones(64, 3, 2, dtype=torch.bfloat16)
-    drawn = _drawn(compressed, dense, torch.Generator().manual_seed(0))
+    drawn = interpolated(compressed, dense, torch.Generator().manual_seed(0))
     shares = drawn[:, 0, 0].float()
     assert drawn.dtype == torch.bfloat16 and torch.equal(drawn, drawn[:, :1, :1].expand(-1, 3, 2))
     assert -0.5 <= shares.min() < -0.4 and 1.4 < shares.max() <= 1.5 and 0.4 < shares.mean() < 0.6
@@ -284,12 +312,14 @@ def test_a_windows_input_lies_on_the_line_through_the_two_streams():
 
 @pytest.mark.parametrize("lr", [1e-3, 3.0])
 @pytest.mark.parametrize("recipe", [MASK, HALF], ids=["wanda", "svd_llm"])
-def test_a_block_is_never_worse_than_before_on_the_calibration_windows(recipe, lr, model_of, tmp_path, prune, watched):
-    prune(model_of(), tmp_path / "out", **recipe, reconstruct={**TUNE, "lr": lr, "steps": 6})
-    for call in watched:
-        assert call.after <= call.before * (1 + 1e-6) and call.told.after <= call.told.before
+def test_a_block_is_never_worse_than_before_on_the_calibration_windows(recipe, lr, model_of, tmp_path, prune, tuned):
+    spec = {**TUNE, "lr": lr, "steps": 6}
+    calls = tuned(model_of(), **recipe, reconstruct=spec)
+    for call in calls:
+        assert call.after <= call.before * (1 + 1e-6) and call.result.after <= call.result.before
     if lr == 3.0:  # too far for any good: what the method made is written
-        assert all(call.told.after == call.told.before for call in watched)
+        assert all(call.result.after == call.result.before for call in calls)
+        prune(tmp_path / "model", tmp_path / "out", **recipe, reconstruct=spec)
         prune(tmp_path / "model", tmp_path / "plain", **recipe)
         tuned, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
         assert tuned.keys() == plain.keys() and all(torch.equal(tuned[name], plain[name]) for name in plain)
@@ -313,10 +343,12 @@ def test_layers_that_are_not_edited_keep_their_weights_and_norms_do_not(model_of
     }
 
 
-def test_masks_with_factors_are_tuned_together(model_of, tmp_path, prune, windows, watched):
+def test_masks_with_factors_are_tuned_together(model_of, tmp_path, prune, windows, tuned):
     recipe = {"method": "sparse_low_rank", "options": {"sparsity": "2:4", "rank": 2}}
-    result, _ = prune(model_of(), tmp_path / "out", **recipe, reconstruct=TUNE)
-    assert all(call.after < call.before for call in watched)
+    folder = model_of()
+    result, _ = prune(folder, tmp_path / "out", **recipe, reconstruct=TUNE)
+    calls = tuned(folder, **recipe, reconstruct=TUNE)
+    assert len(calls) == 2 and all(call.after < call.before for call in calls)
     streamed = result.evaluation[0]["after"]["token_perplexity"]
     assert loss_of(tmp_path / "out", windows.ids)["token_perplexity"] == pytest.approx(streamed, rel=1e-5)
 

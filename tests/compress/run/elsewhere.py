@@ -103,21 +103,22 @@ def main():
     from paredown.compress.checkpoint import transformers_plugin
     from paredown.compress.checkpoint.source import ModelSource
     from paredown.compress.checkpoint.writer import CheckpointWriter
-    from paredown.compress.model import stream
+    from paredown.compress.job import resolve_job
+    from paredown.compress.model.stream import BATCH_TOKENS
     from paredown.compress.numerics.perplexity import target_nll
     from paredown.compress.recipe import Recipe
-    from paredown.compress.run.compress import _write_checkpoint
     from paredown.compress.run.pipeline import Run
+    from paredown.compress.run.record import write_record
     from paredown.compress.storage.fuse import fuse
     from paredown.compress.text.windows import Windows
 
     def run(job, device):
         recipe, folder, out = Recipe.parse(job["recipe"]), Path(job["model"]), Path(job["out"]) / device.type
         windows = Windows(torch.tensor(job["ids"]), "ids", "all", "0")
-        source = ModelSource(folder, folder.name, device=device)
         with CheckpointWriter(out) as writer:
-            result = Run(source, recipe, recipe.build(), windows, [windows], writer).run()
-            _write_checkpoint(writer, source, recipe, result, "packed", windows)
+            made = resolve_job(ModelSource(folder, folder.name, device=device), recipe)
+            result = Run(made, windows, [windows], writer).run()
+            write_record(writer, made, result, windows)
             writer.commit()
         model, ids = transformers_plugin.load(out).eval().to(device), windows.ids.to(device)
         fuse(model, device.type)
@@ -125,7 +126,7 @@ def main():
             loss = target_nll(model(ids, use_cache=False).logits[:, :-1], ids[:, 1:]).mean()
         return [result.evaluation[0]["after"]["token_perplexity"], loss.item()]
 
-    stream.BATCH_TOKENS["elsewhere"] = stream.BATCH_TOKENS["cpu"]
+    BATCH_TOKENS["elsewhere"] = BATCH_TOKENS["cpu"]
     for job in json.loads(Path(sys.argv[1]).read_text()):
         here = run(job, torch.device("cpu"))
         with Dispatched(), Called():

@@ -12,7 +12,7 @@ from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.tensor_files import TensorFiles
 from paredown.compress.errors import PareError
 from paredown.compress.numerics.masks import NofM, keep_mask
-from paredown.compress.run.export import export
+from paredown.compress.run.export import export_source
 from paredown.compress.run.verify import verify
 
 C = {
@@ -28,7 +28,7 @@ CONFIGS = {
 
 
 def convert(folder, out, format):
-    return export(ModelSource(folder, folder.name), out, format, lambda done, total: None)
+    return export_source(ModelSource(folder, folder.name), out, format)
 
 
 @pytest.mark.parametrize("sparsity", ["2:4", 0.6])
@@ -91,10 +91,10 @@ def test_the_record_names_the_first_model_of_all(tiny_model, tmp_path, prune):
         return json.loads((tmp_path / folder / "paredown.json").read_text())["model"]
 
     prune(tiny_model, tmp_path / "ours", format="dense")
-    export(ModelSource(tmp_path / "ours", "b/model"), tmp_path / "packed", "packed", lambda done, of: None)
+    export_source(ModelSource(tmp_path / "ours", "b/model"), tmp_path / "packed", "packed")
     assert named("packed") == named("ours")
     (tmp_path / "ours" / "paredown.json").unlink()  # as others write it
-    export(ModelSource(tmp_path / "ours", "b/model"), tmp_path / "theirs", "packed", lambda done, of: None)
+    export_source(ModelSource(tmp_path / "ours", "b/model"), tmp_path / "theirs", "packed")
     assert named("theirs") == {**named("packed"), "id": "b/model"}
 
 

@@ -12,10 +12,11 @@ from torch.nn.functional import cross_entropy
 from paredown.compress.checkpoint import transformers_plugin
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.writer import CheckpointWriter
+from paredown.compress.job import resolve_job
 from paredown.compress.model.blocks import blocks, known
 from paredown.compress.recipe import Recipe
-from paredown.compress.run.export import write_config
 from paredown.compress.run.pipeline import Run, score
+from paredown.compress.run.record import write_config
 from paredown.compress.text.windows import Windows
 
 C = {
@@ -55,9 +56,9 @@ def compress(folder, out, sparsity="2:4", format="packed", method="sparsegpt", *
     recipe = Recipe.parse({"method": method, "options": {"sparsity": sparsity}, **changes})
     source = ModelSource(folder, folder.name)
     with CheckpointWriter(out) as writer:
-        result = Run(source, recipe, recipe.build(), TEXT, [TEXT], writer, format).run()
+        result = Run(resolve_job(source, recipe, format), TEXT, [TEXT], writer).run()
         writer.finish({})
-        write_config(writer, source, format, result.modules)
+        write_config(writer, source, format, result.specs)
         writer.copy(source.companions())
         writer.commit()
     return source, result, writer
@@ -84,7 +85,7 @@ def test_packed_and_dense_load_to_equal_logits_and_the_streamed_loss(family, tmp
     save_model(tmp_path / "model", FAMILIES[family])
     source, result, writer = compress(tmp_path / "model", tmp_path / "packed")
     assert known(source) and all("calibration tokens are fewer" in told for told in result.fallbacks)
-    assert result.layers and result.kept * 2 == result.targeted and result.modules
+    assert result.layers and result.numbers * 2 == result.targeted and result.specs
     compress(tmp_path / "model", tmp_path / "dense", format="dense")
     model, packed = logits_of(tmp_path / "packed")
     assert torch.equal(packed, logits_of(tmp_path / "dense")[1])
@@ -135,8 +136,8 @@ def test_idle_experts_follow_the_policy_and_are_reported(policy, kept, tmp_path,
     assert idle
     source = ModelSource(tmp_path / "dense", "dense")
     block = blocks(source)[0]
-    source.materialise(block.prefix, block.names)
-    weights = {v.name: v.weight for v in block.views()}
+    with source.loaded(block):
+        weights = {v.name: v.weight for v in block.views()}
     for name in [n for n in idle if n in weights][:4]:
         share = float((weights[name] != 0).float().mean())
         assert share == pytest.approx(kept, abs=1e-2)

@@ -3,12 +3,14 @@
 import pytest
 import transformers as t
 
-from paredown.commands.display import out_console, show_plan
+from paredown.commands.display import show_plan
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
+from paredown.compress.job import resolve_job
 from paredown.compress.methods import build
 from paredown.compress.recipe import Recipe
 from paredown.compress.run.plan import make_plan
+from paredown.evaluation.terminal import out_console
 
 # one head for keys and values: 8 x 32, of which no rank from 7 on pays
 C = {
@@ -25,8 +27,8 @@ def folder(tmp_path, save_model):
 
 
 def planned(folder, format="packed", **changes):
-    recipe = Recipe.parse(changes)
-    return make_plan(ModelSource(folder, "m"), recipe, recipe.build(), (144, [144]), format)
+    job = resolve_job(ModelSource(folder, "m"), Recipe.parse(changes), format)
+    return make_plan(job, 144, [144])
 
 
 def shown(plan):
@@ -47,7 +49,7 @@ def shown(plan):
 def test_ranks_that_follow_from_shapes_are_planned_to_the_number(method, options, allocation, folder, prune, tmp_path):
     recipe = {"method": method, "options": options, **({"allocation": allocation} if allocation else {})}
     plan, (result, writer) = planned(folder, **recipe), prune(folder, tmp_path / "out", **recipe)
-    assert (plan.targeted_parameters, plan.kept_parameters) == (result.targeted, result.kept)
+    assert (plan.targeted_parameters, plan.kept_parameters) == (result.targeted, result.numbers)
     assert plan.bytes_after == writer.bytes and not plan.at_most
     assert set(plan.targeted) - set(plan.stay_dense) == {layer["name"] for layer in result.layers}
 
@@ -68,9 +70,9 @@ def test_where_the_text_decides_the_plan_is_the_most_there_may_be(method, option
     recipe = {"method": method, "options": options, **({"allocation": {"strategy": strategy}} if strategy else {})}
     plan, (result, writer) = planned(folder, **recipe), prune(folder, tmp_path / "out", **recipe)
     assert plan.at_most and not plan.stay_dense
-    assert result.kept <= plan.kept_parameters and writer.bytes <= plan.bytes_after <= plan.bytes_before
+    assert result.numbers <= plan.kept_parameters and writer.bytes <= plan.bytes_after <= plan.bytes_before
     if "energy" not in options:
-        assert plan.kept_parameters - result.kept < 0.1 * plan.targeted_parameters
+        assert plan.kept_parameters - result.numbers < 0.1 * plan.targeted_parameters
     told = shown(plan)
     assert f"at most {plan.kept_parameters:,}, as the calibration text will tell" in told and "NOT shrink" not in told
     if method != "rom":  # whose bias no dense Llama can hold
@@ -124,7 +126,7 @@ def test_shares_that_lorap_gives_by_name_are_refused_where_no_layer_is_called_so
 def test_cur_spends_a_budget_that_it_is_asked_for(strategy, folder, prune, tmp_path):
     recipe = {"method": "cur", "options": {"kept": 0.5}, "allocation": {"strategy": strategy}}
     result, _ = prune(folder, tmp_path / "out", **recipe)
-    assert 0.3 < result.kept / result.targeted <= 0.5
+    assert 0.3 < result.numbers / result.targeted <= 0.5
 
 
 def test_curing_takes_from_llama_3_1_8b_what_its_paper_says():

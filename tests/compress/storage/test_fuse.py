@@ -33,7 +33,7 @@ def test_a_fused_model_computes_the_same(packed, windows):
     assert fuse(model, "cpu") == 4  # q, k, v and gate, up in two blocks
     after = logits(model, windows)
     assert float((after - before).norm() / before.norm()) < 1e-2  # products of other sizes may sum in another order
-    assert all(m.group.waiting is None for m in model.modules() if isinstance(m, PackedLinear) and m.group)
+    assert all(m.group.pending is None for m in model.modules() if isinstance(m, PackedLinear) and m.group)
 
 
 def test_nothing_is_stored_twice_and_what_is_saved_has_the_old_names(packed, windows, tmp_path):
@@ -91,4 +91,4 @@ def test_a_fused_layer_compiles_whole(packed):
     with torch.no_grad():
         wanted = mlp(x)
         assert torch.equal(torch.compile(mlp, fullgraph=True, backend="aot_eager")(x), wanted)
-        assert mlp.gate_proj.group.waiting is None
+        assert mlp.gate_proj.group.pending is None

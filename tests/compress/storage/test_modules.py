@@ -1,14 +1,19 @@
 """Modules that stand in for layers: install checks everything before it changes anything."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from paredown.compress.errors import PareError
+from paredown.compress.storage.install import install, read_specs
 from paredown.compress.storage.kinds import KINDS, MASKS, pack
-from paredown.compress.storage.modules import PackedConv1D, PackedExperts, PackedLinear, install
+from paredown.compress.storage.mask_kinds import Bitmap
+from paredown.compress.storage.modules import PackedConv1D, PackedExperts, PackedLinear
+from paredown.compress.storage.spec import Spec
+from paredown.kernels import ops
 from paredown.kernels.bitmap import row_starts
 
 
@@ -25,8 +30,8 @@ class Tiny(nn.Module):
         self.experts = Experts()
 
 
-def spec(kind="sparse24", layout="linear", shape=(6, 8), kept=24):
-    return {"kind": kind, "layout": layout, "shape": list(shape), "kept": kept}
+def spec(kind="sparse24", layout="linear", shape=(6, 8), values=24):
+    return Spec(kind, shape, layout, values=values)
 
 
 def halves(*shape):
@@ -100,16 +105,18 @@ def test_a_linear_with_a_forward_of_its_own_keeps_it():
         ("proj", spec(kind="sparse42"), "Did you mean 'sparse24'"),
         ("proj", spec(layout="conv1d"), "cannot take the place"),
         ("proj", spec(layout="line"), "unknown layout"),
-        ("proj", spec(shape=(6, 12), kept=36), "the model's"),
-        ("proj", spec(kept=23), "stores half"),
+        ("proj", spec(shape=(6, 12), values=36), "the model's"),
+        ("proj", spec(values=23), "stores half"),
         ("proj", {"kind": "bitmap"}, "lacks layout"),
-        ("proj", spec("bitmap", kept=99), "cannot keep"),
+        ("proj", spec("bitmap", values=99), "cannot keep"),
     ],
 )
 def test_specs_that_do_not_fit_are_named_and_nothing_changes(name, wrong, said):
     model = Tiny()
+    raw = wrong if isinstance(wrong, dict) else wrong.to_json()
     with pytest.raises(PareError, match=said):
-        install(model, {"experts.gate_up_proj": spec("sparse24", "experts", (3, 6, 8), 72), name: wrong})
+        fitting = spec("sparse24", "experts", (3, 6, 8), 72).to_json()
+        install(model, read_specs({"experts.gate_up_proj": fitting, name: raw}))
     assert isinstance(model.proj, nn.Linear) and isinstance(model.experts.gate_up_proj, nn.Parameter)
 
 
@@ -136,7 +143,7 @@ def tensors_of(kind):
 
 
 def spec_of(kind, **more):
-    return {**spec(kind), "rank": 3, **more}
+    return replace(spec(kind), rank=3, **more)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,15 +163,13 @@ def test_a_layer_of_factors_keeps_its_bias_or_brings_one(kind, added):
 
     for old in (nn.Linear(8, 6, bias=not added), *([] if added else [Conv1D(6, 8)])):
         model, layout = nn.Sequential(old), "conv1d" if isinstance(old, Conv1D) else "linear"
-        told = {
-            key: spec_of(kind, layout=layout, bias=True)[key] for key in ("kind", "layout", "shape", *KINDS[kind].asks)
-        }
-        told.update({"bias": True} if added else {})
-        install(model, {"0": told})
+        counts = {name: spec_of(kind).counts[name] for name in KINDS[kind].asks}
+        given = Spec(kind, (6, 8), layout, bias=added, **counts)
+        install(model, {"0": given})
         tensors, bias = tensors_of(kind), torch.randn(6)
         fill(model[0], {**tensors, "bias": bias})
         x = torch.randn(2, 5, 8)
-        assert model[0].spec == told
+        assert model[0].spec == given
         assert torch.equal(model[0](x), KINDS[kind].matmul(x, tensors, bias))
 
 
@@ -176,14 +181,26 @@ def test_an_order_that_names_a_row_twice_is_a_fault():
 
 def test_factors_cannot_stand_for_fused_experts():
     with pytest.raises(PareError, match="fused experts are stored as"):
-        install(Tiny(), {"experts.gate_up_proj": {**spec("lowrank", "experts", (3, 6, 8)), "rank": 2}})
+        install(Tiny(), {"experts.gate_up_proj": replace(spec("lowrank", "experts", (3, 6, 8)), rank=2)})
+
+
+class Indexed(Bitmap):
+    """A kind as a GPU's kernels use it: it multiplies with a tensor derived from the stored ones, and not without."""
+
+    @staticmethod
+    def derive(tensors):
+        return {"starts": row_starts(tensors["bitmap"])}
+
+    @staticmethod
+    def matmul(x, tensors, bias, ranks=None, outs=None):
+        return ops.bitmap_matmul(x, tensors["values"], tensors["bitmap"], bias, tensors["starts"])
 
 
 def test_a_bitmap_layer_compiles_whole_with_what_kernels_derive_from_it(monkeypatch):
-    monkeypatch.setattr(KINDS["bitmap"], "derive", staticmethod(lambda parts: {"starts": row_starts(parts["bitmap"])}))
+    monkeypatch.setitem(KINDS, "indexed", Indexed)  # as a new kind is added
     model, keep = Tiny(), torch.rand(6, 8) < 0.4
-    install(model, {"proj": spec("bitmap", kept=int(keep.sum()))})
+    install(model, {"proj": spec("indexed", values=int(keep.sum()))})
     fill(model.proj, pack("bitmap", torch.randn(6, 8), keep))
     with torch.no_grad():
         compiled, x = torch.compile(model.proj, fullgraph=True, backend="aot_eager"), torch.randn(3, 8)
-        assert torch.equal(compiled(x), model.proj(x)) and list(model.proj._derived) == ["starts"]
+        assert torch.equal(compiled(x), model.proj(x))

@@ -1,29 +1,27 @@
 """Two streams side by side: whose inputs are shared, what they are, and that the twin stays dense."""
 
 import copy
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
 import transformers as t
 
 from paredown.compress.checkpoint.source import ModelSource
+from paredown.compress.checkpoint.writer import CheckpointWriter
 from paredown.compress.errors import PareError
+from paredown.compress.job import resolve_job
 from paredown.compress.methods import build
-from paredown.compress.model import stream as streams
+from paredown.compress.methods.lowrank.paredown_lowrank import ParedownLowRank
 from paredown.compress.model.blocks import blocks
 from paredown.compress.model.stream import start
-from paredown.compress.numerics.moments import PAIRED_NEEDS, RESIDUAL_NEEDS
-from paredown.compress.run import pipeline
-from paredown.compress.survey.collect import (
-    Writers,
-    groups,
-    observe,
-    observe_paired,
-    observe_writer,
-    shared_copy,
-    silenced,
-)
+from paredown.compress.numerics.moments import PAIRED_NEEDS, Need
+from paredown.compress.recipe import Recipe
+from paredown.compress.run.pipeline import Run
+from paredown.compress.survey.collect import groups, observe, observe_both, observe_paired, shared_copy
+from paredown.compress.survey.residual import ResidualLayers, observe_residual, silenced
 
 C = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -57,10 +55,10 @@ FAMILIES = {
 }
 
 
-def opened(folder, ids, index=0):
+def opened(folder, ids, index=0, batch_tokens=None):
     """A source with one block in memory, and the stream before it."""
     source = ModelSource(folder, "m")
-    walk = start(source, ids)
+    walk = start(source, ids, batch_tokens)
     for block in blocks(source)[: index + 1]:
         source.materialise(block.prefix, block.names)
         if block.index < index:
@@ -132,19 +130,16 @@ def inputs_of(model, name, ids):
 
 @pytest.mark.parametrize("batch_tokens", [48, 2048])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_paired_moments_are_those_of_hooks_on_two_whole_models(
-    dtype, batch_tokens, tmp_path, save_model, windows, monkeypatch
-):
+def test_paired_moments_are_those_of_hooks_on_two_whole_models(dtype, batch_tokens, tmp_path, save_model, windows):
     """In the second block: both what comes from the first one and the block's own edits differ."""
-    monkeypatch.setitem(streams.BATCH_TOKENS, "cpu", batch_tokens)
     model = save_model(tmp_path / "dense", t.LlamaConfig(**C), dtype)
     other = altered(model)
     other.save_pretrained(tmp_path / "other")
-    _, twin, dense = opened(tmp_path / "dense", windows.ids, 1)
-    _, block, walk = opened(tmp_path / "other", windows.ids, 1)
+    _, twin, dense = opened(tmp_path / "dense", windows.ids, 1, batch_tokens)
+    _, block, walk = opened(tmp_path / "other", windows.ids, 1, batch_tokens)
     rtol, atol = (1e-4, 1e-6) if dtype == torch.float32 else (1e-2, 1e-3)
     for group in groups(walk, block, block.views()):
-        stats = observe_paired(walk, dense, block, twin, group, PAIRED_NEEDS)
+        stats = observe_paired(walk, dense, block, twin, group, PAIRED_NEEDS).inputs
         assert stats.count == windows.tokens
         for view in group:
             x, y = inputs_of(model, view.name, windows.ids), inputs_of(other, view.name, windows.ids)
@@ -165,8 +160,8 @@ def test_paired_moments_of_two_equal_streams_are_those_of_one(tmp_path, save_mod
     _, block, walk = opened(tmp_path / "m", windows.ids)
     alone = observe(walk, block, block.views(), frozenset({"gram", "mean"}))
     for group in groups(walk, block, block.views()):
-        stats = observe_paired(walk, walk.copy(), block, shared_copy(block), group, PAIRED_NEEDS)
-        assert torch.equal(stats.gram, alone[group[0].name].gram) and torch.equal(stats.dense_mean, stats.mean)
+        stats = observe_paired(walk, walk.copy(), block, shared_copy(block), group, PAIRED_NEEDS).inputs
+        assert torch.equal(stats.gram, alone[group[0].name].inputs.gram) and torch.equal(stats.dense_mean, stats.mean)
         torch.testing.assert_close(stats.cross, stats.gram, rtol=1e-6, atol=1e-9)
 
 
@@ -175,7 +170,7 @@ def test_a_block_runs_only_as_far_as_the_input_that_is_wanted(tmp_path, save_mod
     _, block, walk = opened(tmp_path / "m", windows.ids)
     block.module.mlp.register_forward_pre_hook(lambda m, args: pytest.fail("the MLP was run"))
     group = [v for v in block.views() if v.name.endswith("o_proj")]
-    assert observe_paired(walk, walk, block, shared_copy(block), group, PAIRED_NEEDS).count == windows.tokens
+    assert observe_paired(walk, walk, block, shared_copy(block), group, PAIRED_NEEDS).inputs.count == windows.tokens
 
 
 def test_a_layer_that_no_token_reaches_has_no_paired_moments(tmp_path, save_model, windows):
@@ -235,10 +230,10 @@ def strong(model, scale=5):
     return model
 
 
-def opened_strong(folder, config, save_model, ids, index=0, dtype=torch.float32):
+def opened_strong(folder, config, save_model, ids, index=0, dtype=torch.float32, batch_tokens=None):
     model = strong(save_model(folder, config, dtype))
     model.save_pretrained(folder)
-    return model, *opened(folder, ids, index)[1:]
+    return model, *opened(folder, ids, index, batch_tokens)[1:]
 
 
 PARALLEL = t.GPTNeoXConfig(**C, use_parallel_residual=True)
@@ -282,7 +277,7 @@ def test_writers_are_the_layers_whose_output_is_added_to_the_stream(family, dtyp
     config, wanted = WRITERS[family]
     _, block, walk = opened_strong(tmp_path / "m", config, save_model, windows.ids, 1, dtype)
     before = {name: p.clone() for name, p in block.module.named_parameters()}
-    found = Writers.of(walk, block, groups(walk, block, block.views()))
+    found = ResidualLayers.of(walk, block, groups(walk, block, block.views()))
     assert [v.name.removeprefix(block.prefix) for v in found.views] == wanted
     assert [[v.name for v in found.after(view)] for view in found.views] == [
         [v.name for v in found.views[i + 1 :]] for i in range(len(wanted))
@@ -294,7 +289,7 @@ def test_layers_that_only_feed_others_are_no_writers_though_they_are_as_wide(tmp
     _, block, walk = opened_strong(tmp_path / "m", WRITERS["wide queries"][0], save_model, windows.ids)
     for part in ("q_proj", "k_proj", "v_proj"):
         alone = [[v] for v in block.views() if v.name.endswith(part)]
-        assert alone[0][0].shape == (64, 64) and not Writers.of(walk, block, alone).views
+        assert alone[0][0].shape == (64, 64) and not ResidualLayers.of(walk, block, alone).views
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -311,10 +306,10 @@ def test_writers_are_told_apart_where_the_stream_is_far_larger_than_what_they_ad
     walk.hidden = [hidden * 20 for hidden in walk.hidden]
     for hidden in walk.hidden:
         hidden[:, 0, 3] = 2000
-    found = Writers.of(walk, block, groups(walk, block, block.views()))
+    found = ResidualLayers.of(walk, block, groups(walk, block, block.views()))
     assert [v.name.removeprefix(block.prefix) for v in found.views] == wanted
     alone = [[v] for v in block.views() if v.name.endswith("v_proj")]
-    assert not Writers.of(walk, block, alone).views
+    assert not ResidualLayers.of(walk, block, alone).views
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -371,32 +366,32 @@ def streams_of(model, family, ids):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox, side by side"])
 def test_what_a_residual_stream_lost_is_that_of_hooks_on_two_whole_models(
-    family, dtype, batch_tokens, tmp_path, save_model, windows, monkeypatch
+    family, dtype, batch_tokens, tmp_path, save_model, windows
 ):
-    monkeypatch.setitem(streams.BATCH_TOKENS, "cpu", batch_tokens)
-    model, twin, dense = opened_strong(tmp_path / "dense", WRITERS[family][0], save_model, windows.ids, 1, dtype)
+    config = WRITERS[family][0]
+    model, twin, dense = opened_strong(tmp_path / "dense", config, save_model, windows.ids, 1, dtype, batch_tokens)
     other, draw = copy.deepcopy(model), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in other.parameters():
             if parameter.dim() > 1:
                 parameter += (0.3 * torch.randn(parameter.shape, generator=draw) * parameter.float().std()).to(dtype)
     other.save_pretrained(tmp_path / "other")
-    _, block, walk = opened(tmp_path / "other", windows.ids, 1)
-    writers = Writers.of(walk, block, groups(walk, block, block.views()))
+    _, block, walk = opened(tmp_path / "other", windows.ids, 1, batch_tokens)
+    writers = ResidualLayers.of(walk, block, groups(walk, block, block.views()))
     rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (1e-2, 1e-2)
     before = [streams_of(m, family, windows.ids) for m in (model, other)]
     assert len(writers.views) == 2
     for view, theirs, mine in zip(writers.views, *before, strict=True):
-        stats = observe_writer(walk, dense, block, twin, view, writers.after(view), PAIRED_NEEDS)
+        stats = observe_residual(walk, dense, block, twin, view, writers.after(view), PAIRED_NEEDS)
         x, y = inputs_of(model, view.name, windows.ids), inputs_of(other, view.name, windows.ids)
         lost = theirs - mine
-        assert lost.norm() > 0.05 * theirs.norm() and stats.count == len(y)
+        assert lost.norm() > 0.05 * theirs.norm() and stats.inputs.count == len(y)
         lost = lost + (x - y) @ view.weight.double().T
         wanted = {
             "missing": lost.T @ y / len(y), "missing_mean": lost.mean(0), "gram": y.T @ y / len(y), "mean": y.mean(0),
         }  # fmt: skip
         for name, value in wanted.items():
-            found = stats.gradient(name) if name.startswith("missing") else getattr(stats, name)
+            found = getattr(stats.residual if name.startswith("missing") else stats.inputs, name)
             scale = float(value.abs().max())
             torch.testing.assert_close(found, value, rtol=rtol, atol=atol * scale, msg=f"{view.name} {name}")
             assert found.dtype == torch.float64
@@ -406,13 +401,13 @@ def test_what_a_residual_stream_lost_is_that_of_hooks_on_two_whole_models(
 def test_between_equal_blocks_nothing_is_lost(family, tmp_path, save_model, windows):
     _, block, walk = opened_strong(tmp_path / "m", WRITERS[family][0], save_model, windows.ids)
     twin, before = shared_copy(block), torch.cat(list(walk.outputs(block)))
-    writers = Writers.of(walk, block, groups(walk, block, block.views()))
+    writers = ResidualLayers.of(walk, block, groups(walk, block, block.views()))
     for view in writers.views:
-        stats = observe_writer(walk, walk.copy(), block, twin, view, writers.after(view), PAIRED_NEEDS)
-        assert not stats.gradient("missing").any() and not stats.gradient("missing_mean").any()
+        stats = observe_residual(walk, walk.copy(), block, twin, view, writers.after(view), PAIRED_NEEDS)
+        assert not stats.residual.missing.any() and not stats.residual.missing_mean.any()
         paired = observe_paired(walk, walk.copy(), block, twin, [view], PAIRED_NEEDS)
         for name in PAIRED_NEEDS - {"cross"}:  # of which `missing` is all that a wide weight needs
-            assert torch.equal(getattr(stats, name), getattr(paired, name)), name
+            assert torch.equal(getattr(stats.inputs, name), getattr(paired.inputs, name)), name
     for one in (block, twin):
         assert torch.equal(torch.cat(list(walk.outputs(one))), before)
 
@@ -423,7 +418,7 @@ def test_a_writer_whose_inputs_are_not_finite_is_named(tmp_path, save_model, win
     view = next(v for v in block.views() if v.name.endswith("down_proj"))
     block.module.mlp.gate_proj.weight = torch.nn.Parameter(torch.full((96, 64), torch.inf), requires_grad=False)
     with pytest.raises(PareError, match=r"layers.0.mlp.down_proj: its inputs hold NaN"):
-        observe_writer(walk, walk, block, twin, view, [], PAIRED_NEEDS)
+        observe_residual(walk, walk, block, twin, view, [], PAIRED_NEEDS)
 
 
 def disturbed(walk, seed=0):
@@ -442,16 +437,11 @@ def block_error(walk, dense, block, twin):
 
 def edited(walk, dense, block, twin, method, chosen):
     """As the pipeline goes: group by group, each edit in place before the next is observed."""
-    called = groups(walk, block, [v for v in block.views() if v.name.endswith(chosen)])
-    writers = Writers.of(walk, block, called) if method.needs & RESIDUAL_NEEDS else Writers([])
-    for group in called:
-        if group[0] in writers.views:
-            later = writers.after(group[0])
-            stats = observe_writer(walk, dense, block, twin, group[0], later, method.needs & PAIRED_NEEDS)
-        else:
-            stats = observe_paired(walk, dense, block, twin, group, method.needs & PAIRED_NEEDS)
+    views = [v for v in block.views() if v.name.endswith(chosen)]
+    needs, residual = method.needs & PAIRED_NEEDS, Need.RESIDUAL in method.needs
+    for group, stats in observe_both(walk, dense, block, twin, views, needs, residual):
         for view in group:
-            view.assign(method.compress(view.weight, stats).dense())
+            view.assign(method.compress(view.weight, stats[view.name]).dense())
     return block_error(walk, dense, block, twin)
 
 
@@ -477,19 +467,48 @@ def test_making_up_for_what_the_stream_lost_brings_the_block_nearer_to_the_dense
         assert lost[0] < 0.98 * lost[1], chosen
 
 
+def test_what_the_stream_lost_is_asked_of_writers_alone_with_the_later_ones_silent(tmp_path, save_model, windows):
+    _, block, dense = opened_strong(tmp_path / "m", FAMILIES["llama"][0], save_model, windows.ids)
+    twin, walk = shared_copy(block), disturbed(dense)
+    views = {v.name.removeprefix(block.prefix): v for v in block.views()}
+    o, down = views["self_attn.o_proj"], views["mlp.down_proj"]
+    wanted = {
+        view.name: observe_residual(walk, dense, block, twin, view, later, PAIRED_NEEDS).residual
+        for view, later in [(o, [down]), (down, [])]
+    }
+    for residual in (True, False):
+        found = {}
+        for _, stats in observe_both(walk, dense, block, twin, list(views.values()), PAIRED_NEEDS, residual):
+            found |= stats
+        assert found.keys() == {v.name for v in views.values()}
+        assert {name for name, s in found.items() if s.residual is not None} == (wanted.keys() if residual else set())
+        for name in wanted if residual else ():
+            assert torch.equal(found[name].residual.missing, wanted[name].missing)
+            assert torch.equal(found[name].residual.missing_mean, wanted[name].missing_mean)
+
+
+@dataclass(frozen=True)
+class Watching(ParedownLowRank):
+    """Keeps of each layer, in the order in which they are compressed, whether it is told what the stream lost."""
+
+    told: ClassVar[list[bool]] = []
+
+    def compress(self, weight, stats):
+        self.told.append(stats.residual is not None)
+        return super().compress(weight, stats)
+
+
 @pytest.mark.parametrize("options", [{}, {"residual": False}, {"regression": False}])
 def test_a_run_asks_what_the_stream_lost_of_writers_alone_and_where_the_method_needs_it(
-    options, tmp_path, save_model, prune, monkeypatch
+    options, tmp_path, save_model, windows
 ):
     save_model(tmp_path / "m", FAMILIES["llama"][0], torch.float32)
-    asked = []
-
-    def watch(stream, dense, block, twin, view, later, needs):
-        asked.append((view.name, [v.name for v in later]))
-        return observe_writer(stream, dense, block, twin, view, later, needs)
-
-    monkeypatch.setattr(pipeline, "observe_writer", watch)
-    prune(tmp_path / "m", tmp_path / "out", method="paredown_lowrank", options={"kept": 0.6, **options})
+    options, Watching.told = {"kept": 0.6, **options}, []
+    recipe = Recipe.parse({"method": "paredown_lowrank", "options": options, "allocation": {"strategy": "uniform"}})
+    job = replace(resolve_job(ModelSource(tmp_path / "m", "m"), recipe), method=Watching(**options))
+    with CheckpointWriter(tmp_path / "out") as writer:
+        result = Run(job, windows, [windows], writer).run()
+    assert len(Watching.told) == len(result.layers) == 14
+    writers = [layer["name"] for layer, told in zip(result.layers, Watching.told, strict=True) if told]
     o, down = ([f"model.layers.{i}.{part}" for i in range(2)] for part in ("self_attn.o_proj", "mlp.down_proj"))
-    wanted = [(o[0], [down[0]]), (down[0], []), (o[1], [down[1]]), (down[1], [])]
-    assert asked == ([] if options else wanted)
+    assert writers == ([] if "residual" in options or "regression" in options else [o[0], down[0], o[1], down[1]])

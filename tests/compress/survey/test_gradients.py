@@ -9,11 +9,9 @@ import transformers as t
 
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
-from paredown.compress.model import stream
 from paredown.compress.model.blocks import blocks
 from paredown.compress.model.stream import start
 from paredown.compress.numerics.moments import GRADIENT_NEEDS
-from paredown.compress.survey import gradients
 from paredown.compress.survey.gradients import backward, head_gradients
 
 C = {
@@ -77,10 +75,11 @@ def of_views(source, tensors):
     return found
 
 
-def walked(source, scratch, ids=IDS, needs=GRADIENT_NEEDS, **options):
+def walked(source, scratch, stream=None, needs=GRADIENT_NEEDS, **options):
     """Statistics by layer."""
     stats, chosen = {}, set(views_of(source))
-    for _, found in backward(source, ids, chosen, frozenset({"gram"}), frozenset(needs), scratch, **options):
+    stream = start(source, IDS) if stream is None else stream
+    for _, found in backward(source, stream, chosen, frozenset({"gram"}), frozenset(needs), scratch, **options):
         stats |= found
     return stats
 
@@ -158,7 +157,7 @@ def test_moments_are_those_of_autograd_over_the_whole_model(family, source_of, s
     wide = tall = 0
     for name, (x, delta) in calls.items():
         found, count = stats[name], len(x)
-        assert found.count == count
+        assert found.inputs.count == count
         weight, moment = weights[name], delta.T @ delta / count  # (out, in), (out, out)
         if weight.shape[0] > weight.shape[1]:
             moment, tall = weight.T @ moment @ weight, tall + 1
@@ -167,7 +166,7 @@ def test_moments_are_those_of_autograd_over_the_whole_model(family, source_of, s
         close(found.gradient("output_gradient"), moment)
         close(found.gradient("output_gradient_diagonal"), delta.square().mean(0))
         close(found.gradient("fisher_rows_per_token"), (delta.square() * x.square().sum(1, keepdim=True)).mean(0))
-        close(found.gram, x.T @ x / count)
+        close(found.inputs.gram, x.T @ x / count)
     assert wide and tall
 
 
@@ -176,10 +175,9 @@ def test_moments_are_those_of_autograd_over_the_whole_model(family, source_of, s
     # an expert is given tokens of all windows in an order of its own: its Fisher is right one window at a time
     [*product(["llama", "qwen3", "opt", "gpt2", "gpt_neox", "mamba"], [1, 2, 5]), ("mixtral", 1)],
 )
-def test_fisher_squares_each_sequences_own_weight_gradient(family, windows_at_once, source_of, scratch, monkeypatch):
-    monkeypatch.setitem(stream.BATCH_TOKENS, "cpu", windows_at_once * IDS.shape[1])
+def test_fisher_squares_each_sequences_own_weight_gradient(family, windows_at_once, source_of, scratch):
     model, source = source_of(FAMILIES[family])
-    stats = walked(source, scratch, needs=PER_SEQUENCE)
+    stats = walked(source, scratch, start(source, IDS, windows_at_once * IDS.shape[1]), PER_SEQUENCE)
     total = {}
     for window in IDS:
         for name, gradient in weight_gradients(model, source, window[None]).items():
@@ -187,8 +185,8 @@ def test_fisher_squares_each_sequences_own_weight_gradient(family, windows_at_on
     assert stats.keys() <= total.keys()
     assert all(not total[name].any() for name in total.keys() - stats.keys())  # experts that no token reached
     for name, found in stats.items():
-        close(found.gradient("fisher"), total[name] / found.count)
-        close(found.gradient("fisher_rows"), total[name].sum(1) / found.count)
+        close(found.gradient("fisher"), total[name] / found.inputs.count)
+        close(found.gradient("fisher_rows"), total[name].sum(1) / found.inputs.count)
 
 
 def test_only_what_is_asked_for_is_collected(source_of, scratch):
@@ -208,7 +206,7 @@ def test_layers_that_are_not_chosen_are_not_observed_and_change_nothing(source_o
     whole = walked(source, scratch)
     name, needs = "model.layers.0.self_attn.v_proj", frozenset({"output_gradient"})
     found = {}
-    for _, stats in backward(source, IDS, {name}, frozenset(), needs, scratch):
+    for _, stats in backward(source, start(source, IDS), {name}, frozenset(), needs, scratch):
         found |= stats
     assert list(found) == [name]
     assert torch.equal(found[name].gradient("output_gradient"), whole[name].gradient("output_gradient"))
@@ -233,17 +231,14 @@ def test_labels_are_shifted_once(family, length, source_of):
 
 @pytest.mark.parametrize(("windows_at_once", "head_tokens"), [(1, 3), (2, 4), (4, 5), (5, 1)])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
-def test_the_size_of_a_batch_changes_nothing(family, windows_at_once, head_tokens, source_of, scratch, monkeypatch):
+def test_the_size_of_a_batch_changes_nothing(family, windows_at_once, head_tokens, source_of, scratch):
     _, source = source_of(FAMILIES[family])
     whole = walked(source, scratch)
-    monkeypatch.setitem(stream.BATCH_TOKENS, "cpu", windows_at_once * IDS.shape[1])
-    for module in (stream, gradients):
-        monkeypatch.setattr(module, "HEAD_TOKENS", head_tokens)
-    found = walked(source, scratch)
+    found = walked(source, scratch, start(source, IDS, windows_at_once * IDS.shape[1], head_tokens))
     assert found.keys() == whole.keys()
     for name, stats in found.items():
-        assert stats.count == whole[name].count == IDS.numel()
-        close(stats.gram, whole[name].gram, 1e-5)
+        assert stats.inputs.count == whole[name].inputs.count == IDS.numel()
+        close(stats.inputs.gram, whole[name].inputs.gram, 1e-5)
         for need in GRADIENT_NEEDS:
             close(stats.gradient(need), whole[name].gradient(need), 1e-5)
 
@@ -283,8 +278,8 @@ def test_sampled_labels_give_the_true_fisher_on_average(source_of, scratch):
             score = torch.eye(len(p), dtype=torch.float64) - p  # of each label: d log p_y / dlogits (vocabulary, ..)
             of_label = torch.einsum("yv,vto->yto", score, jacobian)
             wanted[n] = wanted[n] + torch.einsum("y,yto,ytq->oq", p, of_label, of_label) / window.numel()
-    sampled = walked(source, scratch, window.repeat(4000, 1), {"output_gradient"}, labels="sampled")
-    data = walked(source, scratch, window, {"output_gradient"}, labels="data")
+    sampled = walked(source, scratch, start(source, window.repeat(4000, 1)), {"output_gradient"}, labels="sampled")
+    data = walked(source, scratch, start(source, window), {"output_gradient"}, labels="data")
     for name in names:
         exact = wanted[name].detach()
         error = (sampled[name].gradient("output_gradient") - exact).norm() / exact.norm()
@@ -297,12 +292,12 @@ def test_one_block_is_in_memory_at_a_time_and_the_scratch_folder_is_left_empty(s
     prefixes = [block.prefix for block in blocks(source)]
     seen, told = [], []
 
-    def progress(text):
+    def note(text):
         told.append(text)
         assert all(p.is_meta for name, p in source.model.named_parameters() if name.startswith(tuple(prefixes)))
 
     for block, stats in backward(
-        source, IDS, set(views_of(source)), frozenset(), frozenset({"fisher"}), scratch, progress=progress
+        source, start(source, IDS), set(views_of(source)), frozenset(), frozenset({"fisher"}), scratch, note=note
     ):
         seen.append(block.prefix)
         assert set(stats) == {v.name for v in block.views()}
@@ -315,7 +310,7 @@ def test_one_block_is_in_memory_at_a_time_and_the_scratch_folder_is_left_empty(s
 
 def test_the_weights_have_no_gradients_of_their_own(source_of, scratch):
     _, source = source_of(FAMILIES["llama"])
-    for block, _ in backward(source, IDS, set(views_of(source)), frozenset(), GRADIENT_NEEDS, scratch):
+    for block, _ in backward(source, start(source, IDS), set(views_of(source)), frozenset(), GRADIENT_NEEDS, scratch):
         assert all(p.grad is None and not p.requires_grad for p in block.module.parameters())
 
 
@@ -333,10 +328,10 @@ def test_gradients_that_are_not_finite_name_the_layer(source_of, scratch):
         walked(source, scratch)
 
 
-def test_a_block_that_cannot_be_differentiated_is_told(source_of, scratch, monkeypatch):
+def test_a_block_that_cannot_be_differentiated_is_told(source_of, scratch):
     _, source = source_of(FAMILIES["llama"])
     layer = source.model.model.layers[1]
     whole = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda hidden, *args, **kwargs: whole(hidden.detach(), *args, **kwargs))
+    layer.forward = lambda hidden, *args, **kwargs: whole(hidden.detach(), *args, **kwargs)
     with pytest.raises(PareError, match=r"model.layers.1 cannot be differentiated"):
         walked(source, scratch)

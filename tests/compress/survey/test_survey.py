@@ -1,20 +1,22 @@
 """What the first pass finds, against the whole model in memory; and that there is none where nothing needs it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers as t
 from safetensors.torch import load_file
 
-from paredown.compress.allocation.budget import AllocationSpec
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
-from paredown.compress.methods import build
+from paredown.compress.job import resolve_job
 from paredown.compress.model.blocks import blocks
-from paredown.compress.numerics.factorize import OUTPUT_DAMPING
+from paredown.compress.model.stream import start
+from paredown.compress.numerics.metric import OUTPUT_DAMPING
+from paredown.compress.recipe import Recipe
 from paredown.compress.survey.gradients import backward
-from paredown.compress.survey.survey import of_layer, survey
+from paredown.compress.survey.survey import survey
 
 C = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
@@ -45,10 +47,28 @@ def layers_of(source):
     return {v.name: v for block in blocks(source) for v in block.views()}
 
 
-def surveyed(source, scratch, method, options=None, allocation=None, chosen=None, ids=IDS):
-    spec = None if allocation is None else AllocationSpec.model_validate(allocation)
-    method = build(method, options or {})
-    return survey(source, method, spec, ids, set(chosen or layers_of(source)), scratch), method
+def surveyed(source, scratch, method, options=None, allocation=None, targets=("*",)):
+    """A job and its survey."""
+    given = {"options": options or {}, "allocation": allocation, "targets": {"include": sorted(targets)}}
+    job = resolve_job(source, Recipe.parse({"method": method, **given}))
+    return job, survey(job, IDS, scratch)
+
+
+def chosen(job, made):
+    """Names of the layers that are edited."""
+    return {view.name for view in job.targets_within(made.angles)}
+
+
+def ranks_of(job, made):
+    """By layer, as a run allocates them."""
+    return job.allocate(job.targets_within(made.angles), made.choices or None, IDS.numel(), made.sensitivities)
+
+
+class Sealed(ModelSource):
+    """A model of which no weight may be read."""
+
+    def materialise(self, *args):
+        pytest.fail("weights were read")
 
 
 def data_of(model, ids=IDS):
@@ -68,11 +88,8 @@ def data_of(model, ids=IDS):
     return {name: (x.flatten(0, 1), out.grad.flatten(0, 1).double()) for name, (x, out) in found.items()}
 
 
-def test_the_dense_model_is_not_read_where_nothing_is_to_be_known_beforehand(source, scratch, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(source, "materialise", refuse)
+def test_the_dense_model_is_not_read_where_nothing_is_to_be_known_beforehand(source, scratch):
+    sealed = Sealed(source.folder, "m")
     for method, options in [
         ("wanda", {}),
         ("sparse_low_rank", {}),
@@ -81,21 +98,22 @@ def test_the_dense_model_is_not_read_where_nothing_is_to_be_known_beforehand(sou
         ("rom", {"energy": 0.9}),
         ("paredown_lowrank", {"rank": 3, "two_sided": False}),
     ]:
-        made, built = surveyed(source, scratch, method, options)
-        assert made.ranks is None and not made.angles and made.strategy == "uniform"
-        assert made.chosen == set(layers_of(source)) and not any(c.losses for c in made.curves.values())
-        assert of_layer(made, built, "model.layers.0.mlp.up_proj") is built
-        assert not any(made.gradients(block, torch.device("cpu")) for block in blocks(source))
-    made, _ = surveyed(source, scratch, "lorap")  # spread by shapes alone: ranks, and still nothing read
-    assert made.strategy == "per_type" and made.ranks.keys() == layers_of(source).keys()
+        job, made = surveyed(sealed, scratch, method, options)
+        assert ranks_of(job, made) is None and not made.angles and job.strategy == "uniform"
+        assert chosen(job, made) == set(layers_of(source)) and not made.choices
+        assert job.method_for("model.layers.0.mlp.up_proj", None) is job.method
+        assert not any(made.gradients(block, torch.device("cpu")) for block in job.blocks)
+    job, made = surveyed(sealed, scratch, "lorap")  # spread by shapes alone: ranks, and still nothing read
+    assert job.strategy == "per_type" and ranks_of(job, made).keys() == layers_of(source).keys()
     assert not list(scratch.iterdir())
 
 
 def test_every_layer_is_told_the_rank_that_the_allocation_gives_it(source, scratch):
-    made, method = surveyed(source, scratch, "svd_llm", {"kept": 0.7}, {"strategy": "global"})
-    assert len(set(made.ranks.values())) > 2 and None in made.ranks.values()
-    for name, rank in made.ranks.items():
-        told = of_layer(made, method, name)
+    job, made = surveyed(source, scratch, "svd_llm", {"kept": 0.7}, {"strategy": "global"})
+    ranks = ranks_of(job, made)
+    assert len(set(ranks.values())) > 2 and None in ranks.values()
+    for name, rank in ranks.items():
+        told = job.method_for(name, ranks)
         assert told is None if rank is None else (told.rank, told.kept) == (rank, None)
 
 
@@ -136,22 +154,14 @@ def turning(model, sizes):
 def test_curing_edits_the_inner_blocks_that_turn_their_input_least(sizes, wanted, model, source, scratch):
     turning(model, sizes).save_pretrained(source.folder)
     source = ModelSource(source.folder, "m")
-    made, _ = surveyed(source, scratch, "cur", {"blocks": 2})
+    job, made = surveyed(source, scratch, "cur", {"blocks": 2})
     angles = brute_force_angles(model)
     assert made.angles == pytest.approx(angles, rel=1e-3)
     assert sorted(sorted(range(1, 4), key=angles.__getitem__)[:2]) == wanted
-    assert {int(name.split(".")[2]) for name in made.chosen} == set(wanted)
-    assert made.chosen == made.curves.keys() == {n for n in layers_of(source) if int(n.split(".")[2]) in wanted}
-    assert surveyed(source, scratch, "cur", {"blocks": None})[0].chosen == set(layers_of(source))
+    assert {int(name.split(".")[2]) for name in chosen(job, made)} == set(wanted)
+    assert chosen(job, made) == {n for n in layers_of(source) if int(n.split(".")[2]) in wanted}
+    assert chosen(*surveyed(source, scratch, "cur", {"blocks": None})) == set(layers_of(source))
     assert all(p.is_meta for p in source.model.parameters())
-
-
-@pytest.mark.parametrize(("last", "wanted"), [(0.2, {4}), (0.25, {4}), (0.6, {2, 3, 4}), (0.01, {4})])
-def test_laser_edits_the_last_blocks_without_a_look_at_the_text(last, wanted, source, scratch, monkeypatch):
-    monkeypatch.setattr(source, "materialise", lambda *args: pytest.fail("weights were read"))
-    only = {n for n in layers_of(source) if "mlp" in n}
-    made, _ = surveyed(source, scratch, "laser", {"last": last}, chosen=only)
-    assert made.chosen == {n for n in only if int(n.split(".")[2]) in wanted} and len(made.chosen) == 3 * len(wanted)
 
 
 def test_blocks_that_are_not_chosen_are_written_as_they_were(model, source, tmp_path, prune):
@@ -199,7 +209,7 @@ def test_target_parameters_are_met_by_the_written_model(
     )
     tensors = load_file(tmp_path / "out" / "model.safetensors").values()
     written = sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
-    assert written == whole - result.targeted + result.kept
+    assert written == whole - result.targeted + result.numbers
     slack = sum(sum(shapes[layer["name"]]) for layer in result.layers)  # a rank of each
     if family == "gpt2" and method == "rom":  # a bias is paid for where the layer has one already
         slack += sum(shapes[layer["name"]][0] for layer in result.layers)
@@ -208,72 +218,11 @@ def test_target_parameters_are_met_by_the_written_model(
     assert target - slack < written <= target
 
 
-@pytest.mark.parametrize("allocation", [None, {"strategy": "global"}, {"strategy": "per_type"}])
-def test_target_parameters_that_no_ranks_can_meet_are_refused(allocation, source, scratch):
-    whole = sum(p.numel() for p in source.parameters.values())
-    targeted = sum(math.prod(v.shape) for v in layers_of(source).values())
-    for target in (1, whole - targeted, whole, whole + 1000):
-        told = (
-            f"target_parameters {target:,} cannot be met: the model has {whole:,}, of which {targeted:,} are targeted"
-        )
-        with pytest.raises(PareError, match=told):
-            surveyed(source, scratch, "svd_llm", {"target_parameters": target}, allocation)
-
-
-def test_a_global_budget_below_rank_one_is_refused(source, scratch):
-    rest = sum(p.numel() for name, p in source.parameters.items() if name.rpartition(".")[0] not in layers_of(source))
-    with pytest.raises(PareError, match="rank 1 in every layer takes"):
-        surveyed(source, scratch, "svd_llm", {"target_parameters": rest + 10}, {"strategy": "global"})
-
-
-@pytest.mark.parametrize("allocation", [None, {"strategy": "per_type"}, {"strategy": "theoretical_loss"}])
-def test_a_target_below_rank_one_is_refused_by_every_strategy(allocation, source, scratch):
-    rest = sum(p.numel() for name, p in source.parameters.items() if name.rpartition(".")[0] not in layers_of(source))
-    with pytest.raises(PareError, match="rank 1"):
-        surveyed(source, scratch, "svd_llm", {"target_parameters": rest + 10}, allocation)
-
-
 @pytest.mark.parametrize("options", [{}, {"target_parameters": 20000}])
 def test_a_model_without_inner_blocks_is_told_that_curing_finds_none(options, tmp_path, save_model, scratch):
     save_model(tmp_path / "two", t.LlamaConfig(**{**C, "num_hidden_layers": 2}))
     with pytest.raises(PareError, match="blocks"):
         surveyed(ModelSource(tmp_path / "two", "two"), scratch, "cur", options)
-
-
-@pytest.mark.parametrize(
-    ("allocation", "pattern"),
-    [
-        ({"strategy": "per_type", "weights": {"v_proj": 3, "vproj": 2}}, "vproj"),
-        ({"strategy": "per_type", "weights": {"self_attn.v_proj": 3}}, "self_attn.v_proj"),  # only the last part counts
-        ({"strategy": "per_type", "weights": {"[ud]*": 3, "down_proj": 2}}, "down_proj"),  # of a layer that is skipped
-        ({"strategy": "global", "weights": {"v_proj": 3}}, "v_proj"),
-        ({"strategy": "uniform", "weights": {"v_proj": 3}}, "v_proj"),
-    ],
-)
-def test_weights_of_an_allocation_that_would_go_unheard_are_refused(allocation, pattern, source, scratch, monkeypatch):
-    monkeypatch.setattr(source, "materialise", lambda *args: pytest.fail("weights were read"))
-    only = {n for n in layers_of(source) if n.endswith(("v_proj", "up_proj"))}
-    told = rf"allocation.weights {pattern!r}: .*strategy per_type .*last part of layers: up_proj, v_proj\."
-    with pytest.raises(PareError, match=told):
-        surveyed(source, scratch, "svd_llm", {}, allocation, only)
-    made, _ = surveyed(source, scratch, "svd_llm", {}, {"strategy": "per_type", "weights": {"[uv]*": 3}}, only)
-    assert made.ranks.keys() == only
-
-
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude", "sparse_low_rank"])
-@pytest.mark.parametrize("strategy", ["uniform", "per_type", "global"])
-def test_an_allocation_of_ranks_goes_with_low_rank_methods_only(method, strategy, source, scratch):
-    with pytest.raises(PareError, match=r"goes with low-rank methods only. Leave it out"):
-        surveyed(source, scratch, method, {}, {"strategy": strategy})
-
-
-@pytest.mark.parametrize("strategy", ["per_type", "theoretical_loss", "sensitivity", "global"])
-@pytest.mark.parametrize("options", [{"rank": 4}, {"energy": 0.9}])
-def test_one_budget_cannot_be_spent_where_each_layers_rank_is_given(options, strategy, source, scratch):
-    with pytest.raises(PareError, match=f"allocation {strategy} spends one budget: ask by kept or target_parameters"):
-        surveyed(source, scratch, "svd_llm", options, {"strategy": strategy})
-    made, _ = surveyed(source, scratch, "svd_llm", options, {"strategy": "uniform"})
-    assert made.ranks is None
 
 
 def weighed_losses(weight, x, delta=None, centred=False):
@@ -302,22 +251,28 @@ def weighed_losses(weight, x, delta=None, centred=False):
         ("paredown_lowrank", {"output_damping": 3.0}, None, True, False),
     ],
 )
-def test_curves_are_the_losses_on_the_whole_models_own_data(
+def test_choices_have_the_losses_of_the_whole_models_own_data(
     method, options, strategy, two_sided, centred, model, source, scratch
 ):
     allocation = {"strategy": strategy} if strategy else None
-    made, _ = surveyed(source, scratch, method, {"kept": 0.6, **options}, allocation)
-    assert made.curves.keys() == layers_of(source).keys()
+    job, made = surveyed(source, scratch, method, {"kept": 0.6, **options}, allocation)
+    assert made.choices.keys() == layers_of(source).keys()
     for name, (x, delta) in data_of(model).items():
         weight = model.get_parameter(f"{name}.weight").detach()
         wanted = weighed_losses(weight, x, delta if two_sided else None, centred)
-        curve = made.curves[name]
-        assert curve.shape == tuple(weight.shape) and len(curve.losses) == min(weight.shape)
-        found = torch.tensor(curve.losses, dtype=torch.float64)
-        assert (found - wanted).abs().max() <= 1e-4 * wanted[0]
-        for rank in (0, 1, 5, len(wanted)):
-            assert curve.loss(rank) == pytest.approx(float(wanted[rank:].sum()), abs=1e-4 * float(wanted.sum()))
-            assert made.predicted(name, rank) == pytest.approx(float(wanted[rank:].sum() / wanted.sum()), abs=1e-4)
+        choices, shape = made.choices[name], tuple(weight.shape)
+        # nothing, and every rank that stores less than the weight
+        assert [c.option for c in choices] == [None, *range(1, len(choices))]
+        assert [c.numbers for c in choices] == [0, *(job.method.numbers(shape, k) for k in range(1, len(choices)))]
+        assert choices[-1].numbers < weight.numel() and len(choices) <= len(wanted) + 1
+        assert len(choices) > len(wanted) or job.method.numbers(shape, len(choices)) >= weight.numel()
+        losses = torch.tensor([c.loss for c in choices], dtype=torch.float64)
+        found = losses[:-1] - losses[1:]  # squared singular values
+        assert (found - wanted[: len(found)]).abs().max() <= 1e-4 * wanted[0]
+        for rank in (0, 1, 5, len(choices) - 1):
+            tail = float(wanted[rank:].sum())
+            assert choices[rank].loss == pytest.approx(tail, abs=1e-4 * float(wanted.sum()))
+            assert made.predicted(name, rank or None) == pytest.approx(tail / float(wanted.sum()), abs=1e-4)
 
 
 @pytest.mark.parametrize(("method", "strategy"), [("fisher_svd", "global"), ("svd_llm", "global"), ("rom", "global")])
@@ -347,31 +302,32 @@ def test_the_first_block_loses_what_was_predicted(method, strategy, model, sourc
 )
 def test_gradients_are_read_back_by_layer_and_block(method, options, needs, source, scratch, tmp_path):
     only = {n for n in layers_of(source) if "mlp" in n and ".2." not in n}
-    made, built = surveyed(source, scratch, method, options, chosen=only)
+    job, made = surveyed(source, scratch, method, options, targets=only)
     assert sorted(f.name for f in scratch.iterdir()) == [f"gradients-{i}.safetensors" for i in (0, 1, 3, 4)]
     (tmp_path / "again").mkdir()
-    labels = getattr(built, "labels", "data")
-    for block, stats in backward(source, IDS, only, frozenset(), frozenset(needs), tmp_path / "again", labels=labels):
+    stream, labels = start(source, IDS), job.method.labels
+    for block, stats in backward(source, stream, only, frozenset(), frozenset(needs), tmp_path / "again", labels):
         found = made.gradients(block, torch.device("cpu"))
         assert found.keys() == stats.keys()
         for name, s in stats.items():
             assert found[name].keys() == needs
             for need in needs:
-                assert torch.equal(found[name][need], s.gradient(need).float().double())
+                assert torch.equal(found[name][need], s.gradient(need).float())
 
 
 def test_fused_experts_are_no_part_of_the_first_pass(tmp_path, save_model, scratch):
     save_model(tmp_path / "m", t.MixtralConfig(**{**C, "num_hidden_layers": 2}, num_local_experts=4))
     source = ModelSource(tmp_path / "m", "m")
-    made, _ = surveyed(source, scratch, "fisher_svd", {"kept": 0.5}, {"strategy": "global"})
+    job, made = surveyed(source, scratch, "fisher_svd", {"kept": 0.5}, {"strategy": "global"})
     attention = {n for n in layers_of(source) if "self_attn" in n}
-    assert made.curves.keys() == made.ranks.keys() == attention
+    assert made.choices.keys() == ranks_of(job, made).keys() == attention
     for block in blocks(source):
         assert made.gradients(block, torch.device("cpu")).keys() == {n for n in attention if n.startswith(block.prefix)}
 
 
 def test_measured_sensitivities_are_the_losses_of_the_model_with_one_layer_compressed(model, source, scratch):
-    made, _ = surveyed(source, scratch, "svd_llm", {"kept": 0.6}, {"strategy": "sensitivity"})
+    job, made = surveyed(source, scratch, "svd_llm", {"kept": 0.6}, {"strategy": "sensitivity"})
+    assert ranks_of(job, made).keys() == layers_of(source).keys()
     assert made.sensitivities.keys() == layers_of(source).keys()
     data = data_of(model)
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj", "model.layers.4.mlp.up_proj"):
@@ -393,13 +349,13 @@ def test_measured_sensitivities_of_an_affine_method_count_its_bias(model, source
         model.model.layers[1].input_layernorm.weight[:8] += 3  # so that a mean is worth keeping
         model.model.embed_tokens.weight[:, :8] += 0.1
     model.save_pretrained(source.folder)
-    made, method = surveyed(ModelSource(source.folder, "m"), scratch, "rom", {"kept": 0.6}, {"strategy": "sensitivity"})
+    job, made = surveyed(ModelSource(source.folder, "m"), scratch, "rom", {"kept": 0.6}, {"strategy": "sensitivity"})
     name = "model.layers.1.self_attn.v_proj"
     x, weight, module = data_of(model)[name][0], model.get_parameter(f"{name}.weight"), model.get_submodule(name)
     dense, mean = weight.detach().clone(), x.mean(0)
     spread = (x - mean) @ dense.T  # (tokens, out)
     for share, found in made.sensitivities[name].items():
-        rank = method.with_share(share).planned_rank(tuple(dense.shape))
+        rank = replace(job.method, kept=share).planned_rank(tuple(dense.shape))
         top = torch.linalg.svd(spread, full_matrices=False)[2][:rank].T  # (out, rank)
         with torch.no_grad():
             weight.copy_(top @ top.T @ dense)

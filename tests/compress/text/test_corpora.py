@@ -9,8 +9,8 @@ import datasets
 import pytest
 
 from paredown.compress.errors import PareError
-from paredown.compress.text import corpora
-from paredown.compress.text.corpora import Corpus, load_corpus, overlap
+from paredown.compress.text.corpora import load_corpus
+from paredown.compress.text.corpus import Corpus, overlap
 
 LONG = "a document that is long enough to be told from a heading or a blank row, number "
 
@@ -22,15 +22,16 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stands in for the hub: remembers what was asked for and gives `rows`."""
+    """Stands in for the hub: remembers what was asked for and gives `data`, or else `rows`."""
 
     class Hub:
         asked = None
+        data = None
         rows = {"text": ["one", "", "two"]}
 
         def load_dataset(self, path, name=None, **options):
             self.asked = {"path": path, "name": name, **options}
-            return datasets.Dataset.from_dict(self.rows)
+            return self.data or datasets.Dataset.from_dict(self.rows)
 
     stand_in = Hub()
     monkeypatch.setattr(datasets, "load_dataset", stand_in.load_dataset)
@@ -187,12 +188,13 @@ def test_without_a_network_the_error_says_how_to_name_a_file(spec, role, key):
         load_corpus(spec, role)
 
 
-def test_the_commit_of_a_hub_data_set_is_read_from_its_cache():
-    class Data:
-        cache_files = ({"filename": f"/c/org___name/default/0.0.0/{'b0' * 20}/name-train.arrow"},)
-
-    assert corpora._revision(Data()) == "b0" * 20
-    assert corpora._revision(datasets.Dataset.from_dict({"text": ["x"]})) is None
+def test_the_commit_of_a_hub_data_set_is_read_from_its_cache(hub, tmp_path):
+    assert load_corpus("org/name:config:train", "calibration").revision is None
+    cached = tmp_path / "cache/org___name/default/0.0.0" / ("b0" * 20)
+    datasets.Dataset.from_dict(hub.rows).save_to_disk(cached)
+    hub.data = datasets.load_from_disk(cached)
+    corpus = load_corpus("org/name:config:train", "calibration")
+    assert (corpus.revision, list(corpus.documents)) == ("b0" * 20, ["one", "", "two"])
 
 
 @pytest.mark.parametrize(
@@ -203,6 +205,7 @@ def test_the_commit_of_a_hub_data_set_is_read_from_its_cache():
         ("a/b:c:d:e:f", "unknown text"),
         ("./missing.txt", "does not exist"),
         ("missing.jsonl", "does not exist"),
+        ("C:\\missing.jsonl:body", "does not exist"),  # the colon of a drive is not one between two parts
     ],
 )
 def test_what_cannot_be_found_is_an_error_that_lists_what_could_be(spec, said):

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from paredown.compress.errors import PareError
-from paredown.compress.text import stdlib_text
 from paredown.compress.text.stdlib_text import SPLITS, documents, split_of, text
 
 TRAIN_ONLY = {"test", "tests", "idlelib", "lib2to3", "tkinter", "distutils", "turtledemo", "pydoc_data", "ensurepip"}
@@ -26,7 +25,7 @@ def library(tmp_path, monkeypatch):
         for name, source in {"argparse.py": b"# one", "threading.py": b"# two", **files}.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes(source)
-        monkeypatch.setattr(stdlib_text.sysconfig, "get_path", lambda name: str(tmp_path))
+        monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
         return tmp_path
 
     return build
@@ -141,7 +140,7 @@ def test_what_cannot_be_read_or_is_not_pythons_own_is_left_out(library):
 
 
 def test_a_zipped_python_is_told_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(stdlib_text.sysconfig, "get_path", lambda name: str(tmp_path / "python311.zip"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "python311.zip"))
     with pytest.raises(PareError, match=r"found none at .*python311\.zip"):
         documents("evaluation")
 

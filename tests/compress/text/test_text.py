@@ -9,13 +9,14 @@ import torch
 from paredown.compress.errors import PareError
 from paredown.compress.numerics.perplexity import paired_delta, perplexity, token_nll
 from paredown.compress.text import corpora, stdlib_text
-from paredown.compress.text.corpora import Corpus, load_corpus, overlap
+from paredown.compress.text.corpora import load_corpus
+from paredown.compress.text.corpus import Corpus, overlap
 from paredown.compress.text.windows import calibration_windows, evaluation_windows
 
 
 def test_the_splits_of_the_standard_library_share_no_package():
     families = {
-        s: {stdlib_text._family(d.module.split(".")[0]) for d in stdlib_text.documents(s)} for s in stdlib_text.SPLITS
+        s: {stdlib_text.family_of(d.module.split(".")[0]) for d in stdlib_text.documents(s)} for s in stdlib_text.SPLITS
     }
     assert not families["train"] & families["evaluation"] and not families["train"] & families["calibration"]
     assert not families["calibration"] & families["evaluation"]

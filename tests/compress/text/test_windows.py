@@ -8,9 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from paredown.compress.errors import PareError
-from paredown.compress.text import windows
-from paredown.compress.text.corpora import Corpus
-from paredown.compress.text.windows import calibration_windows, evaluation_windows, special_prefix
+from paredown.compress.text.corpus import Corpus
+from paredown.compress.text.windows import ReadSizes, calibration_windows, evaluation_windows, special_prefix
 
 BOS = 256
 FAR = 10**6
@@ -83,9 +82,8 @@ def test_no_more_documents_are_tokenised_than_are_needed(tokenizer):
     assert sum(len(text) > 1 for text in calls) == 4
 
 
-def test_windows_of_a_huge_document_come_from_an_excerpt_of_it(tokenizer, monkeypatch):
-    monkeypatch.setattr(windows, "PIECE", 500)
-    monkeypatch.setattr(windows, "PER_TOKEN", 4)
+def test_windows_of_a_huge_document_come_from_an_excerpt_of_it(tokenizer):
+    sizes = ReadSizes(piece=500, per_token=4)
     documents = [words(5000, seed=i) for i in range(8)]
     longest = []
 
@@ -93,15 +91,14 @@ def test_windows_of_a_huge_document_come_from_an_excerpt_of_it(tokenizer, monkey
         longest.append(len(text))
         return tokenizer(text, **options)
 
-    drawn = calibration_windows(corpus_of(*documents), watching, 8, 40, seed=0, max_length=FAR)
+    drawn = calibration_windows(corpus_of(*documents), watching, 8, 40, seed=0, max_length=FAR, sizes=sizes)
     assert drawn.sampling == "documents" and max(longest) == 500
     places = [next(d.find(tokenizer.decode(row)) for d in documents if tokenizer.decode(row) in d) for row in drawn.ids]
     assert max(places) > 2500
 
 
-def test_a_text_too_long_to_be_tokenised_gives_one_window_of_each_of_its_stretches(tokenizer, monkeypatch):
-    monkeypatch.setattr(windows, "AT_ONCE", 1000)
-    monkeypatch.setattr(windows, "PER_TOKEN", 4)
+def test_a_text_too_long_to_be_tokenised_gives_one_window_of_each_of_its_stretches(tokenizer):
+    sizes = ReadSizes(one_call=1000, per_token=4)
     corpus = corpus_of(*[words(37, seed=i) for i in range(200)], joiner="\n\n")
     longest = []
 
@@ -109,7 +106,7 @@ def test_a_text_too_long_to_be_tokenised_gives_one_window_of_each_of_its_stretch
         longest.append(len(text))
         return tokenizer(text, **options)
 
-    drawn = calibration_windows(corpus, watching, 10, 40, seed=0, max_length=FAR)
+    drawn = calibration_windows(corpus, watching, 10, 40, seed=0, max_length=FAR, sizes=sizes)
     assert drawn.sampling == "joined" and drawn.text_tokens is None and max(longest) <= 160
     stretch = corpus.characters / 10
     assert [int(corpus.text.find(tokenizer.decode(row)) // stretch) for row in drawn.ids] == list(range(10))
@@ -117,10 +114,10 @@ def test_a_text_too_long_to_be_tokenised_gives_one_window_of_each_of_its_stretch
 
 def test_a_slice_of_the_joined_text_is_read_without_joining_it():
     corpus = corpus_of("abc", "", "defg", "h", joiner="--")
-    ends = [5, 7, 13, 16]
+    assert list(corpus.ends) == [5, 7, 13, 16]
     for start in range(corpus.characters):
         for stop in range(start, corpus.characters + 1):
-            assert windows._characters(corpus, ends, start, stop) == corpus.text[start:stop]
+            assert corpus.excerpt(start, stop) == corpus.text[start:stop]
 
 
 def test_the_length_is_capped_by_what_the_model_allows_and_says_so(tokenizer):
@@ -179,29 +176,26 @@ def test_a_text_shorter_than_one_window_is_an_error_that_names_the_length_to_set
     assert evaluation_windows(corpus_of(words(30)), tokenizer, 15, FAR).ids.shape == (2, 15)
 
 
-def test_a_very_long_text_tokenised_in_pieces_gives_the_tokens_of_the_whole(monkeypatch):
+def test_a_very_long_text_tokenised_in_pieces_gives_the_tokens_of_the_whole():
     tokenizer = byte_tokenizer(bos=True)
     # an accent is two bytes, so there are more tokens than characters
     corpus = corpus_of(*[words(45, seed=i).replace("a", "é") for i in range(60)])
     once = evaluation_windows(corpus, tokenizer, 64, FAR)
-    monkeypatch.setattr(windows, "AT_ONCE", 1000)
-    monkeypatch.setattr(windows, "PIECE", 300)
-    cut = evaluation_windows(corpus, tokenizer, 64, FAR)
+    sizes = ReadSizes(one_call=1000, piece=300)
+    cut = evaluation_windows(corpus, tokenizer, 64, FAR, sizes=sizes)
     assert torch.equal(cut.ids, once.ids)
     assert cut.provenance()["pieces"] >= 9 and cut.text_tokens == once.text_tokens
-    some = evaluation_windows(corpus, tokenizer, 64, FAR, limit=8)
+    some = evaluation_windows(corpus, tokenizer, 64, FAR, limit=8, sizes=sizes)
     assert torch.equal(some.ids, once.ids[:8])
     assert some.provenance()["pieces"] == 2 and some.text_tokens is None
 
 
-def test_pieces_are_cut_where_a_line_begins_and_make_up_the_text(monkeypatch):
-    monkeypatch.setattr(windows, "AT_ONCE", 100)
-    monkeypatch.setattr(windows, "PIECE", 50)
+def test_pieces_are_cut_where_a_line_begins_and_make_up_the_text():
     corpus = corpus_of("one line\n    and one set in\nand a third\n\nand more", words(300), "x" * 120, "")
-    pieces = list(windows._pieces(corpus, corpus.characters))
+    pieces = list(corpus.pieces(corpus.characters, 50))
     assert "".join(pieces) == corpus.text
     assert pieces[0] == "one line\n    and one set in\nand a third\n\n"
-    assert "".join(windows._pieces(corpus, 333)) == corpus.text[:333]
+    assert "".join(corpus.pieces(333, 50)) == corpus.text[:333]
 
 
 def test_a_bos_stands_once_before_the_text_and_the_provenance_says_where():

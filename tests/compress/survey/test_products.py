@@ -7,9 +7,9 @@ import transformers as t
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 from paredown.compress.model.blocks import blocks
-from paredown.compress.model.stream import BATCH_TOKENS, start
+from paredown.compress.model.stream import start
 from paredown.compress.survey.collect import observe
-from paredown.compress.survey.observe import Observer
+from paredown.compress.survey.products import InputObserver
 
 C = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -23,20 +23,19 @@ CONFIGS = {
 NEEDS = frozenset({"gram", "mean", "absolute_mean"})
 
 
-def observed(folder, windows):
+def observed(folder, windows, batch_tokens=None):
     source = ModelSource(folder, "m")
     block = blocks(source)[0]
-    stream = start(source, windows.ids)
+    stream = start(source, windows.ids, batch_tokens)
     source.materialise(block.prefix, block.names)
-    return observe(stream, block, block.views(), NEEDS)
+    return {name: stats.inputs for name, stats in observe(stream, block, block.views(), NEEDS).items()}
 
 
 @pytest.mark.parametrize("batch_tokens", [48, 2048])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_moments_are_those_of_every_layers_input(family, batch_tokens, tmp_path, save_model, windows, monkeypatch):
-    monkeypatch.setitem(BATCH_TOKENS, "cpu", batch_tokens)
+def test_moments_are_those_of_every_layers_input(family, batch_tokens, tmp_path, save_model, windows):
     model = save_model(tmp_path / "m", CONFIGS[family])
-    stats = observed(tmp_path / "m", windows)
+    stats = observed(tmp_path / "m", windows, batch_tokens)
     inputs = {}
     for name in stats:
         model.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: inputs.update({name: args[0]}))
@@ -51,10 +50,9 @@ def test_moments_are_those_of_every_layers_input(family, batch_tokens, tmp_path,
         torch.testing.assert_close(stats[name].absolute_mean, x.abs().mean(0), rtol=1e-3, atol=1e-6)
 
 
-def test_layers_that_are_fed_the_same_tensor_share_their_statistics(tmp_path, save_model, windows, monkeypatch):
-    monkeypatch.setitem(BATCH_TOKENS, "cpu", 48)
+def test_layers_that_are_fed_the_same_tensor_share_their_statistics(tmp_path, save_model, windows):
     save_model(tmp_path / "m", CONFIGS["llama"])
-    stats = {name.rpartition(".")[2]: s for name, s in observed(tmp_path / "m", windows).items()}
+    stats = {name.rpartition(".")[2]: s for name, s in observed(tmp_path / "m", windows, 48).items()}
     assert stats["q_proj"] is stats["k_proj"] is stats["v_proj"] and stats["gate_proj"] is stats["up_proj"]
     assert len({id(s) for s in stats.values()}) == 4
 
@@ -76,7 +74,7 @@ def test_a_layer_that_is_never_called_and_inputs_that_are_not_finite(tmp_path, s
     block = blocks(source)[0]
     source.materialise(block.prefix, block.names)
     mlp = source.model.model.layers[0].mlp
-    with Observer(block.views(), NEEDS, torch.device("cpu")) as observer:
+    with InputObserver(block.views(), NEEDS, torch.device("cpu")) as observer:
         mlp.up_proj(torch.ones(2, 64, dtype=torch.bfloat16))
     assert list(observer.stats) == ["model.layers.0.mlp.up_proj"]
     with pytest.raises(PareError, match=r"layers.0.mlp.up_proj: its inputs hold NaN"), observer:

@@ -1,0 +1,204 @@
+"""The interface of a method, with a default for all but `compress`: a method overrides what differs.
+
+@register("mine")
+@dataclass(frozen=True)
+class Mine(WeightMethod):
+    sparsity: Sparsity = 0.5          # fields are the options of a recipe
+
+    needs = frozenset({Need.GRAM})    # the statistics that `compress` reads
+
+    def compress(self, weight, stats): ...
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from paredown.compress.errors import PareError, did_you_mean
+from paredown.compress.numerics.edits import WeightEdit
+from paredown.compress.numerics.moments import Labels, Need, Stats
+from paredown.compress.registry import Registry
+from paredown.compress.storage.spec import Spec
+
+# relative to the mean diagonal of H, to whose diagonal it is added
+Damping = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Shape = tuple[int, int]  # (out, in)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to compress a layer, as an allocation sees it."""
+
+    numbers: int  # how many are stored
+    loss: float  # predicted; nan without a weight and its statistics
+    option: Any  # for `at`, such as a rank; None: a weight of zeros, which no allocation may choose
+
+
+class Method:
+    """Whatever a recipe can name as its method."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The statistics of each layer that it reads. They may depend on its options."""
+        return frozenset()
+
+    @property
+    def labels(self) -> Labels:
+        """Whose next tokens its gradients predict, if it needs gradients: the text's or the model's own."""
+        return "data"
+
+    @property
+    def remark(self) -> str | None:
+        """A sentence about the method that belongs in the report."""
+        return None
+
+
+class WeightMethod(Method):
+    """Edits one weight matrix at a time."""
+
+    # its edits are products of smaller weights, which round unlike the dense product
+    chain: ClassVar[bool] = False
+    experts: ClassVar[bool] = True  # it edits the experts of a fused parameter too
+    surveys_angles: ClassVar[bool] = False  # `chosen_blocks` reads the angles
+    strategy: ClassVar[str | None] = None  # the allocation, if the recipe names none; None: nothing to allocate
+    type_weights: ClassVar[Mapping[str, float]] = {}  # the option `weights` of that allocation
+    predicts: ClassVar[bool] = True  # the losses of its choices predict those of its edits
+
+    @abstractmethod
+    def compress(self, weight: Tensor, stats: Stats) -> WeightEdit | None:
+        """A pure function of the weight (out, in) and its layer's statistics; None leaves the weight as it is.
+
+        Raises PareError if this weight cannot be compressed so.
+        """
+
+    def expect(self, shape: Shape, element_size: int) -> Spec | None:
+        """How a weight of this shape will be stored; None if it stays dense, or if only the data can tell.
+
+        Raises PareError if no weight of this shape can be compressed so.
+        """
+        return None
+
+    def working_bytes(self, shape: Shape) -> int:
+        """Memory that `compress` takes besides the weight and its statistics. By default two float32 copies and masks."""
+        return 10 * shape[0] * shape[1]
+
+    def chosen_blocks(self, angles: Sequence[float]) -> list[int]:
+        """Indices of the blocks that it edits. `angles`, one per block in units of pi: how far each turns its input.
+
+        A plan passes zeros.
+        """
+        return list(range(len(angles)))
+
+    @property
+    def budget(self) -> "Budget":
+        """How much all layers together may keep."""
+        return Budget()
+
+    def choices(self, shape: Shape, weight: Tensor | None = None, stats: Stats | None = None) -> list[Choice]:
+        """Ways to compress a weight of this shape, smallest first, all smaller than the dense one; []: nothing to allocate.
+
+        The first is a weight of zeros. Losses are predicted if `weight` (out, in) and its statistics are given.
+        """
+        return []
+
+    def at(self, option: Any) -> "WeightMethod":
+        """The method for the `option` of one of its choices."""
+        return self
+
+    def without_bias(self) -> "WeightMethod | None":
+        """The same method for layers without a bias that cannot get one; None if it has to add one."""
+        return self
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a method is asked to keep, as a share or a count of parameters; neither: each layer decides by itself."""
+
+    share: float | None = None  # of the targeted parameters
+    parameters: int | None = None  # of the whole model
+    asked: bool = False  # the recipe's options say how much is kept, in whatever way
+    by_data: bool = False  # each layer's option depends on its own data
+
+    @property
+    def shared(self) -> bool:
+        """Whether all layers share one budget."""
+        return self.share is not None or self.parameters is not None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where the units of a group lie in one tensor: along dimension `dim` of `name`, `width` entries each."""
+
+    name: str
+    dim: int
+    width: int = 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """Coupled units: each can only be removed from all parts at once."""
+
+    name: str
+    kind: Literal["channels", "heads", "experts", "states"]
+    units: int
+    parts: tuple[Part, ...]
+    config_key: str  # of the number of units in config.json
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """Which units of a group stay, and new values of tensors that are not just sliced, by name."""
+
+    keep: Tensor  # (units,) bool
+    tensors: Mapping[str, Tensor]
+
+
+class GroupMethod(Method):
+    """Removes units of a group: channels, heads, experts, states."""
+
+    @abstractmethod
+    def compress(self, group: Group, stats: Stats) -> Sliced | None:
+        """None leaves the group as it is."""
+
+
+class BlockMethod(Method):
+    """Removes whole blocks."""
+
+    @abstractmethod
+    def choose(self, angles: Sequence[float]) -> list[int]:
+        """Indices of the blocks to remove; `angles`, one per block in units of pi: how far each turns its input."""
+
+
+def check_needs(name: str, owner: object) -> None:
+    """Raises PareError if `owner.needs`, of a class or an object, is no set of statistics that are collected."""
+    needs: object = getattr(owner, "needs", frozenset())
+    if isinstance(needs, property):
+        return  # depends on the options: the object is checked when it is built
+    if not isinstance(needs, set | frozenset):
+        raise PareError(
+            f"{name}: `needs` must be a set of statistics, such as frozenset({{Need.GRAM}}), not {needs!r}."
+        )
+    known = [str(need) for need in Need]
+    for need in needs:
+        if need not in known:
+            raise PareError(
+                f"{name} needs the statistic {str(need)!r}, which is not collected.{did_you_mean(str(need), known)} "
+                f"Known: {', '.join(known)}."
+            )
+
+
+def check_method(name: str, cls: type) -> None:
+    """Raises PareError for a class that no run can use."""
+    if not issubclass(cls, WeightMethod | GroupMethod | BlockMethod):
+        raise PareError(
+            f"{name}: {cls.__qualname__} is no method. Derive it from WeightMethod, GroupMethod or BlockMethod."
+        )
+    check_needs(name, cls)
+
+
+METHODS: Registry[Method] = Registry("method", "paredown.compress.methods", check_method, check_needs)
+register = METHODS.register

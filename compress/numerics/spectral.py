@@ -1,0 +1,101 @@
+"""Cholesky factors, roots and eigenvectors of moments (n, n) that may be singular, float64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paredown.compress.errors import PareError
+
+# relative to the largest: smaller eigenvalues of an input moment, which may be singular, count as this much
+FLOOR = 1e-10
+UNFACTORED = "a moment of its data cannot be factored: raise damping, or calibrate on more text."
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n,), largest first and not below zero, and eigenvectors as columns (n, n)."""
+    values, vectors = decomposed(torch.linalg.eigh, matrix)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def eigh_by_float32(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """As `eigh`, with vectors computed in float32, made orthonormal in float64, and their values in float64.
+
+    GPUs multiply in float64 far faster than they decompose in it. A subspace that is off by an angle e loses e^2 more, so
+    only losses below about 1e-7 of the whole are larger than the optimum.
+    """
+    scaled = matrix / matrix.diagonal().mean().clamp_min(1e-300)  # into float32's range
+    vectors = eigh(scaled.float())[1].to(matrix.dtype)
+    inner = vectors.T @ vectors
+    # one Newton-Schulz step: an error of 1e-6 becomes 1e-12
+    vectors = torch.addmm(vectors, vectors, inner, beta=1.5, alpha=-0.5)
+    values = (vectors * (matrix @ vectors)).sum(0).clamp_min(0)
+    values, order = values.sort(descending=True)
+    return values, vectors[:, order]
+
+
+def decomposed(by: Callable[[Tensor], Any], matrix: Tensor) -> Any:
+    """`by` of the symmetric part of a matrix. Raises PareError if LAPACK gives up."""
+    try:
+        return by((matrix + matrix.T) / 2)
+    except RuntimeError as fault:
+        raise PareError(f"its eigenvalue decomposition failed ({fault}). Calibrate on more text.") from fault
+
+
+def root_of(moment: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """R (in, in) with R R^T = A, and a function `rows @ R^-1`: by Cholesky, or by floored eigenvalues if A is singular."""
+    lower: Tensor
+    lower, failed = torch.linalg.cholesky_ex(moment)
+    pivots = lower.diagonal()
+    if not bool(failed) and bool(pivots.min() > FLOOR**0.5 * pivots.max()):
+        return lower, lambda rows: torch.linalg.solve_triangular(lower, rows, upper=False, left=False)
+    values, basis = eigh(moment)
+    sizes = floored(values).sqrt()  # (in,)
+    return basis * sizes, lambda rows: rows / sizes @ basis.T
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """The lower factor. Raises PareError for a matrix that is not positive definite."""
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if bool(failed):
+        raise PareError(UNFACTORED)
+    return factor
+
+
+def divided(rows: Tensor, moment: Tensor) -> Tensor:  # (rows, k)
+    """`rows @ M^-1` of a moment (k, k) that may have directions without data, slightly negative from sums in float32.
+
+    Raises PareError if it cannot be factored.
+    """
+    for share in (FLOOR, 1e-8, 1e-6, 1e-4, 1e-2):
+        factor, failed = torch.linalg.cholesky_ex(damped(moment, share * moment.diagonal().mean()))
+        if not bool(failed):
+            return torch.cholesky_solve(rows.T, factor).T
+    raise PareError(UNFACTORED)
+
+
+def cholesky_in_place(matrix: Tensor) -> Tensor:
+    """The lower factor of a symmetric matrix, in its own memory: transposed, because LAPACK works on columns.
+
+    Raises PareError for a matrix that is not positive definite.
+    """
+    lower, failed = matrix.T, torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    if bool(failed):
+        raise PareError(UNFACTORED)
+    return lower
+
+
+def damped(matrix: Tensor, added: Tensor | float | None = None) -> Tensor:
+    """A copy with `added` on the diagonal, by default FLOOR times the mean diagonal."""
+    result = matrix.clone()
+    result.diagonal().add_((FLOOR * matrix.diagonal().mean() if added is None else added) + 1e-300)
+    return result
+
+
+def floored(values: Tensor) -> Tensor:
+    """The values, none below FLOOR times the largest."""
+    largest = values.max()
+    return values.clamp_min(float(FLOOR * largest) if largest > 0 else 1.0)

@@ -1,0 +1,58 @@
+"""An estimate of a job's peak memory: each part of the program says how many bytes it needs, and here they are added."""
+
+from collections.abc import Sequence
+from math import prod
+
+from paredown.compress.checkpoint.writer import pending_bytes
+from paredown.compress.job import Job
+from paredown.compress.model.blocks import View
+from paredown.compress.model.stream import batch_bytes, hidden_bytes, outside_bytes
+from paredown.compress.numerics.moments import InputStats, Need
+from paredown.compress.recovery.reconstruct import tuning_bytes
+
+
+def memory_parts(job: Job, targets: Sequence[View], calibration: int, evaluations: Sequence[int]) -> dict[str, int]:
+    """Bytes of each part of the peak.
+
+    targets: the layers that are edited. `calibration` and `evaluations` are numbers of tokens: of the calibration text, and
+    of each evaluation text.
+    """
+    source, method, element = job.source, job.method, job.element_size
+    block = job.blocks[0]
+    edited = [v for v in targets if v.name.startswith(block.prefix)] or list(targets[:1])
+    weights = sum(source.parameters[block.prefix + n].numel() for n in block.names)
+    numbers = sum(prod(v.shape) for v in edited)
+    widest = max((v.shape[0] for v in edited), default=0)
+    texts = calibration * (2 if job.follows_dense else 1) + 2 * sum(evaluations)
+    return {
+        # its weights as they were read, and the edited ones beside them
+        "block": element * (weights + numbers),
+        "pending": pending_bytes(numbers * element),
+        "solver": _statistics(job, edited) + max((method.working_bytes(v.shape) for v in edited), default=0),
+        "activations": hidden_bytes(source, texts),
+        "batch": batch_bytes(source, widest),
+        "tuning": _tuning(job, edited, calibration) if job.recipe.reconstruct else 0,
+        # needed at the start and at the end, when no block is in memory
+        "outside": outside_bytes(source),
+    }
+
+
+def peak(parts: dict[str, int]) -> int:
+    """The most bytes that are needed at the same time."""
+    walking = parts["block"] + parts["pending"] + max(parts["solver"], parts["batch"], parts["tuning"])
+    return parts["activations"] + max(walking, parts["outside"])
+
+
+def _statistics(job: Job, edited: Sequence[View]) -> int:
+    """Bytes of the moments of a block: one set for each width of an input, and those of the outputs' gradients."""
+    needs = job.collected - {Need.CROSS}  # collected for one layer at a time: `working_bytes` counts it
+    inputs = sum(InputStats.bytes(width, needs) for width in {v.shape[1] for v in edited})
+    gradients = 4 * sum(min(v.shape) ** 2 for v in edited) if job.gradients else 0  # float32
+    return inputs + gradients
+
+
+def _tuning(job: Job, edited: Sequence[View], calibration: int) -> int:
+    """Bytes that reconstruction needs for a block, for what autograd keeps of a batch, and for the dense block's inputs."""
+    numbers = sum(prod(v.shape) for v in edited)
+    activations = sum(sum(v.shape) for v in edited)
+    return tuning_bytes(job.source, numbers, activations) + hidden_bytes(job.source, calibration)

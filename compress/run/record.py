@@ -1,0 +1,100 @@
+"""What a run writes beside the weights: report.json, paredown.json and config.json."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from paredown.compress.checkpoint import transformers_plugin
+from paredown.compress.checkpoint.source import ModelSource
+from paredown.compress.checkpoint.writer import CheckpointWriter
+from paredown.compress.job import Format, Job
+from paredown.compress.machine import peak_memory
+from paredown.compress.run.plan import Plan
+from paredown.compress.run.result import Result
+from paredown.compress.storage.spec import Spec
+from paredown.compress.text.windows import Windows
+from paredown.evaluation.schema import SCHEMA, Report, check_report
+from paredown.evaluation.surroundings import versions
+
+RECORDED = ("kept", "sparsity", "kind", "rank", "relative_error")  # of each layer, in paredown.json
+
+
+def make_report(
+    job: Job,
+    plan: Plan,
+    result: Result,
+    windows: Windows,
+    tasks: Mapping[str, Any],
+    bytes_after: int,
+    *,
+    command: str | None = None,
+    warnings: Sequence[str] = (),
+    memory_base: int = 0,
+) -> Report:
+    """report.json, schema version SCHEMA.
+
+    windows: of the calibration. `memory_base` is how many bytes the process held before the run; `command` is what was
+    typed, if anything was.
+    """
+    source, text = job.source, windows.provenance()
+    report = {
+        "schema": SCHEMA,
+        "model": {
+            "id": source.id,
+            "revision": source.revision,
+            "family": source.family,
+            "parameters": plan.parameters,
+            "tokenizer_sha256": source.tokenizer_sha256(),
+        },
+        "recipe": job.recipe.to_dict(),
+        "calibration": {"source": text.pop("corpus"), **text},
+        "evaluation": result.evaluation,
+        "tasks": tasks,
+        "parameters": {"total": plan.parameters, "targeted": result.targeted, "kept": result.numbers},
+        "bytes": {"before": plan.bytes_before, "after": bytes_after},
+        "layers": result.layers,
+        "left_dense": plan.left_out,
+        "unsupported": plan.unsupported,
+        "seconds": {key: round(value, 3) for key, value in result.seconds.items()},
+        "peak_memory_bytes": peak_memory(),
+        "fallbacks": result.fallbacks,
+        "versions": versions(),
+        "format": job.format,
+        "command": command,
+        "warnings": list(warnings),
+        "memory_base_bytes": memory_base,
+    }
+    check_report(report)
+    return cast(Report, report)
+
+
+def write_record(writer: CheckpointWriter, job: Job, result: Result, windows: Windows) -> None:
+    """Write what makes the tensors a checkpoint: paredown.json, config.json, and the model's tokenizer and other files."""
+    source = job.source
+    with result.timed("write"):
+        writer.finish(
+            {
+                "recipe": job.recipe.to_dict(),
+                "model": source.provenance(),
+                "calibration": windows.provenance(),
+                "format": job.format,
+                "tied": source.tied,
+                "verbatim": source.verbatim,
+                "layers": {
+                    layer["name"]: {key: layer[key] for key in RECORDED if key in layer} for layer in result.layers
+                },
+                "probe": result.probe,
+                "versions": versions(),
+            }
+        )
+        write_config(writer, source, job.format, result.specs)
+        writer.copy(source.companions())
+
+
+def write_config(writer: CheckpointWriter, source: ModelSource, format: Format, specs: Mapping[str, Spec]) -> None:
+    """Write config.json: with a model type of ours if some weights are packed, else with the family's own."""
+    if specs:
+        config = transformers_plugin.packed_config(source.config, specs, source.verbatim)
+    else:
+        config = transformers_plugin.dense_config(source.config) if source.modules else source.config
+    config.dtype = source.dtype
+    config.save_pretrained(writer.folder)

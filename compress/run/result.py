@@ -1,0 +1,75 @@
+"""What a run measures, added up layer by layer; the report is made from it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, TypeVar
+
+from paredown.compress.storage.spec import Spec
+
+T = TypeVar("T")
+
+SAVED = ("layers", "fallbacks", "targeted", "numbers")  # fields with which a resumed run starts
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """The outcome for one layer."""
+
+    weights: int = 0  # numbers of the dense weight; 0 if it was never called, and is not counted as targeted
+    numbers: int = 0  # numbers that are stored of it
+    record: dict[str, Any] | None = None  # its entry in the report; None if it stays dense
+    fallbacks: tuple[str, ...] = ()
+
+
+@dataclass
+class Result:
+    """The measurements of all blocks so far. The pipeline adds to it; nothing else does."""
+
+    layers: list[dict[str, Any]] = field(default_factory=list)  # an entry for each compressed layer
+    fallbacks: list[str] = field(default_factory=list)
+    specs: dict[str, Spec] = field(default_factory=dict)  # of packed weights, for config.json
+    evaluation: list[dict[str, Any]] = field(default_factory=list)  # an entry for each text
+    targeted: int = 0  # numbers of the dense weights
+    numbers: int = 0  # numbers that are stored of them
+    probe: dict[str, Any] = field(default_factory=dict)  # tokens and their losses, which `verify` compares
+    seconds: dict[str, float] = field(default_factory=dict)  # by step of the run
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Add the seconds that the `with` block takes to `seconds[step]`."""
+        began = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[step] = self.seconds.get(step, 0.0) + perf_counter() - began
+
+    def timing(self, step: str, items: Iterator[T]) -> Iterator[T]:
+        """The same items; the seconds that the iterator needs to produce each are added to `seconds[step]`."""
+        while True:
+            with self.timed(step):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+            del item  # it may be large: free it before the next one is produced
+
+    def add(self, layer: LayerResult) -> None:
+        """Count one more layer."""
+        self.targeted += layer.weights
+        self.numbers += layer.numbers
+        self.fallbacks += layer.fallbacks
+        if layer.record is not None:
+            self.layers.append(layer.record)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` reads, as plain data for JSON."""
+        specs = {name: spec.to_json() for name, spec in self.specs.items()}
+        return {**{name: getattr(self, name) for name in SAVED}, "specs": specs, "seconds": dict(self.seconds)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over the `state` of an interrupted run."""
+        for name in (*SAVED, "seconds"):
+            setattr(self, name, state[name])
+        self.specs = {name: Spec.from_json(name, raw) for name, raw in state["specs"].items()}

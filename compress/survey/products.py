@@ -1,0 +1,126 @@
+"""See the inputs and outputs of a block's layers while it runs, without hooks and without knowing the block's code.
+
+A layer's matrix product is recognised by the memory address of the weight in it. So a `Linear`, GPT-2's `Conv1D` and one
+expert's slice of a fused 3-D parameter are all seen alike; a weight that is used in any other way is not seen.
+"""
+
+from contextlib import suppress
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from paredown.compress.errors import PareError
+from paredown.compress.model.blocks import Block, View
+from paredown.compress.model.stream import Stream
+from paredown.compress.numerics.moments import InputStats, Need
+
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+class ProductMode(TorchFunctionMode):
+    """While active, calls `on_product(view, x, output)` for each product with the weight of one of `views`."""
+
+    def __init__(self, views: list[View]) -> None:
+        super().__init__()
+        self._views = {view.raw.data_ptr(): view for view in views}
+
+    def on_product(self, view: View, x: Tensor, output: Tensor) -> None:
+        """x (..., in), output (..., out)."""
+        raise NotImplementedError
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func is nn.functional.linear:
+            self._check(args[0], args[1] if len(args) > 1 else kwargs["weight"], output)
+        elif func is torch.addmm and len(args) > 2:
+            self._check(args[1], args[2], output)
+        elif func in _MATMULS and isinstance(args[1], Tensor) and args[1].dim() == 2:  # x @ weight.T
+            self._check(args[0], args[1], output)
+        return output
+
+    def _check(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
+        view = self._views.get(weight.data_ptr())
+        if view is not None and x.shape[-1] == view.shape[1] and x.numel():
+            self.on_product(view, x, output)
+
+
+class InputObserver(ProductMode):
+    """Adds the input of each view's product to the view's InputStats. Call `next_batch` after each batch.
+
+    Views that get the same tensor (q/k/v; gate/up) share one InputStats. Raises PareError, naming the layer, for inputs
+    that are not finite.
+    """
+
+    def __init__(self, views: list[View], needs: frozenset[Need], device: torch.device) -> None:
+        super().__init__(views)
+        self.stats: dict[str, InputStats] = {}  # by view name; without the views that no token reached
+        self.seconds = 0.0  # time spent here
+        self._needs, self._device = needs, device
+        # address -> (input, its statistics), of this batch. The inputs are kept so that no address is used twice.
+        self._inputs: dict[int, tuple[Tensor, InputStats]] = {}
+
+    def next_batch(self) -> None:
+        """Forget the inputs of the last batch."""
+        self._inputs.clear()
+
+    def on_product(self, view: View, x: Tensor, output: Tensor) -> None:
+        began = perf_counter()
+        known, stats = self._inputs.get(x.data_ptr()), self.stats.get(view.name)
+        if known is None or known[0].shape != x.shape or (stats is not None and stats is not known[1]):
+            stats = stats or InputStats(view.shape[1], self._needs, self._device)
+            try:
+                stats.update(x.detach())
+            except PareError as error:
+                raise PareError(f"{view.name}: {error}") from error
+            self._inputs[x.data_ptr()] = (x, stats)
+        else:
+            stats = known[1]
+        self.stats[view.name] = stats
+        self.seconds += perf_counter() - began
+
+    def groups(self) -> list[list[str]]:
+        """Names of the views that share an input, in the order in which the block calls them."""
+        by_stats: dict[int, list[str]] = {}
+        for name, stats in self.stats.items():
+            by_stats.setdefault(id(stats), []).append(name)
+        return list(by_stats.values())
+
+
+class StopForward(Exception):
+    """Ends a block's forward pass once the wanted input is known."""
+
+
+class Capture(ProductMode):
+    """Keeps the input of one view's product. Then stops the block (`stop`), or keeps the product's output too."""
+
+    def __init__(self, view: View, stop: bool) -> None:
+        super().__init__([view])
+        self.input: Tensor | None = None  # (..., in)
+        self.output: Tensor | None = None  # (..., out)
+        self._stop = stop
+
+    def on_product(self, view: View, x: Tensor, output: Tensor) -> None:
+        self.input = x
+        if self._stop:
+            raise StopForward
+        self.output = output.clone()  # some blocks add to it in place
+
+
+def input_of(stream: Stream, block: Block, view: View, i: int) -> Tensor | None:
+    """The input (..., in) of a view in batch `i`, None if no token reaches it. The block runs no further than that."""
+    capture = Capture(view, stop=True)
+    with suppress(StopForward), capture:
+        stream.output(block, i)
+    return capture.input
+
+
+def run_with_capture(stream: Stream, block: Block, view: View, i: int) -> tuple[Tensor, Capture]:
+    """The block's output (batch, length, hidden) for batch `i`, and the input and output of one view on the way."""
+    capture = Capture(view, stop=False)
+    with capture:
+        output = stream.output(block, i)
+    return output, capture
