@@ -60,10 +60,11 @@ def test_the_names_of_the_package_are_taken_for_everybody_else(taken):
         needs = frozenset()
         choose = apply = None
 
-    for name in before:
+    shipped = [name for name, cls in before.items() if cls.__module__.startswith("paredown.")]
+    for name in shipped:  # other tests may have registered classes of their own
         with pytest.raises(PareError, match=f"the {taken.what} name '{name}' is taken by paredown"):
             taken.register(name)(Ours)
-    assert taken.classes() == before
+    assert shipped and taken.classes() == before
 
 
 def test_the_same_class_defined_again_takes_the_place_of_the_first(registry):
