@@ -53,10 +53,15 @@ def adaptive_mask(sparsity: Sparsity, weight: Tensor, inverse: Callable[[], Inve
         return keep_mask(score, (after - before) / score.numel(), within="layer")
 
     def whole() -> Tensor:  # (out, in)
-        choose = Choose(next_columns, whole, pattern=pattern)
+        # not `whole` itself: in a circle of references the weight and its moments would outlive the layer
+        choose = Choose(next_columns, _not_needed, pattern=pattern)
         return sparsegpt_sweep(weight, inverse(), choose, block_columns(sparsity))[1]
 
     return Choose(next_columns, whole, inverse, pattern)
+
+
+def _not_needed() -> Tensor:
+    raise AssertionError("a sweep chooses column by column")
 
 
 def sparsegpt_sweep(

@@ -1,5 +1,7 @@
 """Each method against slow loops of its paper's formula, and SparseGPT against exact and brute-force optima."""
 
+import gc
+import weakref
 from functools import partial
 from itertools import combinations, product
 
@@ -381,3 +383,17 @@ def test_a_mask_without_an_update_needs_no_factor():
     for mask in ("wanda", "magnitude"):
         edit = build("masked", {"mask": mask, "update": "none"}).compress(weight, Stats(stats))
         assert edit.damping is None and torch.equal(edit.weight[edit.keep], weight[edit.keep])
+
+
+@pytest.mark.parametrize("name", [n for n, cls in METHODS.classes().items() if cls.__module__.startswith("paredown.")])
+def test_a_weight_and_its_moments_are_freed_as_soon_as_it_is_compressed(name, lowrank_problem):
+    problem, method = lowrank_problem(), build(name, {})
+    weight, stats = problem.weight.clone(), problem.stats(method)
+    held = [weakref.ref(weight), weakref.ref(stats.inputs)]
+    gc.disable()  # moments are large: they must not wait for the search for circles of references
+    try:
+        method.compress(weight, stats)
+        del weight, stats
+        assert [ref() for ref in held] == [None, None]
+    finally:
+        gc.enable()
