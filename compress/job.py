@@ -5,7 +5,6 @@ Whatever can be refused before a weight is read is refused here.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 from paredown.compress.methods.base import Choice, Method, WeightMethod
 from paredown.compress.model.blocks import Block, View, blocks
-from paredown.compress.model.stream import name_of
+from paredown.compress.model.stream import element_size, name_of
 from paredown.compress.model.targets import select
 from paredown.compress.numerics.moments import GRADIENT_NEEDS, PAIRED_NEEDS, Need
 from paredown.compress.recipe import Recipe
@@ -57,10 +56,10 @@ class Job:
         """Whether the dense model's hidden states go through the blocks beside the compressed one's."""
         return self.paired or self.recipe.reconstruct is not None
 
-    @cached_property
+    @property
     def element_size(self) -> int:
         """Bytes of one number of a weight."""
-        return self.source.dtype.itemsize if self.source.dtype else 2
+        return element_size(self.source)
 
     def targets_within(self, angles: Sequence[float] | None = None) -> list[View]:
         """The targets in the blocks that the method chooses. Without angles how many is known, and not which."""
