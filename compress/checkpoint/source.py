@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from paredown.compress.checkpoint import bitmask_import, transformers_plugin
+from paredown.compress.checkpoint.configs import load_config, stored_dtype
 from paredown.compress.checkpoint.hub import COMPANIONS
+from paredown.compress.checkpoint.skeleton import skeleton
 from paredown.compress.checkpoint.tensor_files import Entry, TensorFiles
 from paredown.compress.errors import PareError
-from paredown.compress.storage.install import install
 from paredown.compress.storage.spec import Spec
 
 # files that we write ourselves, that describe the old weights, or that are no plain data
@@ -199,57 +200,6 @@ class ModelSource:
             )
 
 
-def load_config(folder: Path) -> Any:
-    """config.json through transformers, without any code from the folder.
-
-    Raises PareError if there is none, or if transformers does not know its model type.
-    """
-    from transformers import AutoConfig
-
-    transformers_plugin.register()
-    if not (folder / "config.json").exists():
-        raise PareError(f"{folder} has no config.json: it is not a Hugging Face model folder.")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as fault:
-        raise PareError(
-            f"{folder / 'config.json'} is not of a model type that this transformers knows: {first_line(fault)} "
-            "Upgrade transformers, or name another model."
-        ) from fault
-    # a checkpoint must not choose code; experts run one by one, so that each can be observed
-    config._attn_implementation = None
-    config._experts_implementation = "eager"
-    return config
-
-
-def skeleton(config: Any, modules: Mapping[str, Spec], dtype: torch.dtype) -> Any:
-    """The model with all parameters on `meta`, its computed buffers filled, and the packed `modules` installed.
-
-    Raises PareError if it is no causal language model.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    dense = transformers_plugin.dense_config(config) if modules else config
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(dense, dtype=dtype, trust_remote_code=False)
-    except ValueError as fault:
-        raise PareError(f"{config.model_type} models are no causal language models: {first_line(fault)}") from fault
-    with torch.device("meta"):
-        install(model, modules)
-    return model.eval().requires_grad_(False)
-
-
-def stored_dtype(config: Any, entries: dict[str, Entry]) -> torch.dtype:
-    """As `from_pretrained(dtype="auto")`: the dtype in config.json, else that of the first floating-point tensor."""
-    dtype = getattr(config, "dtype", None)
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    floats = (e.dtype for e in entries.values() if e.dtype.is_floating_point)
-    return next(floats, torch.float32)
-
-
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Replace one parameter or buffer by `tensor`, without copying."""
     path, _, leaf = name.rpartition(".")
@@ -258,11 +208,6 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._buffers[leaf] = tensor
     else:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-
-
-def first_line(fault: BaseException) -> str:
-    """Of its message, or of its repr where it has none."""
-    return (str(fault).strip() or repr(fault)).splitlines()[0]
 
 
 def _transforms(model: Any) -> list[Any]:

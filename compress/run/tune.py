@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from paredown.compress.checkpoint.source import load_config, stored_dtype
+from paredown.compress.checkpoint.configs import load_config, stored_dtype
 from paredown.compress.checkpoint.tensor_files import TensorFiles
 from paredown.compress.checkpoint.transformers_plugin import packed_modules
 from paredown.compress.errors import PareError

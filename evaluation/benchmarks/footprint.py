@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from paredown.compress.checkpoint.hub import load_tokenizer
-from paredown.compress.checkpoint.source import skeleton
+from paredown.compress.checkpoint.skeleton import skeleton
 from paredown.evaluation.benchmarks.shapes import DTYPE, SHAPES, random_parameter
 from paredown.evaluation.reference import model_path
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as t
 
-from paredown.compress.checkpoint.source import skeleton
+from paredown.compress.checkpoint.skeleton import skeleton
 from paredown.compress.errors import PareError
 from paredown.compress.storage.modules import PackedLinear
 from paredown.evaluation.benchmarks import decode
