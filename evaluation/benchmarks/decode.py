@@ -19,7 +19,8 @@ from rich.console import Console
 from torch import nn
 
 from paredown.compress import fuse
-from paredown.compress.checkpoint.source import set_tensor, skeleton
+from paredown.compress.checkpoint.skeleton import skeleton
+from paredown.compress.checkpoint.source import set_tensor
 from paredown.compress.errors import PareError
 from paredown.compress.machine import pick_device
 from paredown.compress.numerics.factorize import largest_rank
