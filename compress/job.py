@@ -4,18 +4,19 @@ Whatever can be refused before a weight is read is refused here.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
+from math import fsum, prod
 from typing import Any, Literal
 
 from paredown.compress.allocation.base import Allocation, AllocationSpec, Budget, Layer, Options, Sensitivities
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 from paredown.compress.methods.base import Choice, Method, WeightMethod
-from paredown.compress.model.blocks import Block, View, blocks
-from paredown.compress.model.stream import element_size, name_of
+from paredown.compress.model.blocks import Block, View, blocks, by_owner
+from paredown.compress.model.rest import name_of
+from paredown.compress.model.stream import check_walkable, element_size
 from paredown.compress.model.targets import select
-from paredown.compress.numerics.moments import GRADIENT_NEEDS, PAIRED_NEEDS, Need
+from paredown.compress.numerics.moments import GRADIENT_NEEDS, PAIRED_NEEDS, Need, Stats
 from paredown.compress.recipe import Recipe
 
 Format = Literal["packed", "dense"]
@@ -82,14 +83,39 @@ class Job:
         asked = self.method.budget
         if not asked.shared or (self.strategy == "uniform" and asked.parameters is None):
             return None
-        # fused experts stay as they are
+        owners = by_owner(views)
         layers = [
-            Layer(v.name, prod(v.shape), choices[v.name] if choices else self.method.choices(v.shape))
-            for v in views
-            if v.expert is None
+            Layer(
+                owner,
+                sum(prod(v.shape) for v in members),
+                choices[owner] if choices else self.choices_of(members),
+            )
+            for owner, members in owners.items()
+            if not choices or owner in choices
         ]
         kept = self.share_for(sum(layer.size for layer in layers))
-        return self.allocation.allocate(Budget(layers, kept, tokens, sensitivities or {}))
+        chosen = self.allocation.allocate(Budget(layers, kept, tokens, sensitivities or {}))
+        return {v.name: option for owner, option in chosen.items() for v in owners[owner]}
+
+    def choices_of(
+        self, members: Sequence[View], stats: Mapping[str, Stats] | None = None, tokens: int = 1
+    ) -> list[Choice]:
+        """The choices for a layer, or for all experts of a fused weight, which get the same option: numbers and losses added.
+
+        With `stats` by view name, losses are predicted, each for the share of all `tokens` that reaches the weight.
+        """
+        method = self.method_of(members[0])
+        if stats is None:
+            total = method.choices(members[0].shape)
+        else:
+            lists = []
+            for view in members:
+                if view.name in stats:
+                    share = 1.0 if view.expert is None else stats[view.name].inputs.count / tokens
+                    own = method.choices(view.shape, view.weight, stats[view.name])
+                    lists.append([replace(choice, loss=choice.loss * share) for choice in own])
+            total = [replace(same[0], loss=fsum(c.loss for c in same)) for same in zip(*lists, strict=True)]
+        return [replace(choice, numbers=choice.numbers * len(members)) for choice in total]
 
     def share_for(self, targeted: int) -> float:
         """The share of so many targeted numbers that may stay. Raises PareError if none leaves the parameters asked for."""
@@ -106,21 +132,29 @@ class Job:
             )
         return kept
 
-    def method_for(self, name: str, options: Options | None) -> WeightMethod | None:
+    def method_of(self, view: View) -> WeightMethod:
+        """The method as this kind of layer can hold its edits."""
+        return self.method if view.expert is None else self.method.for_experts()
+
+    def method_for(self, view: View, options: Options | None) -> WeightMethod | None:
         """The method with what the allocation gives a layer; None where the layer stays dense."""
+        method = self.method_of(view)
         if options is None:
-            return self.method
-        option: Any = options.get(name)
-        return None if option is None else self.method.at(option)
+            return method
+        option: Any = options.get(view.name)
+        return None if option is None else method.at(option)
 
 
 def resolve_job(source: ModelSource, recipe: Recipe, format: Format = "packed") -> Job:
     """Raises PareError for a pattern that matches nothing, and where parts of the recipe, or recipe and format, clash."""
     method = _weight_method(recipe.build(), recipe.method)
     all_blocks = blocks(source)
+    check_walkable(source)
     views = [view for block in all_blocks for view in block.views()]
     head = name_of(source.model, "get_output_embeddings")
     targets, left_out = select(views, recipe.targets.include, recipe.targets.skip, head)
+    if method.chain:
+        _check_whole_experts(targets, left_out)
     if format == "dense":
         method = _without_packing(method, recipe, targets)
     strategy, allocation = _allocation(method, recipe.allocation, targets)
@@ -131,6 +165,16 @@ def _weight_method(method: Method, name: str) -> WeightMethod:
     if not isinstance(method, WeightMethod):
         raise PareError(f"{name} removes whole units or blocks, which this version cannot do yet.")
     return method
+
+
+def _check_whole_experts(targets: Sequence[View], left_out: Sequence[View]) -> None:
+    """Raises PareError where only some experts of a fused weight are factored: their factors are stored together."""
+    owners = {view.owner: view for view in left_out if view.expert is not None}
+    if part := next((view for view in targets if view.owner in owners), None):
+        raise PareError(
+            f"{part.name} is to be factored and {owners[part.owner].name} is not, but the experts of one fused weight are "
+            f"stored together: name all of {part.owner} in targets, or none."
+        )
 
 
 def _without_packing(method: WeightMethod, recipe: Recipe, targets: Sequence[View]) -> WeightMethod:

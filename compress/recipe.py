@@ -4,15 +4,20 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paredown.compress.allocation.base import AllocationSpec
 from paredown.compress.errors import PareError, did_you_mean
 from paredown.compress.methods import Method, build
+from paredown.compress.recipe_yaml import oddity, parse_yaml, shown
 from paredown.compress.registry import load_plugin
+from paredown.compress.text.windows import Bos
+
+MOST_BYTES = 1 << 18  # of a recipe's file
+
+Count = Annotated[int, Field(strict=True, le=1 << 40)]  # a bool or "3" is no count
 
 
 class _Strict(BaseModel):
@@ -30,9 +35,9 @@ class CalibrationSpec(_Strict):
     """On what text the statistics are taken. `length` is capped by what the model allows."""
 
     source: str = "stdlib"
-    sequences: int = Field(128, ge=1)
-    length: int = Field(2048, ge=2)
-    seed: int = Field(0, ge=0)
+    sequences: Count = Field(128, ge=1)
+    length: Count = Field(2048, ge=2)
+    seed: Count = Field(0, ge=0)
 
 
 class EvaluateSpec(_Strict):
@@ -40,8 +45,8 @@ class EvaluateSpec(_Strict):
 
     perplexity: tuple[str, ...] = ("stdlib",)
     tasks: tuple[str, ...] = ()
-    length: int = Field(2048, ge=2)
-    windows: int | None = Field(None, ge=1)
+    length: Count = Field(2048, ge=2)
+    windows: Count | None = Field(None, ge=1)
 
 
 class ReconstructSpec(_Strict):
@@ -50,9 +55,9 @@ class ReconstructSpec(_Strict):
     `lr` is the first step's size relative to the root mean square of each tensor; it falls linearly to zero.
     """
 
-    steps: int = Field(150, ge=1)
-    lr: float = Field(5e-3, gt=0)
-    batch: int = Field(8, ge=1)
+    steps: Count = Field(150, ge=1)
+    lr: float = Field(5e-3, gt=0, strict=True)
+    batch: Count = Field(8, ge=1)
 
 
 class Recipe(_Strict):
@@ -66,6 +71,7 @@ class Recipe(_Strict):
     targets: Targets = Targets()
     calibration: CalibrationSpec = CalibrationSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
+    bos: Bos = "auto"  # every window and task begins with a BOS if the tokenizer adds one; none: the papers' protocol
     idle: Literal["data_free", "dense"] = "data_free"  # what becomes of a layer that no calibration token reached
     allocation: AllocationSpec | None = None  # of ranks; None: as the method does by itself
     reconstruct: ReconstructSpec | None = None
@@ -83,12 +89,14 @@ class Recipe(_Strict):
     def parse(cls, raw: Any, origin: str = "recipe") -> "Recipe":
         """From plain data. Raises PareError listing every fault, those of the method's options among them."""
         if not isinstance(raw, dict):
-            raise PareError(f"{origin}: a recipe is a mapping with at least the key 'method'; found {raw!r}.")
+            raise PareError(f"{origin}: a recipe is a mapping with at least the key 'method'; found {shown(raw)}.")
+        if odd := oddity(raw):
+            raise PareError(f"{origin}: {odd}")
         faults: list[str] = []
         recipe = None
         plugins = raw.get("plugins") or ()
         for plugin in plugins if isinstance(plugins, list | tuple) else ():
-            load_plugin(Path(str(plugin)))
+            _run_plugin(str(plugin))
         try:
             recipe = cls.model_validate(raw)
         except ValidationError as fault:
@@ -124,54 +132,55 @@ class Recipe(_Strict):
 def shipped_recipes() -> dict[str, Recipe]:
     """The recipes that come with the package, by name."""
     found = {f.name.removesuffix(".yaml"): f for f in files("paredown.recipes").iterdir() if f.name.endswith(".yaml")}
-    return {name: Recipe.parse(yaml.safe_load(found[name].read_text()), name) for name in sorted(found)}
+    return {name: Recipe.parse(parse_yaml(found[name].read_text(encoding="utf-8")), name) for name in sorted(found)}
 
 
 def _read(name_or_path: str) -> dict[str, Any]:
+    try:
+        text = _text_of(name_or_path)
+    except OSError as fault:
+        raise PareError(f"the recipe {name_or_path} cannot be read: {fault.strerror}.") from fault
+    except UnicodeDecodeError as fault:
+        raise PareError(f"{name_or_path} is no UTF-8 text: {fault}. Save it as UTF-8.") from fault
+    try:
+        raw = parse_yaml(text)
+    except PareError as fault:
+        raise PareError(f"{name_or_path} is no valid YAML: {fault}") from fault
+    if not isinstance(raw, dict):
+        raise PareError(f"{name_or_path}: a recipe is a mapping with at least the key 'method'; found {shown(raw)}.")
+    if odd := oddity(raw):
+        raise PareError(f"{name_or_path}: {odd}")
+    return raw
+
+
+def _text_of(name_or_path: str) -> str:
+    """The YAML of a shipped recipe or of a file."""
     path = Path(name_or_path)
     if not path.suffix and not path.is_file():  # a folder may well be called as a recipe is
         known = sorted(f.name.removesuffix(".yaml") for f in files("paredown.recipes").iterdir())
         known = [k for k in known if not k.startswith("_")]
         if name_or_path not in known:
             raise PareError(
-                f"no recipe is called {name_or_path!r}, and no such file exists.{did_you_mean(name_or_path, known)} "
-                "List them with: paredown recipes"
+                f"no recipe is called {shown(name_or_path)}, and no such file exists."
+                f"{did_you_mean(name_or_path, known)} List them with: paredown recipes"
             )
-        text = (files("paredown.recipes") / f"{name_or_path}.yaml").read_text()
-    elif not path.is_file():
+        return (files("paredown.recipes") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    if path.is_dir():
+        raise PareError(f"the recipe {name_or_path} is a folder. Name a YAML file in it, or a shipped recipe.")
+    if not path.exists():
         raise PareError(f"the recipe file {name_or_path} does not exist. List shipped recipes with: paredown recipes")
-    else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as fault:
-            raise PareError(f"{name_or_path} is no UTF-8 text: {fault}. Save it as UTF-8.") from fault
-    try:
-        raw = yaml.load(text, Loader=_Loader)  # a safe loader that refuses more
-    except yaml.YAMLError as fault:
-        raise PareError(f"{name_or_path} is no valid YAML: {fault}") from fault
-    if not isinstance(raw, dict):
-        raise PareError(f"{name_or_path}: a recipe is a mapping with at least the key 'method'; found {raw!r}.")
-    return raw
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML lets the last of two equal keys win without a word; here they are a fault."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=True)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise PareError(f"{name_or_path} is no recipe: it has more than {MOST_BYTES:,} bytes. Name a short YAML file.")
+    return content.decode("utf-8")
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
     """Apply one `key.sub=value` to the raw recipe, in place."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise PareError(f"--set {override!r} must look like key=value, as in --set calibration.sequences=64.")
+        raise PareError(f"--set {shown(override)} must look like key=value, as in --set calibration.sequences=64.")
     path = key.split(".")
     if len(path) == 1 and path[0] not in Recipe.model_fields:
         path = ["options", *path]
@@ -179,13 +188,24 @@ def _override(raw: dict[str, Any], override: str) -> None:
     for part in path[:-1]:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise PareError(f"--set {override!r}: {part!r} holds a value, not keys.")
+            raise PareError(f"--set {shown(override)}: {part!r} holds a value, not keys.")
     # on the command line nobody quotes 2:4, which YAML would read as a number to the base of 60
     pattern = text.replace(":", "").strip().isdigit() and ":" in text
     try:
-        node[path[-1]] = text.strip() if pattern else yaml.safe_load(text)
-    except yaml.YAMLError as fault:
-        raise PareError(f"--set {override!r}: {text!r} is no valid YAML. Close its brackets and quotes.") from fault
+        value = text.strip() if pattern else parse_yaml(text)
+    except PareError as fault:
+        told = f"--set {shown(override)}: {shown(text)} is no valid YAML"
+        raise PareError(f"{told} ({fault}). Close its brackets and quotes.") from fault
+    if odd := oddity(value, key):
+        raise PareError(f"--set {shown(override)}: {odd}")
+    node[path[-1]] = value
+
+
+def _run_plugin(name: str) -> None:
+    try:
+        load_plugin(Path(name))
+    except OSError as fault:
+        raise PareError(f"the plugin {shown(name)} cannot be read: {fault.strerror}.") from fault
 
 
 def _faults_of(build: Callable[[], object]) -> list[str]:
@@ -207,7 +227,7 @@ def _sentence(error: Any) -> str:
         return f"{path}: there is no such key.{did_you_mean(str(error['loc'][-1]), fields)} Keys: {', '.join(fields)}."
     if error["type"] == "missing":
         return f"{path}: this key is required."
-    return f"{path}: {error['msg']}; found {error['input']!r}."
+    return f"{path}: {error['msg']}; found {shown(error['input'])}."
 
 
 def _model(annotation: Any) -> Any:

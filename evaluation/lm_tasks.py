@@ -9,13 +9,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from paredown.compress.errors import PareError, did_you_mean
+from paredown.compress.text.windows import Bos, special_prefix
 from paredown.evaluation import schema
 
 if TYPE_CHECKING:
@@ -47,18 +48,25 @@ class TaskScores:
     """What one model scored: `scores[task][metric]`.
 
     A metric has lm-eval's name, followed by a comma and its filter if there is one (`exact_match,strict-match`).
-    `documents[task]` identifies the documents in order, by digest; `notes` are lm-eval's warnings.
+    `documents[task]` identifies the documents in order, by digest; `notes` are lm-eval's warnings; `bos` says which
+    contexts begin with the tokenizer's BOS.
     """
 
     scores: Mapping[str, Mapping[str, Score]]
     documents: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...] = ()
+    bos: str = "none"
 
     def summary(self) -> dict[str, dict[str, schema.TaskScore]]:
         """By task and metric, as in an `EvalResult` of one model."""
         return {
             task: {
-                metric: {"value": score.value, "stderr": score.stderr, "documents": len(self.documents[task])}
+                metric: {
+                    "value": score.value,
+                    "stderr": score.stderr,
+                    "documents": len(self.documents[task]),
+                    "bos": self.bos,
+                }
                 for metric, score in metrics.items()
             }
             for task, metrics in self.scores.items()
@@ -89,12 +97,14 @@ def run_tasks(
     limit: int | None = None,
     include: Path | None = None,
     seed: int = 0,
+    bos: Bos = "auto",
 ) -> TaskScores:
     """Score a transformers model on lm-eval tasks, and keep the value of every document.
 
     With `limit` only the first `limit` documents of each task are used. `seed` is added to lm-eval's four default seeds,
-    so that 0 draws the same few-shot examples as published scores. Raises `PareError` for unknown tasks, for data that
-    cannot be loaded, and for a model whose likelihoods are NaN: its accuracy would look like chance.
+    so that 0 draws the same few-shot examples as published scores. Every context begins with a BOS where the tokenizer
+    adds one, unless `bos` is `none`. Raises `PareError` for unknown tasks, for data that cannot be loaded, and for a model
+    whose likelihoods are NaN: its accuracy would look like chance.
     """
     if not names:
         return TaskScores({}, {})
@@ -102,15 +112,16 @@ def run_tasks(
         raise PareError(f"the limit of documents per task is {limit}; wanted at least 1, or none at all")
     manager = task_manager(names, include)
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
+    from paredown.evaluation.lm_model import PrefixedLM
+
+    prefix = special_prefix(tokenizer) if bos == "auto" else ()
     random_seed, numpy_seed, torch_seed, fewshot_seed = (start + seed for start in LM_EVAL_SEEDS)
     with _collected_warnings() as warnings:
         loaded = _load(manager, names)
         results = simple_evaluate(
-            # a copy of the tokenizer, because HFLM gives it a padding token;
-            # backend, because lm-eval cannot guess it from the model type of a packed checkpoint
-            model=HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch_size, backend="causal"),
+            # a copy of the tokenizer, because lm-eval gives it a padding token
+            model=PrefixedLM(model, deepcopy(tokenizer), batch_size, prefix),
             tasks=_roots(loaded),
             task_manager=manager,
             limit=limit,
@@ -121,7 +132,7 @@ def run_tasks(
             torch_random_seed=torch_seed,
             fewshot_random_seed=fewshot_seed,
         )
-    return _scores(results, warnings)
+    return replace(_scores(results, warnings), bos="every context" if prefix else "none")
 
 
 def compare_tasks(before: TaskScores, after: TaskScores) -> dict[str, dict[str, schema.TaskComparison]]:
@@ -139,12 +150,12 @@ def compare_tasks(before: TaskScores, after: TaskScores) -> dict[str, dict[str, 
             "Run both with the same tasks, limit and seed"
         )
     return {
-        task: {metric: _compare(score, after.scores[task][metric]) for metric, score in metrics.items()}
+        task: {metric: _compare(score, after.scores[task][metric], after.bos) for metric, score in metrics.items()}
         for task, metrics in before.scores.items()
     }
 
 
-def _compare(before: Score, after: Score) -> schema.TaskComparison:
+def _compare(before: Score, after: Score, bos: str) -> schema.TaskComparison:
     paired: float | None = None
     lost: int | None = None
     won: int | None = None
@@ -162,6 +173,7 @@ def _compare(before: Score, after: Score) -> schema.TaskComparison:
         "paired_stderr": paired,
         "correct_to_wrong": lost,
         "wrong_to_correct": won,
+        "bos": bos,
     }
 
 

@@ -134,8 +134,9 @@ def _calibration(calibration: Calibration | None) -> str:
     source = base_name(calibration["source"])
     split = f" ({calibration['split']})" if calibration.get("split") else ""
     seed = f", seed {calibration['seed']}" if calibration.get("seed") is not None else ""
+    bos = f", BOS token: {calibration['bos']}" if calibration.get("bos") else ""
     return (
-        f"{source}{split}, {calibration['sequences']:,} sequences of {calibration['length']:,} tokens{seed}, "
+        f"{source}{split}, {calibration['sequences']:,} sequences of {calibration['length']:,} tokens{bos}{seed}, "
         f"sha256 of the text {short(calibration['sha256'])}"
     )
 

@@ -57,7 +57,7 @@ class Text(TypedDict):
     text_tokens: NotRequired[Annotated[int, _about("Tokens in the whole text, where all of it was tokenized.")]]
     pieces: NotRequired[Annotated[int, _about("Number of pieces that a very long text was tokenized in.")]]
     sampling: NotRequired[Annotated[str, _about("`in order`, or drawn from `documents` or from the `joined` text.")]]
-    bos: NotRequired[Annotated[str, _about("Which windows begin with the tokenizer's BOS token: `none`, or words.")]]
+    bos: NotRequired[Annotated[str, _about("Windows that begin with the tokenizer's BOS: `every window`, `none`, or words.")]]
     capped_from: NotRequired[Annotated[int, _about("Tokens asked for in a window, where the model allows fewer.")]]
 
 
@@ -138,6 +138,8 @@ class TaskScore(TypedDict):
     """Its standard error; null where lm-eval gives none."""
     documents: int
     """Number of documents that were scored."""
+    bos: NotRequired[str]
+    """Which contexts begin with the tokenizer's BOS token: `every context` or `none`."""
 
 
 @_strict
@@ -158,6 +160,8 @@ class TaskComparison(TypedDict):
     """Documents answered correctly before and wrongly after; null where a document's value is not 0 or 1."""
     wrong_to_correct: NotRequired[int | None]
     """Documents answered wrongly before and correctly after; null where a document's value is not 0 or 1."""
+    bos: NotRequired[str]
+    """Which contexts begin with the tokenizer's BOS token: `every context` or `none`."""
 
 
 @_strict
@@ -193,7 +197,9 @@ class Layer(TypedDict):
     kept: Number
     """Share of its numbers that is stored, 0 to 1."""
     relative_error: Number | None
-    """Share of the energy of its output on the calibration text that is wrong; null if not measured."""
+    """Share of the energy of its output on the calibration text that is wrong; null if not measured.
+
+    The right output is the dense weight's, or, of a method that makes up for the errors of earlier layers, one that does."""
     damping: Number | None
     """What was added to the diagonal of the Hessian, as a share of its mean; null for methods without a Hessian."""
     seconds: Number

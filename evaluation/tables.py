@@ -62,9 +62,16 @@ def task_rows(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]], labels: Labe
     flat = [(task, metric, score) for task, metrics in tasks.items() for metric, score in metrics.items()]
     if all("value" in score for _, _, score in flat):
         rows = [(task, metric, plus_minus(score["value"], score["stderr"])) for task, metric, score in flat]
-        return Rows("Tasks (lm-eval)", ("task", "metric", "score"), tuple(rows))
+        return Rows("Tasks (lm-eval)", ("task", "metric", "score"), tuple(rows), _opening(flat))
     headers = ("task", "metric", *labels, "change, paired", "answers lost", "answers won")
-    return Rows("Tasks (lm-eval)", headers, tuple((task, metric, *_task_cells(score)) for task, metric, score in flat))
+    cells = tuple((task, metric, *_task_cells(score)) for task, metric, score in flat)
+    return Rows("Tasks (lm-eval)", headers, cells, _opening(flat))
+
+
+def _opening(flat: Sequence[tuple[str, str, Mapping[str, Any]]]) -> tuple[str, ...]:
+    """A note that names the rule for the BOS token, as the windows of perplexity have one."""
+    rules = dict.fromkeys(score["bos"] for _, _, score in flat if score.get("bos"))
+    return tuple(f"Tasks: BOS token: {rule}" for rule in rules)
 
 
 def _task_cells(score: Mapping[str, Any]) -> tuple[str, ...]:

@@ -57,11 +57,18 @@ def unpack_bitmap(values: Tensor, bitmap: Tensor, in_features: int) -> Tensor:
     if ends[-1] != len(values):
         raise ValueError(f"the bitmap marks {ends[-1]} weights and {len(values)} values are stored")
     rows, codes = dense.view(-1, in_features), bitmap.reshape(-1, bitmap.shape[-1])
-    shifts = torch.arange(8, dtype=torch.uint8, device=bitmap.device)
     for part in _blocks(len(rows), in_features):
-        keep = ((codes[part].unsqueeze(-1) >> shifts) & 1).view(torch.bool).flatten(-2)[:, :in_features]  # (row, in)
+        keep = _keep(codes[part], in_features)
         rows[part].masked_scatter_(keep, values[ends[part.start] : ends[part.stop]])
     return dense
+
+
+@torch.no_grad()
+def kept_values(dense: Tensor, bitmap: Tensor) -> Tensor:
+    """The numbers of a dense matrix (..., out, in) that `bitmap` (..., out, ceil(in / 8)) marks: (kept,)."""
+    rows, codes = dense.reshape(-1, dense.shape[-1]), bitmap.reshape(-1, bitmap.shape[-1])
+    kept = [rows[p][_keep(codes[p], dense.shape[-1])] for p in _blocks(len(rows), dense.shape[-1])]
+    return torch.cat(kept) if kept else dense.new_empty(0)
 
 
 def bitmap_matmul(x: Tensor, values: Tensor, bitmap: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -94,6 +101,12 @@ def row_starts(bitmap: Tensor, most_values: int = MOST_VALUES) -> Tensor:
     if 8 * bitmap.numel() > most_values and not ends.is_meta and int(ends[-1]) > most_values:
         raise ValueError(f"{int(ends[-1])} values are stored, and kernels count up to {most_values}")
     return F.pad(ends, (1, 0)).to(torch.int32)
+
+
+def _keep(codes: Tensor, in_features: int) -> Tensor:
+    """(row, in) bool of rows of a bitmap (row, bytes)."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    return ((codes.unsqueeze(-1) >> shifts) & 1).view(torch.bool).flatten(-2)[:, :in_features]
 
 
 def _blocks(rows: int, inner: int) -> list[slice]:

@@ -83,13 +83,11 @@ def grouped_pifa_matmul(
     return y if bias is None else y + bias
 
 
-@torch.no_grad()
 def lowrank_dense(left: Tensor, right: Tensor) -> Tensor:  # (out, in)
     """The dense weight: left (out, k) @ right (k, in) in float32, rounded once to the dtype of the factors."""
     return (left.float() @ right.float()).to(left.dtype)
 
 
-@torch.no_grad()
 def pifa_dense(pivots: Tensor, coefficients: Tensor, order: Tensor) -> Tensor:  # (out, in)
     """The dense weight: the pivots bit for bit, the other rows multiplied in float32 and rounded once.
 
@@ -99,7 +97,6 @@ def pifa_dense(pivots: Tensor, coefficients: Tensor, order: Tensor) -> Tensor:  
     return torch.cat((pivots, others)).index_select(0, order)
 
 
-@torch.no_grad()
 def cur_dense(columns: Tensor, link: Tensor, rows: Tensor) -> Tensor:  # (out, in)
     """The dense weight: columns (out, c) @ link (c, r) @ rows (r, in) in float32, rounded once."""
     return (columns.float() @ link.float() @ rows.float()).to(columns.dtype)

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from paredown.kernels import bitmap as bitmaps
+from paredown.kernels import expand, paths
 from paredown.kernels import lowrank as lowranks
-from paredown.kernels import paths
 from paredown.kernels import sparse24 as sparse24s
 from paredown.kernels.dispatch import choose
 from paredown.kernels.paths import kernels_run
@@ -137,7 +138,7 @@ def _(x: Tensor, columns: Tensor, link: Tensor, rows: Tensor, bias: Tensor | Non
 def sparse24_matmul(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:
     """A 2:4 weight: values (out, in / 2), indices (out, index_bytes(in)) uint8."""
     if _wants_gradients(x, values, bias):
-        return sparse24s.sparse24_matmul(x, values, indices, bias)
+        return F.linear(x, expand.sparse24_dense(values, indices), bias)
     product: Tensor = _sparse24_matmul(x, values, indices, bias)
     return product
 
@@ -148,7 +149,8 @@ def sparse24_lowrank_matmul(
     """As `sparse24_matmul`, with left (out, k) @ right (k, in) added to the weight. `x @ right.T` is rounded to the dtype
     of x before it is multiplied by `left`."""
     if _wants_gradients(x, values, left, right, bias):
-        return sparse24s.sparse24_matmul(x, values, indices, bias) + lowranks.lowrank_matmul(x, left, right)
+        sparse = F.linear(x, expand.sparse24_dense(values, indices), bias)
+        return sparse + lowranks.lowrank_matmul(x, left, right)
     product: Tensor = _sparse24_lowrank_matmul(x, values, indices, left, right, bias)
     return product
 
@@ -161,7 +163,7 @@ def bitmap_matmul(
     starts (out + 1,) int32: the result of `row_starts(bitmap)`, which a kernel call computes itself if it is None.
     """
     if _wants_gradients(x, values, bias):
-        return bitmaps.bitmap_matmul(x, values, bitmap, bias)
+        return F.linear(x, expand.bitmap_dense(values, bitmap, x.shape[-1]), bias)
     product: Tensor = _bitmap_matmul(x, values, bitmap, starts, bias)
     return product
 

@@ -77,11 +77,19 @@ def unpack24(values: Tensor, indices: Tensor) -> Tensor:
     codes = indices.reshape(-1, expected[-1])
     groups = dense.view(-1, inner // 4, 4)
     for part in _blocks(len(groups), inner):
-        nibbles = _transposed(torch.stack((codes[part] & 15, codes[part] >> 4), dim=-1).flatten(-2))
-        nibbles = nibbles[:, : inner // 4]  # (row, group)
-        columns = torch.stack((nibbles & 3, nibbles >> 2), dim=-1).long()  # (row, group, 2)
-        groups[part].scatter_(-1, columns, pairs[part])
+        groups[part].scatter_(-1, _columns(codes[part], inner // 4), pairs[part])
     return dense
+
+
+@torch.no_grad()
+def kept24(dense: Tensor, indices: Tensor) -> Tensor:
+    """The numbers of a dense matrix (..., out, in) at the places that `indices` name: (..., out, in / 2)."""
+    inner = dense.shape[-1]
+    groups = dense.reshape(-1, inner // 4, 4)
+    codes = indices.reshape(-1, indices.shape[-1])
+    kept = [groups[p].gather(-1, _columns(codes[p], inner // 4)).flatten(-2) for p in _blocks(len(groups), inner)]
+    values = torch.cat(kept) if kept else dense.new_empty(0)
+    return values.reshape(*dense.shape[:-1], inner // 2)
 
 
 def sparse24_matmul(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -103,6 +111,12 @@ def count_invalid24(indices: Tensor) -> int:
     valid = torch.zeros(16, dtype=torch.bool, device=indices.device)
     valid[list(VALID_NIBBLES)] = True
     return int(counts.sum(0)[~valid].sum() + counts.sum(1)[~valid].sum())
+
+
+def _columns(codes: Tensor, groups: int) -> Tensor:
+    """The two kept columns of each group, (row, group, 2) int64, of rows of indices (row, bytes)."""
+    nibbles = _transposed(torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2))[:, :groups]  # (row, group)
+    return torch.stack((nibbles & 3, nibbles >> 2), dim=-1).long()
 
 
 def _transposed(nibbles: Tensor) -> Tensor:

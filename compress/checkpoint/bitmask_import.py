@@ -101,9 +101,9 @@ class BitmaskFiles(TensorFiles):
             for name, prefix in self.prefixes.items()
         }
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str], finite: bool = True) -> dict[str, Tensor]:
         names = list(names)
-        tensors = self.stored.read(name for name in names if name not in self.prefixes)
+        tensors = self.stored.read((name for name in names if name not in self.prefixes), finite)
         return tensors | {name: self._unpacked(name) for name in names if name in self.prefixes}
 
     def _entry(self, prefix: str, shape: list[Any]) -> Entry:

@@ -1,12 +1,18 @@
 """From the name of a model to a folder: a local folder is used as it is, a hub id is fetched into the local cache."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from paredown.compress.checkpoint.companions import COMPANIONS, SUFFIXES
 from paredown.compress.errors import PareError
 
-# what a model folder holds beside its weights, as far as it is data: no pickles, no python
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer*")
+# of a repository. The hub's patterns also match / : folders are other forms of the model, but for that of chat templates;
+# consolidated files are the same weights once more
+FETCHED = ("*.safetensors", *COMPANIONS)
+NOT_FETCHED = (*(f"*/{suffix}" for suffix in ("*.safetensors", *SUFFIXES) if suffix != "*.jinja"), "consolidated*")
+# any of which holds a vocabulary
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 def resolve(model: str, revision: str | None = None) -> tuple[Path, str | None]:
@@ -23,7 +29,8 @@ def resolve(model: str, revision: str | None = None) -> tuple[Path, str | None]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", *COMPANIONS]))
+        patterns = {"allow_patterns": list(FETCHED), "ignore_patterns": list(NOT_FETCHED)}
+        folder = Path(snapshot_download(model, revision=revision, **patterns))
     except LocalEntryNotFoundError as fault:
         raise PareError(
             f"{model} is not in the local cache, and the hub cannot be reached. Connect, or name a local folder."
@@ -42,8 +49,23 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as fault:
-        raise PareError(
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as fault:  # the tokenizers library raises plain exceptions, and panics that are none
+        raise _no_tokenizer(folder, fault) from fault
+
+
+def _no_tokenizer(folder: Path, fault: BaseException) -> PareError:
+    """What to do about a tokenizer that cannot be loaded: the file is missing, damaged, or of a newer library."""
+    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not found:
+        return PareError(
             f"{folder} has no tokenizer that transformers can load ({type(fault).__name__}). "
             "Copy tokenizer.json and tokenizer_config.json of the model into it."
-        ) from fault
+        )
+    reason = " ".join(str(fault).split()).rstrip(".") or type(fault).__name__
+    versions = f"tokenizers {version('tokenizers')} and transformers {version('transformers')}"
+    return PareError(
+        f"the tokenizer in {folder} ({', '.join(found)}) cannot be loaded by {versions}: {reason[:300]}. The files are "
+        "damaged or of a newer version: fetch them again, or pip install -U tokenizers transformers."
+    )

@@ -1,10 +1,8 @@
 """A Hugging Face model as a config, a skeleton without weights, and safetensors that are read when they are needed."""
 
-import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,25 +11,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from paredown.compress.checkpoint import bitmask_import, transformers_plugin
-from paredown.compress.checkpoint.configs import load_config, stored_dtype
-from paredown.compress.checkpoint.hub import COMPANIONS
+from paredown.compress.checkpoint import bitmask_import, companions, transformers_plugin
+from paredown.compress.checkpoint.configs import load_config, only_logits, stored_dtype
+from paredown.compress.checkpoint.leftovers import find_leftovers
+from paredown.compress.checkpoint.origins import Origin, check_shapes, find_origins, reverted, transforms_of
+from paredown.compress.checkpoint.purpose import check_purpose
 from paredown.compress.checkpoint.skeleton import skeleton
-from paredown.compress.checkpoint.tensor_files import Entry, TensorFiles
+from paredown.compress.checkpoint.tensor_files import INDEX, SINGLE, TensorFiles
+from paredown.compress.checkpoint.ties import settle_ties
 from paredown.compress.errors import PareError
 from paredown.compress.storage.spec import Spec
-
-# files that we write ourselves, that describe the old weights, or that are no plain data
-NOT_COMPANIONS = ("config.json", "*.index.json", "paredown.json", "report.json", "*.safetensors", "*.py", "*.bin")
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The tensors of the checkpoint that a weight of the model class is made of."""
-
-    keys: tuple[str, ...]  # their names in the checkpoint
-    converter: Any | None = None  # transformers' WeightConverter, where it takes more than another name
-    patterns: tuple[str, ...] = ()  # of the converter, one per key
 
 
 class Part(Protocol):
@@ -61,19 +50,37 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         self.files = TensorFiles(self.folder)
-        self.config = load_config(self.folder)
+        self.config = load_config(self.folder, self.files.entries)
         if self.stranded:
             self.config, self.files = bitmask_import.as_dense(self.config, self.files)
         self.modules: dict[str, Spec] = transformers_plugin.packed_modules(self.config)
         self.dtype = self.dtype or stored_dtype(self.config, self.files.entries)
-        self.model = skeleton(self.config, self.modules, self.dtype)
-        for (
-            module
-        ) in self.model.modules():  # rotary tables and the like, which the class computes: no checkpoint has them
+        for name in self.config.sub_configs:
+            if (part := getattr(self.config, name, None)) is not None:
+                part.dtype = self.dtype  # as `from_pretrained` does
+        self.model = skeleton(only_logits(self.config), self.modules, self.dtype)
+        for module in self.model.modules():
             for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.device.type != "meta":
+                if buffer is not None and buffer.device.type != "meta":  # computed by the class: no checkpoint has it
                     module._buffers[name] = buffer.to(self.device)
-        self._check()
+        self._find_weights()
+
+    def _find_weights(self) -> None:
+        """Where each weight lies in the files. Raises PareError if the files and config.json contradict each other."""
+        found = find_origins(self.model, self.files.entries, converted=not self.modules)
+        self.origins: dict[str, Origin] = found.of
+        purpose = check_purpose(self.model, self.config.architectures, found.of, list(found.unknown))
+        apart = settle_ties(self.model, found.of, self.files)
+        if apart and not self.tied:
+            self.config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = False
+        self._check_complete()
+        try:
+            check_shapes(self.origins, self.parameters, self.files.entries)
+        except PareError as fault:
+            raise PareError(f"{self.folder}: {fault}") from fault
+        left = find_leftovers(self.model, found.unknown)
+        self.verbatim = left.copied
+        self.remarks = [*purpose, *left.remarks(self.model), *_tie_remarks(apart, self.files)]
 
     @property
     def family(self) -> str:
@@ -91,15 +98,10 @@ class ModelSource:
         return dict(self.model.all_tied_weights_keys)
 
     @cached_property
-    def origins(self) -> dict[str, Origin]:
-        """Name of each weight -> its tensors in the checkpoint. Weights that are slices of one tensor share an origin."""
-        return dict(_origins(self.model, self.files.entries, self.parameters, converted=not self.modules))
-
-    @cached_property
-    def verbatim(self) -> list[str]:
-        """Names in the checkpoint that the model class does not know (extra heads, old buffers): they are copied."""
-        used = {key for origin in self.origins.values() for key in origin.keys}
-        return sorted(key for key in self.files.entries if key not in used and not self._repeats_tied(key))
+    def bytes_left(self) -> int:
+        """Bytes of the tensors that are not written again: layers that config.json leaves out, copies of tied weights."""
+        used = {key for name in self.parameters for key in self.origins[name].keys}.union(self.verbatim)
+        return sum(e.bytes for key, e in self.files.entries.items() if key not in used)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The weights `names` of the skeleton, sorted by name, on CPU, in their stored dtypes.
@@ -108,15 +110,10 @@ class ModelSource:
         """
         weights: dict[str, Tensor] = {}
         ordered = sorted(set(names))  # so that every process writes them in the same order
+        stored = self.files.read({key for name in ordered for key in self.origins[name].keys})
         for name in ordered:
             if name not in weights:
-                weights.update(self._convert(name, self.origins[name]))
-        for name in ordered:
-            if weights[name].shape != self.parameters[name].shape:
-                raise PareError(
-                    f"{self.folder}: tensor {name!r} has shape {tuple(weights[name].shape)}, config.json wants "
-                    f"{tuple(self.parameters[name].shape)}. The weights and the config are not of the same model."
-                )
+                weights.update(self._convert(name, self.origins[name], stored))
         return {name: weights[name] for name in ordered}
 
     @contextmanager
@@ -132,32 +129,35 @@ class ModelSource:
             self.release(block.prefix, block.names)
 
     def materialise(self, prefix: str, names: Iterable[str]) -> None:
-        """Put the weights `prefix + name` on the device and into the skeleton, in the compute dtype."""
-        for name, tensor in self.read(prefix + name for name in names).items():
-            dtype = self.dtype if tensor.is_floating_point() and not self._in_fp32(name) else tensor.dtype
-            set_tensor(self.model, name, tensor.to(self.device, torch.float32 if self._in_fp32(name) else dtype))
+        """Put the weights `prefix + name` on the device and into the skeleton, in the dtype that the class asks for."""
+        stored = {prefix + name: self.tied.get(prefix + name, prefix + name) for name in names}
+        weights = self.read(stored.values())
+        for name, original in stored.items():
+            set_tensor(self.model, name, weights[original].to(self.device, self._dtypes[original]))
 
     def release(self, prefix: str, names: Iterable[str]) -> None:
         """Free the weights `prefix + name`: the skeleton's are on `meta` again."""
         for name in names:
-            set_tensor(self.model, prefix + name, self.parameters[prefix + name])
+            original = self.tied.get(prefix + name, prefix + name)
+            set_tensor(self.model, prefix + name, self.parameters[original])
 
-    def checkpoint_names(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `read`: the same weights under the names and in the layout of the checkpoint."""
-        from transformers.core_model_loading import revert_weight_conversion
+    def as_stored(self, names: Iterable[str], changed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The weights `names` under the names and in the layout of the files, those in `changed` with new values.
 
-        used = {id(o.converter): o.converter for o in self.origins.values() if o.converter is not None}
-        self.model._weight_conversions = list(used.values()) + self._renamings or None
-        return revert_weight_conversion(self.model, dict(weights))  # type: ignore[no-any-return]
-
-    @cached_property
-    def _renamings(self) -> list[Any]:
-        return [t for t in _transforms(self.model) if not hasattr(t, "operations") and t.was_used()]
-
-    def companions(self) -> list[Path]:
-        """The files of the model beside its weights and config: tokenizer, generation config, chat template, ..."""
-        files = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
-        return sorted(path for path in files if not any(path.match(pattern) for pattern in NOT_COMPANIONS))
+        Weights that the files hold as one tensor come together. Raises PareError if a changed one cannot be stored so.
+        """
+        origins = {self.origins[name].keys: (self.origins[name], name) for name in names}
+        for origin, name in origins.values():
+            weights = origin.weights or (name,)
+            if changed.keys().isdisjoint(weights):
+                yield from self.files.read(origin.keys).items()
+            elif origin.converter is None:
+                yield origin.keys[0], changed[name]
+            else:
+                unchanged = self.read(weight for weight in weights if weight not in changed)
+                values = unchanged | {weight: changed[weight] for weight in weights if weight in changed}
+                renamings = [t for t in transforms_of(self.model) if not hasattr(t, "operations") and t.was_used()]
+                yield from reverted(self.model, values, [origin.converter, *renamings], origin.keys).items()
 
     def provenance(self) -> dict[str, Any]:
         """Which model this is, for paredown.json."""
@@ -165,39 +165,45 @@ class ModelSource:
 
     def tokenizer_sha256(self) -> str:
         """One digest of the names and contents of the tokenizer's files."""
-        digest = hashlib.sha256()
-        for path in self.companions():
-            if "tokenizer" in path.name or path.name.startswith(("vocab", "merges", "special_tokens")):
-                digest.update(path.name.encode() + path.read_bytes())
-        return digest.hexdigest()
+        return companions.tokenizer_sha256(self.folder)
 
-    def _convert(self, name: str, origin: Origin) -> dict[str, Tensor]:
-        tensors = self.files.read(origin.keys)
-        if origin.converter is None:
-            return {name: tensors[origin.keys[0]]}
-        converter = deepcopy(origin.converter)
-        for key, pattern in zip(origin.keys, origin.patterns, strict=True):
-            converter.add_tensor(name, key, pattern, tensors[key])
-        converted = converter.convert(name, model=self.model, config=self.model.config)
-        return {target: t[0] if isinstance(t, list) else t for target, t in converted.items()}
+    def _convert(self, name: str, origin: Origin, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        weights = origin.convert(name, stored, self.model)
+        for weight, tensor in weights.items():
+            if weight in self.parameters and tensor.shape != self.parameters[weight].shape:
+                raise PareError(
+                    f"{self.folder}: {weight!r}, made of {origin.keys[0]!r}, has shape {tuple(tensor.shape)}, config.json "
+                    f"wants {tuple(self.parameters[weight].shape)}. The weights and the config are not of the same model."
+                )
+        return weights
 
-    def _in_fp32(self, name: str) -> bool:
-        """Whether the class keeps this weight in float32 whatever the dtype, as `from_pretrained` does."""
-        patterns = set(self.model._keep_in_fp32_modules_strict or ())
-        if self.dtype == torch.float16:
-            patterns |= set(self.model._keep_in_fp32_modules or ())
-        return any(re.search(rf"(^|\.){re.escape(p)}(\.|$)", name) for p in patterns)
+    @cached_property
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype in which `from_pretrained` loads each weight: some classes keep a few in float32."""
+        plan = self.model._get_dtype_plan(self.dtype)
+        patterns = [(re.compile(pattern.replace("*", ".*")), dtype) for pattern, dtype in plan.items()]
+        return {
+            name: next((dtype for pattern, dtype in patterns if pattern.search(name)), tensor.dtype)
+            for name, tensor in self.parameters.items()
+        }
 
-    def _repeats_tied(self, key: str) -> bool:
-        return key in self.tied or f"{self.model.base_model_prefix}.{key}" in self.tied
-
-    def _check(self) -> None:
+    def _check_complete(self) -> None:
         missing = sorted(set(self.parameters) - set(self.origins))
         if missing:
             raise PareError(
                 f"{self.folder}: {len(missing)} tensors of a {self.config.model_type} model are missing, first "
                 f"{missing[0]!r}. The weights and config.json are not of the same model, or the download is incomplete."
             )
+
+
+def _tie_remarks(apart: list[str], files: TensorFiles) -> Iterator[str]:
+    if apart:
+        yield (
+            f"config.json says that {apart[0]} is tied to another weight, and the files hold two different tensors: they "
+            "stay apart, as transformers reads them"
+        )
+    if files.ignored_index:
+        yield f"{SINGLE} is read, and {INDEX} beside it is not, as in transformers"
 
 
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -208,55 +214,3 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._buffers[leaf] = tensor
     else:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-
-
-def _transforms(model: Any) -> list[Any]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    if not hasattr(model, "_paredown_transforms"):
-        model._paredown_transforms = get_model_conversion_mapping(model)
-    return model._paredown_transforms  # type: ignore[no-any-return]
-
-
-def _origins(
-    model: Any, entries: dict[str, Entry], parameters: dict[str, Tensor], converted: bool
-) -> Iterator[tuple[str, Origin]]:
-    """Map the checkpoint's keys to weights with transformers' own renamings, without reading data.
-
-    transformers >= 5 fuses the weights of experts while it loads: their keys become one Origin with the converter.
-    """
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    if not converted:
-        yield from ((name, Origin((name,))) for name in entries if name in parameters)
-        return
-    transforms = _transforms(model)
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    state = model.state_dict()
-    groups: dict[str, list[tuple[str, str]]] = {}
-    for key in sorted(entries, key=natural):
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if name not in state and key in state:
-            name, pattern = key, None
-        if pattern is not None:
-            groups.setdefault(name, []).append((key, pattern))
-        elif name in parameters:
-            yield name, Origin((key,))
-    for name, members in groups.items():
-        keys, patterns = zip(*members, strict=True)
-        origin = Origin(keys, by_pattern[patterns[0]], patterns)
-        for target in _outputs(name, origin.converter, state):
-            yield target, origin
-
-
-def _outputs(name: str, converter: Any, state: dict[str, Tensor]) -> list[str]:
-    """All weights that a converter gives, from the name of the first."""
-    first = converter.target_patterns[0]
-    return [t for p in converter.target_patterns if (t := name.replace(first, p)) in state] or [name]
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key under which `experts.10` follows `experts.9`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -32,13 +32,19 @@ class Entry:
     dtype: torch.dtype
 
     @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.numbers * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class TensorFiles:
     """All tensors of `folder` by name. The first use of `entries` reads and checks the headers; only `read` reads data.
+
+    As in transformers, a single file goes before an index beside it.
 
     Raises PareError for a folder that holds pickles only, an index entry that is no plain file name, and a shard that is
     missing or truncated.
@@ -60,17 +66,22 @@ class TensorFiles:
             )
         return entries
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    @property
+    def ignored_index(self) -> bool:
+        """Whether there is an index that is not read, because a single file is there too."""
+        return (self.folder / SINGLE).is_file() and (self.folder / INDEX).exists()
+
+    def read(self, names: Iterable[str], finite: bool = True) -> dict[str, Tensor]:
         """The tensors `names` on CPU, in their stored dtypes, mapped from the file rather than copied.
 
-        Raises PareError naming the tensor if any value is not finite.
+        Raises PareError naming the tensor if any value is not finite, unless `finite` is False.
         """
         tensors: dict[str, Tensor] = {}
         for file, group in groupby(sorted(names, key=self._file), key=self._file):
             with self._open(file) as shard:
                 tensors.update((name, shard.get_tensor(name)) for name in group)
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not all_finite(tensor):
+            if finite and tensor.is_floating_point() and not all_finite(tensor):
                 raise PareError(
                     f"{self.folder}: tensor {name!r} holds NaN or infinite values. Fetch the checkpoint again."
                 )
@@ -82,13 +93,13 @@ class TensorFiles:
     def _index(self) -> dict[str, str]:
         """Tensor name -> file of a sharded checkpoint; empty for a single file."""
         path = self.folder / INDEX
-        if not path.exists():
-            if not (self.folder / SINGLE).exists():
-                raise PareError(self._nothing_to_read())
+        if (self.folder / SINGLE).is_file():
             return {}
+        if not path.exists():
+            raise PareError(self._nothing_to_read())
         try:
             weight_map: dict[str, str] = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"].items())
-        except (ValueError, KeyError, TypeError, AttributeError) as fault:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
             raise PareError(f"{path} is not a safetensors index ({fault!r}). Fetch the checkpoint again.") from fault
         for file in weight_map.values():
             if not isinstance(file, str) or Path(file).name != file or "\\" in file or file in ("", ".", ".."):

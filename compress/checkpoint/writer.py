@@ -1,23 +1,19 @@
-"""Write a checkpoint so that it appears whole or not at all: all files go to OUT.partial, and one rename makes it OUT.
+"""Write a checkpoint so that it appears whole or not at all: tensors in shards, and what describes them beside them."""
 
-While a process writes OUT.partial it holds a lock on OUT.partial.lock beside it, which the system frees if it is killed.
-"""
-
-import errno
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from paredown.compress.checkpoint.disk import FULL, in_words, save_tensors, sync, system_fault
+from paredown.compress.checkpoint.out_folder import SCRATCH, STATE, OutFolder
 from paredown.compress.checkpoint.tensor_files import INDEX, SINGLE, sha256
 from paredown.compress.errors import PareError
 from paredown.compress.storage.kinds import FORMAT_VERSION
@@ -25,20 +21,24 @@ from paredown.compress.storage.kinds import FORMAT_VERSION
 RECORD = "paredown.json"
 FLUSH_BYTES = 64 << 20
 MAX_SHARD_BYTES = 5 << 30
-SCRATCH = "scratch"  # a folder in OUT.partial
-STATE = "resume.safetensors"  # the state from which a stopped run continues: run/journal.py
+METADATA = {"format": "pt"}  # of a shard, as transformers writes it
+
+
+class Damaged(Exception):
+    """What a stopped run left is not what it wrote. The message says which file, and how it differs."""
 
 
 class CheckpointWriter:
-    """Collects tensors into shards in `OUT.partial`; `commit` renames the folder to OUT.
+    """Collects tensors into shards in `folder`, which `commit` makes OUT: see `OutFolder`.
 
     Leaving the `with` block without a commit removes the folder. If the writer is `resumable` and the folder holds a saved
-    state, it stays, and the fault gets a note that says so.
+    state, or if the checkpoint in it is finished, it stays, and the fault gets a note that says so. `key` names the run.
 
     A shard is written, once `flush_bytes` are pending, by a thread that is at most one shard behind the caller: what was
     added must not change. One tensor aside, no shard exceeds `max_shard_bytes`.
 
-    Raises PareError if OUT exists and is not empty, if another process is writing it, or if the disk is full.
+    Raises PareError if OUT exists and is not empty, if it cannot be written, if another process is writing it, if what
+    another run left would be lost, or if the disk is full.
     """
 
     def __init__(
@@ -48,27 +48,23 @@ class CheckpointWriter:
         flush_bytes: int = FLUSH_BYTES,
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
-        self.out, self.resumable = Path(out), resumable
+        self.out, self.resumable, self.key = Path(out), resumable, ""
         self.flush_bytes, self.max_shard_bytes = flush_bytes, max_shard_bytes
-        self.folder = self.out.with_name(self.out.name + ".partial")
+        self.place = OutFolder(self.out)
         self.tensors: dict[str, dict[str, Any]] = {}  # name -> its record
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[Path] = []
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._saving: Future[None] | None = None
-        self._lock = FileLock(f"{self.folder}.lock", thread_local=False)
-        self._committed = False
 
     def __enter__(self) -> "CheckpointWriter":
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise PareError(f"{self.out} exists and is not empty. Name another output with -o, or remove it first.")
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._open()
-        except BaseException:  # a signal too: `__exit__` does not run after it
-            self._discard()
-            self._unlock()
+            self.place.open()
+            if not self.resumable:
+                self._open_anew()
+        except BaseException as fault:  # a signal too: `__exit__` does not run after it
+            self.__exit__(type(fault), fault, None)
             raise
         return self
 
@@ -76,57 +72,73 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._worker.shutdown(cancel_futures=True)
-        if not self._committed:
-            self._discard()
-        self._unlock()
-        disk_full = isinstance(fault, OSError) and fault.errno == errno.ENOSPC
-        error = (
-            PareError(f"the disk of {self.out.parent} is full. Free space or name another output.")
-            if disk_full
-            else fault
-        )
-        if error is not None and self.folder.exists():
-            error.add_note(f"{self.folder} is kept: the command that began it goes on from there")
-        if disk_full:
-            assert error is not None
+        error = self._in_words(fault) or fault
+        self._leave(error)
+        if error is not None and error is not fault:
             raise error from fault
 
-    def _open(self) -> None:
-        """Lock the folder, make it if it is not there, and empty it unless a stopped run may continue in it."""
+    def _open_anew(self) -> None:
+        """Empty the folder. Raises PareError if another run may continue in it."""
+        if self.place.has_state or self.place.finished is not None:
+            raise self.belongs_to_another()
+        self.clear()
+
+    def _leave(self, fault: BaseException | None) -> None:
+        """Remove the folder unless there is something in it to keep, which `fault` is told, and free the lock."""
         try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise PareError(f"another process is writing {self.folder}. Wait for it, or name another output.") from None
-        self.folder.mkdir(exist_ok=True)
-        if not self.resumable:
-            self.clear()
+            if self.place.finished is None and not self.place.has_state:
+                self.place.discard()
+            self.place.close()
+        except BaseException as late:  # a signal
+            self._tell(late)
+            raise
+        if fault is not None:
+            self._tell(fault)
+
+    def _tell(self, fault: BaseException) -> None:
+        """Add to a fault what it leaves."""
+        if self.place.placed:
+            fault.add_note(f"{self.out} is whole: the run was done")
+        elif self.place.has_state:
+            fault.add_note(f"{self.folder} is kept: the command that began it goes on from there")
+        elif self.place.finished is not None and not isinstance(fault, PareError):
+            fault.add_note(f"{self.folder} is kept, with the finished checkpoint: {self.place.by_hand}")
+
+    def _in_words(self, fault: BaseException | None) -> PareError | None:
+        """The sentence for a fault of the disk that we write to; None for any other fault."""
+        system = system_fault(fault)
+        if system is None:
+            return None
+        files = [Path(str(name)) for name in (system.filename, system.filename2) if name is not None]
+        if any(file.is_relative_to(self.folder) for file in files) or (not files and system.errno in FULL):
+            return in_words(system, self.out, self.folder.parent)
+        return in_words(system, self.out, files[0].parent) if system.errno in FULL else None
+
+    def belongs_to_another(self) -> PareError:
+        """The refusal of a folder in which another run may go on, or whose checkpoint only has to be moved."""
+        if self.place.finished is not None:
+            return PareError(
+                f"{self.folder} holds a finished checkpoint that could not be moved to {self.out}. "
+                f"Move it ({self.place.by_hand}), remove it, or name another output with -o."
+            )
+        return PareError(
+            f"{self.folder} holds what another command, other text or another version has done so far. "
+            "Remove it, or name another output with -o."
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Where files are written until `commit`."""
+        return self.place.folder
+
+    @property
+    def left(self) -> int:
+        """Bytes of a checkpoint that a stopped run has left in the folder."""
+        return sum(path.lstat().st_size for path in self.folder.glob("*.safetensors") if path.name != STATE)
 
     def clear(self, keep: Collection[str] = ()) -> None:
-        """Remove what a killed run left in the folder, except the names in `keep`."""
-        for path in self.folder.iterdir():
-            if path.name not in keep:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def _discard(self) -> None:
-        """Remove the folder, unless another process writes it or a stopped run can continue in it."""
-        if self.resumable and (self.folder / STATE).exists():
-            return
-        with suppress(OSError):  # Timeout is one
-            self._lock.acquire(blocking=False)
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _unlock(self) -> None:
-        """Free the lock and leave no file of it. Unix removes the name first, so that no two processes lock one name."""
-        if not self._lock.is_locked:
-            return
-        file = Path(self._lock.lock_file)
-        if os.name == "nt":  # where an open file cannot be removed, neither ours nor that of the next process
-            self._lock.release(force=True)
-            with suppress(OSError):
-                file.unlink()
-        else:
-            file.unlink(missing_ok=True)
-            self._lock.release(force=True)
+        """Begin anew in the folder: remove what a stopped run left there, except the names in `keep`."""
+        self.place.begin(keep)
 
     @property
     def bytes(self) -> int:
@@ -145,12 +157,7 @@ class CheckpointWriter:
         """Queue one tensor. `record` goes into paredown.json beside its shape, dtype, bytes and sha256."""
         tensor = tensor.detach().to("cpu").contiguous()
         size = tensor.numel() * tensor.element_size()
-        self.tensors[name] = {
-            **record,
-            "shape": list(tensor.shape),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "bytes": size,
-        }
+        self.tensors[name] = {**record, **_described(tensor), "bytes": size}
         if self._pending and self._pending_bytes + size > self.max_shard_bytes:
             self._flush()
         self._pending[name] = tensor
@@ -168,19 +175,18 @@ class CheckpointWriter:
             sync(shard)
         return {"tensors": self.tensors, "shards": [s.name for s in self._shards]}, self._pending
 
-    def restore(self, facts: dict[str, Any], pending: dict[str, Tensor]) -> bool:
-        """Continue from the `progress` of an earlier writer of this folder. False if its shards are not all there."""
+    def restore(self, facts: dict[str, Any], pending: dict[str, Tensor]) -> None:
+        """Continue from the `progress` of an earlier writer of this folder. Raises Damaged if its shards have changed."""
+        self.place.reopen()
         shards = [self.folder / name for name in facts["shards"]]
         for i, shard in enumerate(shards):
-            final = [*self.folder.glob(f"model-{i + 1:05d}-of-*.safetensors"), self.folder / SINGLE][0]
-            if not shard.exists() and final.exists():  # that writer was stopped after `finish`
-                final.rename(shard)
-        if not all(shard.exists() for shard in shards):
-            return False
+            finals = [*self.folder.glob(f"model-{i + 1:05d}-of-*.safetensors"), self.folder / SINGLE]
+            if not shard.exists() and finals[0].exists():  # that writer was stopped after `finish`
+                finals[0].rename(shard)
+            _check_shard(shard, {n: r for n, r in facts["tensors"].items() if r.get("file") == shard.name})
         self.clear(keep={STATE, SCRATCH, *facts["shards"]})
         self.tensors, self._shards, self._pending = facts["tensors"], shards, dict(pending)
         self._pending_bytes = sum(t.numel() * t.element_size() for t in pending.values())
-        return True
 
     def finish(self, record: dict[str, Any]) -> None:
         """Write the last shard, the index, and paredown.json with `record` and the record of every tensor."""
@@ -203,23 +209,22 @@ class CheckpointWriter:
         self.write_text(name, json.dumps(content, indent=2) + "\n")
 
     def write_text(self, name: str, content: str) -> None:
-        (self.folder / name).write_text(content, encoding="utf-8", newline="\n")
-
-    def copy(self, files: list[Path]) -> None:
-        for file in files:
-            shutil.copyfile(file, self.folder / file.name)
+        path = self.folder / name
+        try:
+            path.write_text(content, encoding="utf-8", newline="\n")
+        except OSError as fault:  # which does not name the file where it could be opened
+            raise OSError(fault.errno, fault.strerror, str(path)) from fault
 
     def commit(self) -> None:
-        """Flush all files to the disk and rename the folder to OUT."""
-        for path in self.folder.iterdir():
-            sync(path)
-        (self.folder / STATE).unlink(missing_ok=True)  # only once all else is safe
-        sync(self.folder)
-        if self.out.exists():
-            self.out.rmdir()  # empty: `__enter__` checked it
-        self.folder.rename(self.out)
-        sync(self.out.parent)
-        self._committed = True
+        """Make the folder OUT. Raises PareError, which says where the checkpoint lies, if it cannot be put there."""
+        self.place.commit(self.key)
+
+    def commit_finished(self, key: str) -> bool:
+        """Make OUT of a checkpoint that a run of this key had finished and could not put there. False if there is none."""
+        if self.place.finished is None or self.place.finished != key:
+            return False
+        self.place.commit(key)
+        return True
 
     def _flush(self) -> None:
         self._wait()
@@ -231,7 +236,7 @@ class CheckpointWriter:
     def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             self.tensors[name].update(sha256=sha256(tensor), file=path.name)
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_tensors(tensors, path, METADATA)
 
     def _wait(self) -> None:
         """Wait for the shard that is being written. Raises the fault of its thread."""
@@ -244,16 +249,28 @@ def _numbered(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def sync(path: Path) -> None:
-    """Flush a file, or the list of files of a folder, to the disk."""
-    on_windows = os.name == "nt"
-    if on_windows and path.is_dir():  # Windows opens no folders, and keeps their lists of files by itself
-        return
-    handle = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)  # and flushes only what it may write
+def _check_shard(shard: Path, recorded: dict[str, dict[str, Any]]) -> None:
+    """Raises Damaged if a shard does not hold exactly the recorded tensors."""
+    if shard.is_symlink() or not shard.is_file():
+        raise Damaged(f"{shard.name} is missing")
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        with safe_open(shard, "pt") as file:
+            if set(file.keys()) != set(recorded) or file.metadata() != METADATA:
+                raise Damaged(f"{shard.name} holds other tensors than were written")
+            for name, record in recorded.items():
+                tensor = file.get_tensor(name)
+                if _described(tensor) != {key: record[key] for key in ("shape", "dtype")}:
+                    raise Damaged(f"{name} in {shard.name} has another shape or type than was written")
+                if sha256(tensor) != record["sha256"]:
+                    raise Damaged(f"{name} in {shard.name} has changed since it was written")
+    except SafetensorError as fault:
+        if (system := system_fault(fault)) is not None:
+            raise OSError(system.errno, system.strerror, str(shard)) from fault
+        raise Damaged(f"{shard.name} cannot be read: {fault}") from fault
+
+
+def _described(tensor: Tensor) -> dict[str, Any]:
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
 
 
 def pending_bytes(block: int) -> int:

@@ -28,6 +28,11 @@ class Format(StrEnum):
     dense = "dense"
 
 
+class Bos(StrEnum):
+    auto = "auto"
+    none = "none"
+
+
 Model = Annotated[str, typer.Argument(help="A local folder, or a hub id like org/name.", metavar="MODEL")]
 RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="A shipped recipe (see: paredown recipes), or a YAML file.")
@@ -123,6 +128,7 @@ def evaluate(
     task_folder: TaskFolder = None,
     length: Annotated[int, typer.Option("--length", help="Window in tokens; capped by what the model allows.")] = 2048,
     windows: Annotated[int | None, typer.Option("--windows", help="Read no more windows than this.")] = None,
+    bos: Annotated[Bos, typer.Option("--bos", help="A BOS before every window, if the tokenizer adds one.")] = Bos.auto,
     device: Device = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,
@@ -136,7 +142,8 @@ def evaluate(
     with step_bar("scoring") as bar:
         result = run(
             model, against, eval_text=eval_text or ["stdlib"], tasks=_names(tasks) or (), task_folder=task_folder,
-            length=length, windows=windows, device=device, dtype=dtype, revision=revision, progress=bar, note=show_note,
+            length=length, windows=windows, bos=bos.value, device=device, dtype=dtype, revision=revision, progress=bar,
+            note=show_note,
         )  # fmt: skip
     print(json.dumps(result, indent=2)) if json_output else out_console.print(render_eval(result))
 
@@ -224,10 +231,10 @@ def tune(
 
 @app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="A checkpoint that paredown wrote.", metavar="DIR")]) -> None:
-    """Check keys, shapes, hashes, masks, sparsity and losses. Exits with 1 on any fault."""
+    """Check names, shapes, hashes, masks, sparsity, tokens, and losses by from_pretrained. Exits with 1 on any fault."""
     from paredown.compress.run.verify import verify as run
 
-    faults = run(folder)
+    faults = run(folder, print)
     for fault in faults:
         print(fault, file=sys.stderr)
     if faults:
@@ -280,17 +287,20 @@ def _shell(arguments: list[str]) -> str:
 
 
 class _Stopped(BaseException):
-    """Raised by Ctrl-C and SIGTERM. Typer catches KeyboardInterrupt, and not this."""
+    """Raised by Ctrl-C, SIGTERM and SIGHUP. Typer catches KeyboardInterrupt, and not this."""
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise _Stopped, so that `with` blocks can clean up."""
+    """Ctrl-C, SIGTERM and SIGHUP raise _Stopped, so that `with` blocks can clean up. `nohup` still protects from SIGHUP."""
 
     def stop(number: int, frame: Any) -> None:
         raise _Stopped
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:

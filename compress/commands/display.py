@@ -47,10 +47,16 @@ def show_plan(plan: Plan) -> None:
     """Print a plan as a table."""
     table = Table(title=f"{plan.family}: {plan.blocks} blocks", title_justify="left", show_header=False, box=None)
     most = "at most " if plan.at_most else ""
+
+    def share(parameters: int) -> str:
+        return f"{parameters / max(plan.parameters, 1):.1%}"
+
     grows = "" if plan.shrinks or plan.at_most else "  the file does NOT shrink"
     rows = {
         "parameters": f"{plan.parameters:,}",
-        "targeted": f"{len(plan.targeted)} layers, {plan.targeted_parameters:,} parameters",
+        "targeted": f"{share(plan.targeted_parameters)} of the model: {len(plan.targeted)} layers, "
+        f"{plan.targeted_parameters:,} parameters",
+        "not targeted": ", ".join(f"{share(count)} {why}" for why, count in plan.untargeted.items()) or "nothing",
         "kept of these": f"{most}{plan.kept_parameters:,}" + (", as the calibration text will tell" if most else ""),
         "of these dense": _some(plan.stay_dense),
         "left as they are": _some(plan.left_out),
@@ -61,6 +67,10 @@ def show_plan(plan: Plan) -> None:
     }
     if not plan.known_family:
         rows["family"] = "not one that we test: blocks were found by structure"
+    if plan.dense_export:
+        rows["dense export"] = plan.dense_export
+    if plan.remarks:
+        rows["remarks"] = "\n".join(plan.remarks)
     for key, value in rows.items():
         table.add_row(key, value)
     out_console.print(table)

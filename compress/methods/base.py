@@ -62,7 +62,6 @@ class WeightMethod(Method):
 
     # its edits are products of smaller weights, which round unlike the dense product
     chain: ClassVar[bool] = False
-    experts: ClassVar[bool] = True  # it edits the experts of a fused parameter too
     surveys_angles: ClassVar[bool] = False  # `chosen_blocks` reads the angles
     strategy: ClassVar[str | None] = None  # the allocation, if the recipe names none; None: nothing to allocate
     type_weights: ClassVar[Mapping[str, float]] = {}  # the option `weights` of that allocation
@@ -105,12 +104,20 @@ class WeightMethod(Method):
         """
         return []
 
+    def own_option(self, weight: Tensor, stats: Stats) -> Any:
+        """The option that a weight's own data choose, where the budget is `by_data`; None leaves the weight as it is."""
+        return None
+
     def at(self, option: Any) -> "WeightMethod":
         """The method for the `option` of one of its choices."""
         return self
 
     def without_bias(self) -> "WeightMethod | None":
         """The same method for layers without a bias that cannot get one; None if it has to add one."""
+        return self
+
+    def for_experts(self) -> "WeightMethod":
+        """The same method for the experts of a fused weight, none of which can get a bias."""
         return self
 
 

@@ -1,24 +1,30 @@
 """A model as a list of decoder blocks, and each weight matrix of a block as `(out, in)`, whatever class holds it."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
-from paredown.compress.model.targets import never
+from paredown.compress.model.families import FAMILIES
+from paredown.compress.model.targets import bare, control, control_counts
 from paredown.compress.storage.modules import PACKED
 from paredown.compress.storage.spec import Layout
 
-# Families whose tiny models our tests compress, save, reload and compare. Other models are tried too, with a warning.
-KNOWN_FAMILIES = frozenset(
-    {
-        "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "opt",
-        "gpt2", "gpt_neox", "bloom", "falcon", "mixtral", "qwen3_moe", "mamba", "mamba2",
-    }
-)  # fmt: skip
+# Classes of fused experts that do not say how they multiply, and how: their parameters of three dimensions, or, of those
+# marked as stacked, the rows of all experts one after another in one matrix.
+EXPERTS: dict[str, Layout] = {
+    "JetMoeParallelExperts": "experts",
+    "LongcatFlashExperts": "experts",
+    "InklingSharedExperts": "experts",
+    "Llama4TextExperts": "experts_in_out",
+}
+STACKED: dict[str, tuple[str, dict[str, Layout]]] = {  # the attribute with their number; parameters
+    "DbrxExpertGLU": ("moe_num_experts", {"w1": "experts", "v1": "experts", "w2": "experts_in_out"}),
+}
 
 
 @dataclass(frozen=True)
@@ -30,38 +36,50 @@ class View:
     parameter: str  # the attribute of `module` that holds the tensor
     layout: Layout
     expert: int | None = None  # index of this weight in a fused parameter of experts
+    experts: int = 0  # how many there are in it
+    control: str | None = None  # why it is compressed only if a recipe names it; None for an ordinary layer
+
+    @property
+    def tensor(self) -> Tensor:
+        """The whole parameter as the module holds it."""
+        tensor: Tensor = getattr(self.module, self.parameter)
+        return tensor
 
     @property
     def raw(self) -> Tensor:
         """The tensor as the module multiplies with it; it shares the module's memory."""
-        tensor: Tensor = getattr(self.module, self.parameter)
-        return tensor if self.expert is None else tensor[self.expert]
+        return self.tensor if self.expert is None else _separate(self.tensor, self.experts)[self.expert]
 
     @property
     def weight(self) -> Tensor:  # (out, in)
         """The weight as methods read it; it shares the module's memory."""
-        return self.raw.T if self.layout == "conv1d" else self.raw
+        return self.part_of(self.tensor)
+
+    def part_of(self, tensor: Tensor) -> Tensor:  # (out, in)
+        """This weight's part of a tensor of the parameter's shape, such as the parameter itself or its mask."""
+        own = tensor if self.expert is None else _separate(tensor, self.experts)[self.expert]
+        return own.T if self.layout in ("conv1d", "experts_in_out") else own
 
     def assign(self, weight: Tensor) -> None:
         """Replace the weight by another one of the same shape (out, in)."""
-        weight = weight.T.contiguous() if self.layout == "conv1d" else weight
         if self.expert is None:
+            weight = weight.T.contiguous() if self.layout == "conv1d" else weight
             setattr(self.module, self.parameter, nn.Parameter(weight, requires_grad=False))
         else:
-            self.raw.copy_(weight)
+            self.weight.copy_(weight)
 
     @property
     def whole(self) -> Tensor:
-        """The weight (out, in); for a fused expert the parameter of all experts (experts, out, in)."""
+        """The weight (out, in); for a fused expert the weights of all experts (experts, out, in)."""
         if self.expert is None:
             return self.weight
-        experts: Tensor = getattr(self.module, self.parameter)
-        return experts
+        experts = _separate(self.tensor, self.experts)
+        return experts.transpose(1, 2) if self.layout == "experts_in_out" else experts
 
     @property
     def bias(self) -> Tensor | None:  # (out,)
-        """The layer's bias, or None."""
-        bias: Tensor | None = getattr(self.module, "bias", None)
+        """The layer's bias, or None; experts have none that can be edited."""
+        bias: Tensor | None = getattr(self.module, "bias", None) if self.expert is None else None
         return bias
 
     def assign_bias(self, bias: Tensor | None) -> None:
@@ -92,6 +110,8 @@ class Block:
     index: int
     prefix: str  # model.layers.0.
     module: nn.Module
+    counts: frozenset[int] = frozenset()  # see `control_counts`
+    shared: frozenset[str] = frozenset()  # full names of parameters that other blocks or the embedding use too
 
     @property
     def name(self) -> str:
@@ -104,11 +124,21 @@ class Block:
         return list(self.module.state_dict())
 
     def views(self) -> list[View]:
-        """The weight matrices that methods may edit, in the order of the model class. Packed weights are not among them."""
+        """The weight matrices that methods may edit, in the order of the model class. Packed weights are not among them.
+
+        Nor are those shared with other blocks. Those with a `control` are edited only if a recipe names them.
+        """
+        modules = dict(self.module.named_modules())
         views: list[View] = []
-        for path, module in self.module.named_modules():
-            views.extend(_views(module, (self.prefix + path).rstrip(".")))
-        return [view for view in views if never(view.name) is None]
+        for path, module in modules.items():
+            own = _views(module, (self.prefix + path).rstrip("."))
+            found = [v for v in own if not bare(v.name) and v.stored_name not in self.shared]
+            if isinstance(module, nn.Linear) and found:
+                parts = path.split(".")
+                classes = [type(modules[".".join(parts[: n + 1])]).__name__ for n in range(len(parts))]
+                found = [replace(v, control=control(path, classes, v.shape, self.counts)) for v in found]
+            views.extend(found)
+        return views
 
     def replace(self, name: str, module: nn.Module) -> nn.Module:
         """Put `module` in the place of the layer with this full name; returns the layer that was there."""
@@ -130,12 +160,22 @@ class Block:
 
 
 def blocks(source: ModelSource) -> list[Block]:
-    """The decoder blocks in order: the list of modules of one class that holds the most parameters.
+    """The decoder blocks in order: of the outermost lists of modules in the language model the one with most parameters.
 
     Raises PareError if the model has no such list.
     """
     name, layers = _decoder(source.model)
-    return [Block(i, f"{name}.{i}.", layer) for i, layer in enumerate(layers)]
+    counts = control_counts(source.config)
+    shared = frozenset([*source.tied, *source.tied.values()])
+    return [Block(i, f"{name}.{i}.", layer, counts, shared) for i, layer in enumerate(layers)]
+
+
+def by_owner(views: Iterable[View]) -> dict[str, list[View]]:
+    """What is stored as one weight, by its name: a layer alone, or all experts of a fused parameter."""
+    owners: dict[str, list[View]] = {}
+    for view in views:
+        owners.setdefault(view.owner, []).append(view)
+    return owners
 
 
 def decoder_list(source: ModelSource) -> nn.ModuleList:
@@ -145,31 +185,60 @@ def decoder_list(source: ModelSource) -> nn.ModuleList:
 
 def known(source: ModelSource) -> bool:
     """Whether our tests cover the model's family."""
-    return source.family in KNOWN_FAMILIES
+    return source.family in FAMILIES
 
 
 def _decoder(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1
-    ]
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    inside = _text_prefix(model)
+    lists = [(name, module) for name, module in lists if name.startswith(inside)] or lists
     if not lists:
         raise PareError(
-            f"{type(model).__name__} has no list of equal blocks, so it cannot be walked block by block. "
+            f"{type(model).__name__} has no list of blocks, so it cannot be walked block by block. "
             "Decoder-only models are supported: see the families in the README."
         )
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    # lists further down belong to experts, or to encoders of images and sound
+    return max(lists, key=lambda item: (-item[0].count("."), _numbers(item[1])))
+
+
+def _numbers(layers: nn.Module) -> int:
+    """How many weights these modules have, packed ones counted as dense."""
+    packed = {id(p) for m in layers.modules() if isinstance(m, PACKED) for p in m.parameters(recurse=False)}
+    sizes = sum(m.spec.size for m in layers.modules() if isinstance(m, PACKED))
+    return sizes + sum(p.numel() for p in layers.parameters() if id(p) not in packed)
+
+
+def _text_prefix(model: Any) -> str:
+    """Where the language model lies in a model that reads images or sound too: model.language_model. and the like."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    return f"{name}." if name else ""
 
 
 def _views(module: nn.Module, name: str) -> Iterator[View]:
+    kind = type(module).__name__
     if isinstance(module, nn.Linear):
         yield View(name, module, "weight", "linear")
-    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' GPT-2 layer: weight is (in, out)
+    elif kind == "Conv1D" and hasattr(module, "nf"):  # transformers' GPT-2 layer: weight is (in, out)
         yield View(name, module, "weight", "conv1d")
-    elif not getattr(module, "is_transposed", True):  # transformers' fused experts: (expert, out, in)
+    elif kind in STACKED:
+        attribute, layouts = STACKED[kind]
+        for parameter, layout in layouts.items():
+            yield from _expert_views(module, name, parameter, layout, getattr(module, attribute))
+    elif kind in EXPERTS or hasattr(module, "is_transposed"):  # transformers' fused experts say how they multiply
+        layout = EXPERTS.get(kind) or ("experts_in_out" if module.is_transposed else "experts")
         for parameter, tensor in module._parameters.items():
             if tensor is not None and tensor.dim() == 3:
-                yield from (
-                    View(f"{name}.{parameter}.{e}", module, parameter, "experts", e) for e in range(len(tensor))
-                )
+                yield from _expert_views(module, name, parameter, layout, len(tensor))
+
+
+def _expert_views(module: nn.Module, name: str, parameter: str, layout: Layout, experts: int) -> Iterator[View]:
+    """A view of each expert of a fused parameter; packed already, it has none."""
+    if parameter in module._parameters:
+        for e in range(experts):
+            yield View(f"{name}.{parameter}.{e}", module, parameter, layout, e, experts)
+
+
+def _separate(tensor: Tensor, experts: int) -> Tensor:
+    """A fused parameter with a dimension for the experts, whose rows it may hold one after another."""
+    return tensor if tensor.dim() == 3 else tensor.view(experts, -1, tensor.shape[-1])

@@ -1,23 +1,40 @@
-"""How a model calls its decoder blocks: recorded while the model's own forward runs, so no architecture is rewritten here."""
+"""How a model calls its decoder blocks: recorded while the model's own forward runs, so no architecture is rewritten here.
+
+Beside the hidden states a block may take what is the same for every text (masks, rotary tables), what depends on the text,
+further outputs of blocks before it (`FromBlock`), and a dictionary or list that blocks write to (`Shared`).
+"""
 
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 from paredown.compress.model.blocks import decoder_list
+from paredown.compress.model.carried import FromBlock, Shared, mapped
+
+PLAIN = (bool, int, float, str, torch.dtype, torch.device, torch.Size, Enum, PretrainedConfig, type(None))
 
 
 class AllRecorded(Exception):
     """Stops the model's forward once every recorder was called."""
+
+
+@dataclass(frozen=True)
+class OfText:
+    """A tensor, in host memory, that another text has with other values."""
+
+    tensor: Tensor
 
 
 @dataclass
@@ -27,24 +44,28 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def same(self, other: "Call") -> bool:
-        """Whether both calls have equal arguments."""
-        mine, theirs = _leaves((self.args, self.kwargs)), _leaves((other.args, other.kwargs))
-        return len(mine) == len(theirs) and all(
-            torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
-            for a, b in zip(mine, theirs, strict=True)
-        )
+    def mapped(self, change: Callable[[Any], Any]) -> "Call":
+        """The call with `change` made to everything in it that is no tuple, list or dictionary."""
+        return Call(mapped(self.args, change), mapped(self.kwargs, change))
+
+    def leaves(self) -> list[Any]:
+        """Everything in the call that is no tuple, list or dictionary, in a fixed order."""
+        found: list[Any] = []
+        self.mapped(found.append)
+        return found
 
 
 class Recorder(nn.Module):
     """Takes the place of a decoder layer while the model's own forward runs, and records how it is called."""
 
-    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
+    def __init__(self, index: int, layer: nn.Module, order: list[int]) -> None:
         super().__init__()
         self.__dict__["layer"] = layer  # not a submodule, so that the model's parameter names do not change
-        self.returns_tuple = returns_tuple
-        self.call: Call | None = None  # the last call
-        self.hidden: Tensor | None = None  # the hidden states (batch, length, hidden) of that call
+        self.outputs = _outputs(layer)
+        self.index = index
+        self.order = order  # of all recorders: their indices as they are called
+        self.call: Call | None = None  # the last one
+        self.hidden: Tensor | None = None  # the hidden states (batch, length, hidden) of the last call
         self.output: Tensor | None = None  # what to return (batch, length, hidden); None: the hidden states of the call
         self.stop = False  # raise AllRecorded instead of returning
 
@@ -58,10 +79,13 @@ class Recorder(nn.Module):
         hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
         args = args[1:] if args and args[0] is hidden else args
         self.hidden, self.call = hidden, Call(args, kwargs)
+        self.order.append(self.index)
         if self.stop:
             raise AllRecorded
         output = hidden if self.output is None else self.output
-        return (output, None) if self.returns_tuple else output
+        if self.outputs is None:
+            return output
+        return (output, *(FromBlock(self.index, i) for i in range(1, self.outputs)))
 
 
 @contextmanager
@@ -69,7 +93,8 @@ def recorders(source: ModelSource) -> Iterator[list[Recorder]]:
     """Inside the `with` block a recorder stands in the place of every decoder layer; yields the recorders in order."""
     layers = decoder_list(source)
     originals = list(layers)
-    replacements = [Recorder(layer, _returns_tuple(layer)) for layer in originals]
+    order: list[int] = []
+    replacements = [Recorder(i, layer, order) for i, layer in enumerate(originals)]
     for i, recorder in enumerate(replacements):
         layers[i] = recorder
     try:
@@ -79,35 +104,112 @@ def recorders(source: ModelSource) -> Iterator[list[Recorder]]:
             layers[i] = layer
 
 
-def call_of(recorder: Recorder, source: ModelSource) -> Call:
-    """The call that was recorded. Raises PareError if the layer was not called."""
-    if recorder.call is None:
-        raise PareError(
-            f"{source.id}: not every block of a {source.config.model_type} model is called once per forward pass; "
-            "such models are not supported yet."
-        )
-    return recorder.call
+def calls_of(layers: list[Recorder], source: ModelSource) -> list[Call]:
+    """The calls that were recorded of one batch, in the order of the blocks, with `Shared` in the place of what is shared.
+
+    Raises PareError for a model that cannot be run block after block.
+    """
+    if (order := layers[0].order) != list(range(len(layers))):
+        raise unsupported(source, f"one forward pass does not call block after block, each once, but {_listed(order)}")
+    for before, after in pairwise(layers):
+        assert before.hidden is not None and after.hidden is not None
+        if before.hidden is not after.hidden and not torch.equal(before.hidden, after.hidden):
+            raise unsupported(
+                source, f"the hidden states are changed between block {before.index} and block {after.index}"
+            )
+    calls = _with_shared([layer.call for layer in layers if layer.call is not None])
+    for leaf in (leaf for call in calls for leaf in call.leaves()):
+        if not isinstance(leaf, (Tensor, FromBlock, Shared, *PLAIN)):
+            raise unsupported(source, f"its blocks are given a {type(leaf).__name__}, which is no plain data")
+    return calls
 
 
-def _returns_tuple(layer: nn.Module) -> bool:
-    """Whether the layer returns a tuple, read from its last return statement (annotations are often out of date)."""
+def unsupported(source: ModelSource, why: str) -> PareError:
+    """The refusal of a model whose blocks cannot be run one after another."""
+    return PareError(f"{source.id}: {source.config.model_type} models cannot be compressed block by block: {why}.")
+
+
+def _listed(order: list[int]) -> str:
+    return ", ".join(map(str, order[:20])) + ", ..." * (len(order) > 20) if order else "none of them"
+
+
+def interned(calls: list[Call], first: list[Call]) -> list[Call]:
+    """The calls of a batch, with the tensors of the `first` batch of its size wherever they are equal, else OfText."""
+    known: dict[tuple[int, int], Any] = {}  # models give most tensors to every block
+
+    def same(mine: Any, theirs: Any) -> Any:
+        if not isinstance(mine, Tensor):
+            return mine
+        key = (id(mine), id(theirs))
+        if key not in known:
+            equal = isinstance(theirs, Tensor) and mine.shape == theirs.shape and torch.equal(mine, theirs)
+            known[key] = theirs if equal else OfText(mine.to("cpu"))
+        return known[key]
+
+    result = []
+    for call, other in zip(calls, first, strict=True):
+        theirs = other.leaves()
+        if len(theirs) != len(call.leaves()):
+            theirs = [None] * len(call.leaves())
+        remaining = iter(theirs)
+        result.append(call.mapped(lambda leaf, remaining=remaining: same(leaf, next(remaining))))  # type: ignore[misc]
+    return result
+
+
+def _with_shared(calls: list[Call]) -> list[Call]:
+    """The calls with Shared in the place of each dictionary or list that more than one of them holds as an argument."""
+    holders: dict[int, list[int]] = {}
+    containers: dict[int, Any] = {}
+    for i, call in enumerate(calls):
+        for value in (*call.args, *call.kwargs.values()):
+            if isinstance(value, MutableMapping | list):
+                containers[id(value)] = value
+                holders.setdefault(id(value), []).append(i)
+    shared = [key for key, blocks in holders.items() if len(set(blocks)) > 1]
+    stands = {key: Shared(number, containers[key]) for number, key in enumerate(shared)}
+    return [
+        Call(tuple(stands.get(id(v), v) for v in c.args), {k: stands.get(id(v), v) for k, v in c.kwargs.items()})
+        for c in calls
+    ]
+
+
+def _outputs(layer: nn.Module) -> int | None:
+    """How many values the layer returns in a tuple, None for a bare tensor.
+
+    Read from its last return statement, because annotations are often out of date.
+    """
     tree = ast.parse(textwrap.dedent(inspect.getsource(type(layer).forward)))
-    nodes = list(ast.walk(tree))
-    tuples = {
-        name.id
-        for node in nodes
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
-        for name in node.targets
-        if isinstance(name, ast.Name)
-    }
-    returned = max((n for n in nodes if isinstance(n, ast.Return)), key=lambda node: node.lineno).value
-    return isinstance(returned, ast.Tuple) or (isinstance(returned, ast.Name) and returned.id in tuples)
+    returned = max((n for n in ast.walk(tree) if isinstance(n, ast.Return)), key=lambda node: node.lineno).value
+    if not isinstance(returned, ast.Name):
+        return _length(returned)
+    sets = [
+        _length(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == returned.id for t in node.targets)
+    ]
+    lengths = [length for length in sets if length is not None]
+    return lengths[-1] + _added(tree, returned.id) if lengths else None
 
 
-def _leaves(tree: Any) -> list[Any]:
-    """All values inside nested lists, tuples and dicts."""
-    if isinstance(tree, list | tuple):
-        return [leaf for branch in tree for leaf in _leaves(branch)]
-    if isinstance(tree, dict):
-        return [leaf for key in sorted(tree) for leaf in _leaves(tree[key])]
-    return [tree]
+def _length(value: ast.expr | None) -> int | None:
+    if isinstance(value, ast.Tuple | ast.List):
+        return len(value.elts)
+    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
+        sides = [_length(value.left), _length(value.right)]
+        return None if sides == [None, None] else 2  # what is added may be empty, and is never unpacked
+    return _length(value.body) if isinstance(value, ast.IfExp) else None
+
+
+def _added(tree: ast.AST, name: str) -> int:
+    """How many values `name += (...)` adds in any case: where only one branch of an `if` does it, it is left out."""
+
+    def of(statements: list[ast.stmt]) -> int:
+        total = 0
+        for node in statements:
+            if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name) and node.target.id == name:
+                total += _length(node.value) or 0
+            elif isinstance(node, ast.If) and node.orelse:
+                total += min(of(node.body), of(node.orelse))
+        return total
+
+    return sum(of(node.body) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))

@@ -4,20 +4,32 @@ Each block is called with the arguments that the model itself would pass. They a
 forward (see `calls`): masks and rotary tables come from the model class, and no architecture is rewritten here.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from paredown.compress.checkpoint.configs import first_line
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.tensor_files import all_finite
 from paredown.compress.errors import PareError
-from paredown.compress.model.blocks import Block, blocks
-from paredown.compress.model.calls import AllRecorded, Call, call_of, recorders
+from paredown.compress.model.blocks import Block
+from paredown.compress.model.calls import (
+    AllRecorded,
+    Call,
+    OfText,
+    Recorder,
+    calls_of,
+    interned,
+    recorders,
+    unsupported,
+)
+from paredown.compress.model.carried import Carried, FromBlock, Shared, from_json, moved, to_json
+from paredown.compress.model.rest import imitated_rest, materialised_rest, names_outside
 from paredown.compress.model.transfer import Transfer
 from paredown.compress.numerics.perplexity import target_nll
 
@@ -31,18 +43,37 @@ class Stream:
     """Hidden states of all windows before some block, in host memory: a list of batches `(batch, length, hidden)`."""
 
     hidden: list[Tensor]
-    calls: dict[int, list[Call]]  # by batch size: the call of each block
+    calls: list[list[Call]]  # of each batch: the call of each block
     ids: list[Tensor]  # the tokens of each batch (batch, length)
     device: torch.device  # where blocks run
     head_tokens: int = HEAD_TOKENS  # positions that the output head takes at once
     seconds: float = 0.0  # time in forward passes of blocks and head
+    carried: list[Carried] = field(default_factory=list)  # of each batch, beside the hidden states, in host memory
+    handed: Carried = field(default_factory=dict)  # by the block that ran last, on the device
+
+    def __post_init__(self) -> None:
+        self.carried = self.carried or [{} for _ in self.calls]
 
     def copy(self) -> "Stream":
         """A second stream that starts from the same hidden states.
 
         Both share the tensors: a stream replaces a batch, and never changes it in place.
         """
-        return Stream(list(self.hidden), self.calls, self.ids, self.device, self.head_tokens)
+        carried = [dict(batch) for batch in self.carried]
+        return Stream(list(self.hidden), self.calls, self.ids, self.device, self.head_tokens, carried=carried)
+
+    def state(self) -> tuple[dict[str, Tensor], Any]:
+        """What `restore` needs: tensors by name, which may share memory, and JSON."""
+        tensors: list[Tensor] = []
+        structure = to_json(self.carried, tensors)
+        named = {str(i): hidden for i, hidden in enumerate(self.hidden)}
+        return named | {f"carried-{n}": tensor for n, tensor in enumerate(tensors)}, structure
+
+    def restore(self, tensors: Mapping[str, Tensor], structure: Any) -> None:
+        """Stand where another stream of the same windows stood at its `state`."""
+        self.hidden = [tensors[str(i)] for i in range(len(self.ids))]
+        carried = [tensors[f"carried-{n}"] for n in range(len(tensors) - len(self.ids))]
+        self.carried = from_json(structure, carried)
 
     def outputs(self, block: Block, transfer: Transfer | None = None) -> Iterator[Tensor]:
         """The block's output for each batch (batch, length, hidden), on the device. The stream does not move."""
@@ -61,28 +92,36 @@ class Stream:
             hidden = self.hidden[i].to(self.device, copy=True) if transfer is None else transfer.upload(self.hidden[i])
             if transfer is not None and i + 1 < len(self.hidden):
                 transfer.prefetch(self.hidden[i + 1])
-            return self.call(block, hidden)
+            return self.call(block, i, hidden)
         finally:
             if self.device.type == "cuda":  # the block's own work, and not the copies beside it
                 torch.cuda.current_stream(self.device).synchronize()
             self.seconds += perf_counter() - began
 
-    def call(self, block: Block, hidden: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
-        """Call the block as the model does, on `hidden` (batch, length, hidden) on the device.
+    def call(self, block: Block, i: int, hidden: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
+        """Call the block as the model does for batch `i`, on `hidden` (batch, length, hidden) on the device.
 
         `parameters`, by name within the block, are used in place of the block's own.
         """
-        call = self.calls[len(hidden)][block.index]
+        shared: dict[int, Any] = {}
+        call = self.calls[i][block.index].mapped(lambda leaf: self._argument(leaf, self.carried[i], shared))
         if parameters is None:
             result = block.module(hidden, *call.args, **call.kwargs)
         else:
             result = torch.func.functional_call(block.module, parameters, (hidden, *call.args), call.kwargs)
-        output: Tensor = result[0] if isinstance(result, tuple) else result
+        outputs = result if isinstance(result, tuple | list) else (result,)
+        self.handed = {FromBlock(block.index, k): outputs[k] for k in range(1, len(outputs))} | shared
+        output: Tensor = outputs[0]
         return output
 
     @torch.no_grad()
     def advance(self, block: Block) -> None:
         """Replace each batch by the block's output. Raises PareError if an output is not finite."""
+        for _ in self.advancing(block):
+            pass
+
+    def advancing(self, block: Block) -> Iterator[None]:
+        """As `advance`, batch by batch: each is replaced before it is yielded."""
         transfer = Transfer(self.device)
         for i, output in enumerate(self.outputs(block, transfer)):
             if not all_finite(output):
@@ -91,6 +130,8 @@ class Stream:
                     "try --dtype bfloat16 or float32; otherwise the checkpoint itself is damaged."
                 )
             self.hidden[i] = transfer.download(output)
+            self._carry(i, block.index)
+            yield
         transfer.wait()
 
     @torch.no_grad()
@@ -105,35 +146,91 @@ class Stream:
                 self.seconds += perf_counter() - began
         return torch.cat(losses)
 
+    def _argument(self, leaf: Any, carried: Carried, shared: dict[int, Any]) -> Any:
+        """What a block is given for a leaf of its call; `shared` gains a copy of each container, which it may write to."""
+        if isinstance(leaf, OfText):
+            return leaf.tensor.to(self.device)
+        if isinstance(leaf, FromBlock):
+            return moved(carried[leaf], self.device)
+        if isinstance(leaf, Shared):
+            if leaf.number not in shared:
+                content = moved(carried.get(leaf.number, leaf.content), self.device)
+                shared[leaf.number] = leaf.filled(content)
+            return shared[leaf.number]
+        return leaf
+
+    def _carry(self, i: int, done: int) -> None:
+        """Keep what block number `done` handed on of batch `i`, and forget what no later block takes."""
+        taken = {
+            leaf.number if isinstance(leaf, Shared) else leaf
+            for call in self.calls[i][done + 1 :]
+            for leaf in call.leaves()
+            if isinstance(leaf, FromBlock | Shared)
+        }
+        known = {**self.carried[i], **self.handed}
+        self.carried[i] = {key: moved(value, torch.device("cpu")) for key, value in known.items() if key in taken}
+        self.handed = {}
+
 
 @torch.no_grad()
 def start(source: ModelSource, ids: Tensor, batch_tokens: int | None = None, head_tokens: int = HEAD_TOKENS) -> Stream:
     """The stream before the first block: embed all windows `ids` (windows, length) and record the calls of the blocks.
 
     A batch holds about `batch_tokens` tokens, by default BATCH_TOKENS of the source's device; the output head takes about
-    `head_tokens` positions at once. Raises PareError for a model whose blocks are not called once per forward pass, or
-    with other arguments for another text.
+    `head_tokens` positions at once. Raises PareError for a model that cannot be run block after block.
     """
     per_batch = max(1, (batch_tokens or BATCH_TOKENS[source.device.type]) // ids.shape[1])
-    batches = list(ids.split(per_batch))
-    stream = Stream([], {}, batches, source.device, head_tokens)
+    stream = Stream([], [], list(ids.split(per_batch)), source.device, head_tokens)
+    check_walkable(source)
+    first: dict[int, list[Call]] = {}  # by batch size
     with materialised_rest(source, head=False), recorders(source) as layers:
         layers[-1].stop = True
-        for batch in batches:
-            for layer in layers:
-                layer.call = None
-            with suppress(AllRecorded):
-                source.model(batch.to(source.device), use_cache=False)
-            calls = [call_of(layer, source) for layer in layers]
-            first = stream.calls.setdefault(len(batch), calls)
-            if not all(a.same(b) for a, b in zip(first, calls, strict=True)):
-                raise PareError(
-                    f"{source.id}: beside the hidden states its blocks take arguments that depend on the text "
-                    f"({source.config.model_type}); such models are not supported yet."
-                )
+        for batch in stream.ids:
+            calls = _recorded(source, layers, batch)
+            known = first.setdefault(len(batch), calls)
+            stream.calls.append(calls if known is calls else interned(calls, known))
             assert layers[0].hidden is not None
             stream.hidden.append(layers[0].hidden.to("cpu"))
+    stream.carried = [{} for _ in stream.calls]
     return stream
+
+
+@torch.no_grad()
+def check_walkable(source: ModelSource) -> int:
+    """Run the model's own forward once around imitated blocks and weights, without reading any.
+
+    Returns how many numbers a stream holds for each token: hidden states, and what else depends on the text.
+    Raises PareError for a model that cannot be run block after block, or whose head reads more than the last block's output.
+    """
+    ids = torch.arange(4)[None]
+    with imitated_rest(source) as embedding, recorders(source) as layers:
+        calls = _recorded(source, layers, ids)
+        embedding.value = torch.nan
+        hidden = layers[-1].hidden
+        assert hidden is not None
+        tensors = [leaf for call in calls for leaf in call.leaves() if isinstance(leaf, Tensor)]
+        of_tokens = {t.data_ptr(): t.numel() for t in tensors if t.is_floating_point() and t.shape[:2] == ids.shape}
+        layers[-1].output = torch.zeros_like(hidden)
+        logits = source.model(ids.to(source.device), use_cache=False).logits
+    if not all_finite(logits):
+        raise unsupported(source, "their output head reads more than the last block's output")
+    return (hidden.numel() + sum(of_tokens.values())) // ids.numel()
+
+
+def _recorded(source: ModelSource, layers: list[Recorder], ids: Tensor) -> list[Call]:
+    """The calls of all blocks for one batch of tokens (batch, length)."""
+    layers[0].order.clear()
+    try:
+        with suppress(AllRecorded):
+            source.model(ids.to(source.device), use_cache=False)
+    except PareError:
+        raise
+    except Exception as fault:  # its code takes blocks for something else than functions of hidden states
+        why = (
+            f"its forward pass fails if its blocks are run by themselves ({type(fault).__name__}: {first_line(fault)})"
+        )
+        raise unsupported(source, why) from fault
+    return calls_of(layers, source)
 
 
 def next_token_nll(model: Any, ids: Tensor, head_tokens: int = HEAD_TOKENS) -> Tensor:  # (batch, length - 1)
@@ -144,6 +241,8 @@ def next_token_nll(model: Any, ids: Tensor, head_tokens: int = HEAD_TOKENS) -> T
     parts = []
     for positions in head_positions(ids, head_tokens):
         logits = model(ids, use_cache=False, logits_to_keep=positions).logits  # (batch, positions, vocabulary)
+        if logits.shape[1] != len(positions):  # a class that gives all of them
+            logits = logits[:, positions]
         parts.append(target_nll(logits, ids[:, positions + 1]))
     return torch.cat(parts, 1)
 
@@ -155,62 +254,14 @@ def head_positions(ids: Tensor, head_tokens: int) -> tuple[Tensor, ...]:
     return parts
 
 
-@contextmanager
-def materialised_rest(source: ModelSource, embedding: bool = True, head: bool = True) -> Iterator[None]:
-    """Inside the `with` block all weights outside the decoder blocks are in memory.
-
-    `embedding` and `head` say whether these two, the large ones, are needed.
-    """
-    inside = tuple(block.prefix for block in blocks(source))
-    left_out = [name_of(source.model, "get_input_embeddings")] * (not embedding)
-    left_out += [name_of(source.model, "get_output_embeddings")] * (not head)
-    left_out = [] if source.tied else left_out  # tied weights are one tensor, which is needed in both cases
-    names = [n for n in source.parameters if not n.startswith(inside) and n.rpartition(".")[0] not in left_out]
-    source.materialise("", names)
-    _tie(source)
-    original = source.model.get_input_embeddings()
-    if not embedding and not source.tied:
-        source.model.set_input_embeddings(_Zeros(original.weight.shape[1], source.dtype))
-    try:
-        yield
-    finally:
-        source.model.set_input_embeddings(original)
-        source.release("", names)
-        _tie(source)
-
-
-def _tie(source: ModelSource) -> None:
-    """Let tied parameters be one tensor again."""
-    for copy, original in source.tied.items():
-        path, _, leaf = copy.rpartition(".")
-        source.model.get_submodule(path)._parameters[leaf] = source.model.get_parameter(original)
-
-
-def name_of(model: Any, getter: str) -> str:
-    """The dotted name of the module that `model.get_input_embeddings()` (or output) returns."""
-    wanted = getattr(model, getter)()
-    return next((name for name, module in model.named_modules() if module is wanted), "lm_head")
-
-
-class _Zeros(nn.Module):
-    """Takes the place of an embedding whose output is never used."""
-
-    def __init__(self, width: int, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self.width, self.dtype = width, dtype
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return torch.zeros(*ids.shape, self.width, dtype=self.dtype, device=ids.device)
-
-
 def hidden_size(source: ModelSource) -> int:
     """Numbers in one token's hidden state."""
     return max(int(getattr(source.config.get_text_config(), "hidden_size", 0)), 1)
 
 
 def hidden_bytes(source: ModelSource, tokens: int) -> int:
-    """Bytes of the hidden states of so many tokens."""
-    return element_size(source) * hidden_size(source) * tokens
+    """Bytes of the hidden states of so many tokens, and of what else blocks take that depends on the text."""
+    return element_size(source) * check_walkable(source) * tokens
 
 
 def batch_bytes(source: ModelSource, widest: int) -> int:
@@ -220,8 +271,7 @@ def batch_bytes(source: ModelSource, widest: int) -> int:
 
 def outside_bytes(source: ModelSource) -> int:
     """Bytes of the largest weight outside the blocks and of the logits of HEAD_TOKENS positions."""
-    inside = tuple(block.prefix for block in blocks(source))
-    rest = [t.numel() for name, t in source.parameters.items() if not name.startswith(inside)]
+    rest = [source.parameters[name].numel() for name in names_outside(source)]
     vocabulary = int(source.config.get_text_config().vocab_size)
     return element_size(source) * max(rest, default=0) + 12 * HEAD_TOKENS * vocabulary
 

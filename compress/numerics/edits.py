@@ -63,6 +63,14 @@ class WeightEdit(ABC):
     def tuned(self, weight: Tensor, parameters: Mapping[str, Tensor]) -> "WeightEdit":
         """The same edit with trained numbers: the layer's `weight` (out, in), or the `parameters` of its module, by name."""
 
+    def missed(self, original: Tensor, inputs: InputStats) -> float:
+        """The `relative_error` towards the weight that the edit aims at: by default the original one."""
+        return self.relative_error(original, inputs)
+
+    def final(self) -> "WeightEdit":
+        """The same edit without what only `missed` needs."""
+        return self
+
     def relative_error(self, original: Tensor, inputs: InputStats) -> float:
         """`tr(D H D^T) / tr(W H W^T)` with D = original - edited: the output's squared error relative to its square.
 
@@ -118,13 +126,15 @@ class Factored(WeightEdit):
     """A weight that is stored as a product of smaller ones, its `parts`, and multiplied part by part."""
 
     kind: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]  # (out, in), of all experts of a fused weight (experts, out, in)
     rank: int
     parts: Mapping[str, Tensor]  # by the names of the kind
     shift: Tensor | None = None  # (out,) float64: the mean of the layer's output that the parts miss
     loss: float | None = None  # in the method's own metric, relative to that of a weight of zeros
     damping: float | None = None
     fallback: str | None = None
+    # (out, in): what the parts stand for where that is not the original weight but one that makes up for earlier errors
+    aim: Tensor | None = field(default=None, repr=False)
     keep: None = field(default=None, init=False)
 
     def dense(self) -> Tensor:  # (out, in)
@@ -152,6 +162,23 @@ class Factored(WeightEdit):
     def tuned(self, weight: Tensor, parameters: Mapping[str, Tensor]) -> "Factored":
         return replace(self, parts={name: parameters.get(name, part) for name, part in self.parts.items()})
 
+    def final(self) -> "Factored":
+        return replace(self, aim=None)
+
+    def missed(self, original: Tensor, inputs: InputStats) -> float:
+        """Towards `aim`: its output, and not the original weight's, is what the layer should give in the compressed model.
+
+        A shift gives that output's mean, so that only what varies around it is missed.
+        """
+        if self.aim is None:
+            return self.relative_error(original, inputs)
+        error = replace(self, shift=None).relative_error(self.aim, inputs)
+        if self.shift is None:
+            return error
+        missing = (self.aim.double() - self.dense().double()) @ inputs.mean  # (out,)
+        total = sum(inputs.energy(rows) for rows in self.aim.split(ERROR_ROWS))
+        return max(error - float(missing @ missing) / max(total, 1e-300), 0.0)
+
     def relative_error(self, original: Tensor, inputs: InputStats) -> float:
         error = super().relative_error(original, inputs)
         if self.shift is None:
@@ -162,13 +189,32 @@ class Factored(WeightEdit):
         return error + float(self.shift @ (self.shift - 2 * missing)) / max(total, 1e-300)
 
 
-def joined(whole: Tensor, edits: Sequence[WeightEdit | None]) -> Masked:
-    """One edit of a fused weight (experts, out, in) from one edit per expert; None: that expert stays dense."""
+def joined(whole: Tensor, edits: Sequence[WeightEdit | None]) -> WeightEdit:
+    """One edit of a fused weight (experts, out, in) from one edit per expert; None: that expert stays dense.
+
+    Factors are all of one kind and rank, and no expert stays dense beside them: ValueError otherwise.
+    """
+    factored = [edit for edit in edits if isinstance(edit, Factored)]
+    if factored:
+        return _stacked(factored, len(edits))
     masks = [None if edit is None else edit.keep for edit in edits]
     everything = torch.ones_like(whole[0], dtype=torch.bool)  # (out, in)
     patterns = {edit.sparsity if isinstance(edit, Masked) else 0.0 for edit in edits}
     sparsity = patterns.pop() if len(patterns) == 1 else 0.0
-    return Masked(whole, torch.stack([everything if mask is None else mask for mask in masks]), sparsity)
+    keep = torch.stack([everything if mask is None else mask for mask in masks])  # (experts, out, in)
+    return Masked(whole.contiguous(), keep, sparsity)
+
+
+def _stacked(edits: Sequence[Factored], experts: int) -> Factored:
+    first = edits[0]
+    if len(edits) < experts or len({(edit.kind, edit.rank) for edit in edits}) > 1:
+        raise ValueError("the experts of a fused weight are factored with one kind and one rank, or not at all")
+    parts = {}
+    for name in first.parts:
+        own = [edit.parts[name] for edit in edits]
+        # the values of bitmaps lie one after another
+        parts[name] = torch.cat(own) if name == "values" and own[0].dim() == 1 else torch.stack(own)
+    return Factored(first.kind, (experts, *first.shape), first.rank, parts)
 
 
 def mask_spec(shape: tuple[int, ...], numbers: int, sparsity: Sparsity, element_size: int) -> Spec:

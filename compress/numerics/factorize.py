@@ -117,10 +117,15 @@ def _tall(target: Target, metric: Metric) -> Problem:
 
 
 def balanced(factors: Factors) -> tuple[Tensor, Tensor]:
-    """Both factors, each component scaled to the same norm in either, so that neither over- nor underflows in 16 bits."""
+    """Both factors, each component scaled to the same norm in either, so that neither over- nor underflows in 16 bits.
+
+    Components of a product that is zero become zeros.
+    """
     left, right = factors.left, factors.right
-    ratio = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).clamp_min(1e-300).sqrt()  # (k,)
-    return left * ratio, right / ratio[:, None]
+    lefts, rights = left.norm(dim=0), right.norm(dim=1)  # (k,)
+    alive = (lefts > 0) & (rights > 0)
+    ratio = (rights / lefts).where(alive, 1.0).clamp(1e-300, 1e300).sqrt()  # (k,)
+    return (left * ratio).where(alive, 0.0), (right / ratio[:, None]).where(alive[:, None], 0.0)
 
 
 def largest_rank(kind: str, shape: tuple[int, int], numbers: float, bias: bool = False) -> int:

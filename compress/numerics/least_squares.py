@@ -5,6 +5,8 @@ from torch import Tensor
 
 from paredown.compress.numerics.spectral import cholesky_in_place
 
+ROUNDING = 1e-5  # of sums in float32, relative to the mean square of the inputs
+
 
 def regressed(cross: Tensor, gram: Tensor, damping: float, mean: Tensor | None = None) -> Tensor:  # (rows, in)
     """The linear map from y that predicts z best: `cross (A + damping * mean(diag A) I)^-1`, float64.
@@ -13,9 +15,18 @@ def regressed(cross: Tensor, gram: Tensor, damping: float, mean: Tensor | None =
     z = x - y gives the correction E with which W (I + E) y is nearest to W x. With `mean` = E[y] (in,), A is the
     covariance. Raises PareError if A cannot be factored.
     """
-    damped = gram.clone() if mean is None else gram.addr(mean, mean, alpha=-1.0)  # (in, in)
-    damped.diagonal().add_(damping * damped.diagonal().mean().clamp_min(1e-12))  # inputs may be constant
-    lower = cholesky_in_place(damped)
+    lower = _factored(gram, damping, mean)
     solved: Tensor = torch.linalg.solve_triangular(lower.T, cross, upper=True, left=False)  # (rows, in)
     torch.linalg.solve_triangular(lower, solved, upper=False, left=False, out=solved)
     return solved
+
+
+def _factored(gram: Tensor, damping: float, mean: Tensor | None) -> Tensor:
+    """The lower factor of the damped A. The covariance of inputs that hardly vary is rounding, and that much is added."""
+    damped = gram.clone() if mean is None else gram.addr(mean, mean, alpha=-1.0)  # (in, in)
+    size, varying = gram.diagonal().mean(), damped.diagonal().mean()
+    added = damping * varying.clamp_min(1e-12)
+    if mean is not None and bool(varying <= ROUNDING * size):
+        added = added + ROUNDING * size
+    damped.diagonal().add_(added)
+    return cholesky_in_place(damped)

@@ -58,6 +58,11 @@ class Target:
         value = self.weight if self.correction is None else torch.addmm(self.weight, self.weight, self.correction)
         return value if self.added is None else value + self.added
 
+    @property
+    def aim(self) -> Tensor | None:  # (out, in) float32
+        """The matrix itself, where it is not the weight."""
+        return None if self.correction is None and self.added is None else self.value.float()
+
     @cached_property
     def square(self) -> Tensor:  # (in, in)
         return self.weight.T @ self.weight

@@ -243,6 +243,21 @@ class Stats:
         return replace(self, gradients={**self.gradients, **gradients})
 
 
+def uniform_gradients(needs: frozenset[Need], weight: Tensor) -> dict[Need, Tensor]:
+    """Moments of output gradients as if every output of a weight (out, in) counted alike: where none was measured."""
+    out, inner = weight.shape
+    eye = torch.eye(out, dtype=torch.float64, device=weight.device)
+    moments = {
+        Need.OUTPUT_GRADIENT: eye if out <= inner else weight.double().T @ weight.double(),
+        Need.OUTPUT_GRADIENT_DIAGONAL: eye.diagonal(),
+        Need.FISHER: torch.ones_like(weight, dtype=torch.float64),
+        Need.FISHER_ROWS: eye.diagonal(),
+        Need.FISHER_ROWS_PER_TOKEN: eye.diagonal(),
+    }
+    asked = needs | ({Need.OUTPUT_GRADIENT_DIAGONAL} if Need.OUTPUT_GRADIENT in needs else set())
+    return {need: moments[need] for need in asked & GRADIENT_NEEDS}
+
+
 DENSE_MEAN = "dense_mean"  # the sum that comes with CROSS
 
 

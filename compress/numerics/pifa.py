@@ -33,7 +33,8 @@ def pivoted(factors: Factors, metric: Metric, dtype: torch.dtype) -> dict[str, T
 
 def _pivot_rows(left: Tensor) -> tuple[Tensor, Tensor]:
     """A permutation (out,) of the rows of (out, k) with the pivots first, and the coefficients (out - k, k) of the others."""
-    lower, swaps = torch.linalg.lu_factor(left)  # (out, k), (k,)
+    # without a check: where columns depend on each other, the last pivots are zero, and rows of zeros are pivots
+    lower, swaps, _ = torch.linalg.lu_factor_ex(left)  # (out, k), (k,)
     rows, rank = list(range(len(left))), left.shape[1]
     for place, other in enumerate(swaps.tolist()):  # LAPACK counts from 1
         rows[place], rows[other - 1] = rows[other - 1], rows[place]

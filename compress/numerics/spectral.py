@@ -67,13 +67,13 @@ def cholesky(matrix: Tensor) -> Tensor:
 def divided(rows: Tensor, moment: Tensor) -> Tensor:  # (rows, k)
     """`rows @ M^-1` of a moment (k, k) that may have directions without data, slightly negative from sums in float32.
 
-    Raises PareError if it cannot be factored.
+    Zeros for a moment that is nothing but rounding, as of inputs that do not vary.
     """
     for share in (FLOOR, 1e-8, 1e-6, 1e-4, 1e-2):
         factor, failed = torch.linalg.cholesky_ex(damped(moment, share * moment.diagonal().mean()))
         if not bool(failed):
             return torch.cholesky_solve(rows.T, factor).T
-    raise PareError(UNFACTORED)
+    return torch.zeros_like(rows)
 
 
 def cholesky_in_place(matrix: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def reconstruct(
             with torch.enable_grad():
                 parameters = {n: (m * masks[n] if n in masks else m).to(trained[n].dtype) for n, m in masters.items()}
                 hidden = interpolated(inputs.hidden[i], dense[i], generator).to(inputs.device)
-                output = inputs.call(block, hidden, parameters)
+                output = inputs.call(block, i, hidden, parameters)
                 target = targets[i].to(inputs.device).float()
                 ((output.float() - target).square().mean() / variance / len(picked)).backward()
         optimizer.step()
@@ -90,13 +90,15 @@ def interpolated(compressed: Tensor, dense: Tensor, generator: torch.Generator) 
 
     compressed + share * (dense - compressed), with one share for each window, uniform in [-0.5, 1.5).
     """
-    share = 2 * torch.rand(len(compressed), 1, 1, generator=generator) - 0.5
+    share = 2 * torch.rand(len(compressed), *[1] * (compressed.dim() - 1), generator=generator) - 0.5
     return torch.lerp(compressed.float(), dense.float(), share).to(compressed.dtype)
 
 
 def _is_trained(name: str, parameter: nn.Parameter, block: Block, edits: Mapping[str, WeightEdit]) -> bool:
     """Vectors, and whatever an edit stores."""
     layer = block.prefix + name.rpartition(".")[0]
+    if block.prefix + name in block.shared:  # what one block learns would be lost for the others
+        return False
     return parameter.is_floating_point() and (parameter.dim() == 1 or layer in edits)
 
 
@@ -108,11 +110,9 @@ def _masks(block: Block, edits: Mapping[str, WeightEdit]) -> dict[str, Tensor]:
         if edit is None or edit.keep is None:
             continue
         name = view.stored_name.removeprefix(block.prefix)
-        keep = edit.keep.T if view.layout == "conv1d" else edit.keep
-        if view.expert is None:
-            masks[name] = keep
-        else:  # True for the experts that were not edited
-            masks.setdefault(name, torch.ones_like(view.whole, dtype=torch.bool))[view.expert] = keep
+        # True for the experts that were not edited
+        mask = masks.setdefault(name, torch.ones_like(view.tensor, dtype=torch.bool))
+        view.part_of(mask).copy_(edit.keep)
     return masks
 
 

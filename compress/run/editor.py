@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from paredown.compress.allocation.base import Options
 from paredown.compress.errors import PareError
 from paredown.compress.job import Format, Job
-from paredown.compress.model.blocks import Block, View
+from paredown.compress.methods.base import WeightMethod
+from paredown.compress.model.blocks import Block, View, by_owner
 from paredown.compress.numerics.edits import WeightEdit, joined
-from paredown.compress.numerics.moments import PAIRED_NEEDS, InputStats, Need, Stats
+from paredown.compress.numerics.moments import PAIRED_NEEDS, InputStats, Need, Stats, uniform_gradients
 from paredown.compress.progress import ignore
 from paredown.compress.run.result import LayerResult
 from paredown.compress.run.write import BlockChange
@@ -41,7 +42,8 @@ class EditedBlock:
         """Put the edit in place of the layer; returns how many numbers a bias adds that the dense layer does not have."""
         bias = self._bias(view, edit)
         self.edits[view.name] = edit
-        module = None if self.format == "dense" else edit.module(view.module, view.layout, bias)
+        packed = self.format != "dense" and view.expert is None  # experts are packed together, when they are written
+        module = edit.module(view.module, view.layout, bias) if packed else None
         if module is None:
             view.assign(edit.dense())
             if bias is not None:
@@ -82,9 +84,7 @@ class EditedBlock:
 
     def _edited_owners(self) -> dict[str, list[View]]:
         """What is written as one weight, by its name: a layer, or all experts of a fused parameter; edited ones only."""
-        owners: dict[str, list[View]] = {}
-        for view in self.views:
-            owners.setdefault(view.owner, []).append(view)
+        owners = by_owner(self.views)
         return {owner: members for owner, members in owners.items() if any(v.name in self.edits for v in members)}
 
     def _current(self, view: View, trained: Mapping[str, Tensor]) -> WeightEdit:
@@ -137,29 +137,61 @@ class Editor:
         finally:
             edited.restore()
 
-    def edit(
-        self, edited: EditedBlock, view: View, stats: Stats | None, gradients: Mapping[Need, Tensor]
-    ) -> LayerResult:
-        """Compress one layer and put the edit in place.
+    def edit_group(
+        self,
+        edited: EditedBlock,
+        group: Sequence[View],
+        stats: Mapping[str, Stats],
+        gradients: Mapping[str, Mapping[Need, Tensor]],
+    ) -> Iterator[LayerResult]:
+        """Compress layers, among them all or no experts of a fused weight, and put the edits in place.
 
-        `stats` is None for a layer that no token reached: the recipe's `idle` says what becomes of it. `gradients` are
-        moments of the gradient at the layer's output. Raises PareError naming the layer if it cannot be compressed.
+        `stats` and `gradients`, moments of the gradient at a layer's output, are by layer name, without the layers that no
+        token reached: the recipe's `idle` says what becomes of these. Raises PareError naming the layer if one cannot be
+        compressed.
         """
+        common = self._common_options(group, stats)
+        for view in group:
+            yield self._edit(edited, view, stats.get(view.name), gradients.get(view.name, {}), common)
+
+    def _common_options(self, group: Sequence[View], stats: Mapping[str, Stats]) -> Options:
+        """By view name, the option of experts whose own data decides: the largest that one of their fused weight needs."""
+        options: Options = {}
+        if not self.job.method.budget.by_data:
+            return options
+        for members in by_owner(v for v in group if v.expert is not None).values():
+            method = self.job.method_of(members[0])
+            own = [method.own_option(v.weight, stats[v.name]) for v in members if v.name in stats]
+            largest = None if None in own else max(own, default=None)
+            options |= {view.name: largest for view in members}
+        return options
+
+    def _edit(
+        self, edited: EditedBlock, view: View, stats: Stats | None, gradients: Mapping[Need, Tensor], common: Options
+    ) -> LayerResult:
         size = view.weight.numel()
-        if view.expert is not None and not self.job.method.experts:
-            return LayerResult(size, size, fallbacks=(f"{view.name}: fused experts are not factored; left dense",))
         remarks: list[str] = []
-        stats = self._unreached(view, remarks) if stats is None else stats.with_gradients(gradients)
         if stats is None:
-            return LayerResult(fallbacks=tuple(remarks))
+            stats = self._unreached(view, remarks)
+            if stats is None:
+                return LayerResult(fallbacks=tuple(remarks))
+        else:
+            stats = stats.with_gradients(gradients)
+        if not self.job.gradients <= stats.gradients.keys():
+            if view.expert is None:
+                return LayerResult(
+                    size, size, fallbacks=(f"{view.name}: no gradient of the loss reaches it; left dense",)
+                )
+            stats = stats.with_gradients(uniform_gradients(self.job.gradients, view.weight))
         self.doing(f"compressing {view.name}")
         began, weight = perf_counter(), view.weight
-        edit = self._compress(view, weight, stats, remarks)
+        method = self.job.method_for(view, common if view.name in common else self.options)
+        edit = self._compress(method, view, weight, stats, remarks)
         if edit is None:
             return LayerResult(size, size, fallbacks=tuple(remarks))
         if edit.fallback:
             remarks.append(f"{view.name}: {edit.fallback}")
-        error = edit.relative_error(weight, stats.inputs)
+        error, edit = edit.missed(weight, stats.inputs), edit.final()
         numbers = edit.numbers + edited.place(view, edit)
         record = {
             "name": view.name,
@@ -172,7 +204,7 @@ class Editor:
             **edit.facts,
         }
         if (rank := edit.facts.get("rank")) is not None:
-            record["predicted_loss"] = self.survey.predicted(view.name, rank)
+            record["predicted_loss"] = self.survey.predicted(view.owner, rank)
         return LayerResult(size, numbers, record, tuple(remarks))
 
     def _unreached(self, view: View, remarks: list[str]) -> Stats | None:
@@ -180,17 +212,22 @@ class Editor:
         job = self.job
         if view.expert is None:
             remarks.append(f"{view.name}: never called as a layer, so it was left as it is")
-        elif job.recipe.idle == "dense" or job.gradients:
-            why = "idle: dense" if job.recipe.idle == "dense" else "no gradient either"
-            remarks.append(f"{view.name}: no calibration token reached this expert; left dense ({why})")
-        else:
-            remarks.append(f"{view.name}: no calibration token reached this expert; scored without data")
-            return Stats(InputStats.uniform(view.shape[1], job.collected & PAIRED_NEEDS, job.source.device))
-        return None
+            return None
+        found = f"{view.name}: no calibration token reached this expert"
+        if job.recipe.idle == "dense" and not job.method.chain:
+            remarks.append(f"{found}; left dense (idle: dense)")
+            return None
+        beside = (
+            " (idle: dense, but an expert cannot stay dense beside factored ones)" if job.recipe.idle == "dense" else ""
+        )
+        remarks.append(f"{found}; scored without data{beside}")
+        stats = Stats(InputStats.uniform(view.shape[1], job.collected & PAIRED_NEEDS, job.source.device))
+        return stats.with_gradients(uniform_gradients(job.gradients, view.weight))
 
-    def _compress(self, view: View, weight: Tensor, stats: Stats, remarks: list[str]) -> WeightEdit | None:
+    def _compress(
+        self, method: WeightMethod | None, view: View, weight: Tensor, stats: Stats, remarks: list[str]
+    ) -> WeightEdit | None:
         """The method's edit, or None if the weight stays dense; `remarks` gains the reason."""
-        method = self.job.method_for(view.name, self.options)
         if method is None:
             remarks.append(f"{view.name}: left dense by the allocation")
             return None

@@ -1,24 +1,38 @@
 """Convert a checkpoint between packed and dense, block by block, without the original model."""
 
-import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from paredown.compress.checkpoint.hub import resolve
+from paredown.compress.checkpoint.hub import load_tokenizer, resolve
+from paredown.compress.checkpoint.origins import reverted
+from paredown.compress.checkpoint.skeleton import skeleton
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.tensor_files import TensorFiles
+from paredown.compress.checkpoint.transformers_plugin import dense_config
 from paredown.compress.checkpoint.writer import RECORD, CheckpointWriter
 from paredown.compress.errors import PareError
 from paredown.compress.job import Format
 from paredown.compress.model.blocks import Block, View, blocks
 from paredown.compress.numerics.edits import Masked
 from paredown.compress.numerics.masks import NofM, keep_mask
+from paredown.compress.run.biases import dense_form
 from paredown.compress.run.editor import EditedBlock
-from paredown.compress.run.record import write_config
-from paredown.compress.run.write import BlockChange, write_block, write_rest
+from paredown.compress.run.record import finish
+from paredown.compress.run.recorded import read_record
+from paredown.compress.run.tokens import probe_tokens
+from paredown.compress.run.write import (
+    BlockChange,
+    add_dense,
+    names_in_files,
+    write_block,
+    write_rest,
+    write_verbatim,
+)
 from paredown.compress.storage.modules import PACKED, PackedConv1D, PackedExperts, PackedLinear
 from paredown.compress.storage.spec import Spec
 from paredown.evaluation.schema import ExportResult
@@ -53,12 +67,11 @@ def export_source(
     format = format or ("dense" if source.modules else "packed")
     if source.modules and format == "packed":
         raise PareError(f"{source.id} is packed already. Name another --format, or copy the folder.")
-    added = [name for name, spec in source.modules.items() if spec.bias]
-    if added:
-        raise PareError(
-            f"{added[0]} carries a bias that an ordinary {source.family} checkpoint cannot hold ({len(added)} in all): "
-            "compress again with --set affine=false, or keep the packed checkpoint."
-        )
+    config, biases = dense_form(source)
+    record = _old_record(source)
+    family = (
+        skeleton(dense_config(source.config), {}, source.dtype or torch.float32) if source.modules else source.model
+    )
     specs: dict[str, Spec] = {}
     layers: dict[str, dict[str, Any]] = {}
     all_blocks = blocks(source)
@@ -66,19 +79,26 @@ def export_source(
         for block in all_blocks:
             with source.loaded(block):
                 if source.modules:
-                    _write_unpacked(writer, source, block)
+                    _write_unpacked(writer, source, block, biases, family, record)
                 else:
                     change = _packed_change(block, format, layers)
                     write_block(writer, source, block, change, format)
                     specs |= change.specs
             progress(block.index + 1, len(all_blocks))
-        write_rest(writer, source, all_blocks, format)
-        record = _old_record(source.folder)
+        if source.modules:
+            _write_rest_unpacked(writer, source, all_blocks, family, record)
+        else:
+            write_rest(writer, source, all_blocks, format)
+        names = {} if source.modules else names_in_files(source)
         # our own checkpoints keep the record of the model that was compressed; for others it begins here
-        record = {"model": source.provenance(), **record, "format": format, "layers": record.get("layers") or layers}
-        writer.finish(record)
-        write_config(writer, source, format, specs)
-        writer.copy(source.companions())
+        record = {
+            "model": source.provenance(),
+            **record,
+            **names,
+            "format": format,
+            "layers": record.get("layers") or layers,
+        }
+        finish(writer, source, format, specs, record, config)
         before = sum(entry.bytes for entry in TensorFiles(source.folder).entries.values())  # as they are on disk
         writer.commit()
     return {"model": source.id, "out": str(out), "format": format, "bytes": {"before": before, "after": writer.bytes}}
@@ -94,20 +114,65 @@ def _packed_change(block: Block, format: Format, layers: dict[str, dict[str, Any
     return edited.change(tuned=False)
 
 
-def _write_unpacked(writer: CheckpointWriter, source: ModelSource, block: Block) -> None:
-    """Write all weights of a packed block dense, under the names of the family's own checkpoints."""
+def _write_unpacked(
+    writer: CheckpointWriter,
+    source: ModelSource,
+    block: Block,
+    biases: Mapping[str, Tensor],
+    family: Any,
+    record: Mapping[str, Any],
+) -> None:
+    """Write all weights of a packed block dense, under the names of the family's own checkpoints.
+
+    `biases` of the dense model that the packed one has not, by full name, are zeros.
+    """
     modules = dict(block.module.named_modules())
     dense = {}
     for path, module in modules.items():
         if isinstance(module, PackedExperts):
-            dense[block.prefix + path] = torch.stack([module[e] for e in range(len(module))])
+            dense[block.prefix + path] = module.whole()
         elif isinstance(module, PackedLinear | PackedConv1D):
             dense[f"{block.prefix}{path}.weight"] = module.weight
     parts = {f"{path}.{part}" for path, m in modules.items() if isinstance(m, PACKED) for part in m.parts}
-    dense |= source.read(block.prefix + n for n in block.names if n not in parts)
-    for name, tensor in source.checkpoint_names(dense).items():
-        writer.add(name, tensor, kind="dense")
+    own = [n for n in block.names if n not in parts and block.prefix + n in source.parameters]  # tied ones once
+    dense |= source.read(block.prefix + n for n in own)
+    for name, bias in biases.items():
+        if name.startswith(block.prefix) and name not in dense:
+            dense[name] = torch.zeros(bias.shape, dtype=source.dtype)
+    add_dense(writer, _as_in_files(family, dense, record))
     writer.end_block()
+
+
+def _write_rest_unpacked(
+    writer: CheckpointWriter, source: ModelSource, all_blocks: Sequence[Block], family: Any, record: Mapping[str, Any]
+) -> None:
+    """Write what lies outside the blocks of a packed model, under the names of the family's own checkpoints."""
+    inside = tuple(block.prefix for block in all_blocks)
+    together: dict[str, list[str]] = {}  # what files may hold as one tensor lies in one layer
+    for name in source.parameters:
+        if not name.startswith(inside):
+            layer = re.match(r"(.*\.\d+)\.", name)
+            whole = name in record.get("converted", [name])
+            together.setdefault(layer[1] if layer else name.rsplit(".", 2)[0] if whole else name, []).append(name)
+    for names in together.values():
+        add_dense(writer, _as_in_files(family, source.read(names), record))
+        writer.end_block()
+    write_verbatim(writer, source)
+
+
+def _as_in_files(family: Any, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a packed model under the names, and in the layout, that the files of its family have for them.
+
+    `family` is the dense model without weights.
+    """
+    converted = set(record.get("converted", weights))  # a checkpoint of another version of paredown does not say
+    renamed = dict(record.get("renamed", {}))
+    for bias in (name for name in weights if name.endswith(".bias") and name not in renamed):  # one that was added
+        weight = renamed.get(f"{bias.removesuffix('bias')}weight", "")
+        renamed |= {bias: f"{weight.removesuffix('weight')}bias"} if weight else {}
+    stored = {renamed.get(name, name): tensor for name, tensor in weights.items() if name not in converted}
+    rest = {name: tensor for name, tensor in weights.items() if name in converted}
+    return stored | reverted(family, rest, None) if rest else stored
 
 
 def _mask_of(view: View) -> Masked | None:
@@ -122,8 +187,16 @@ def _mask_of(view: View) -> Masked | None:
     return edit if edit.spec() is not None else None
 
 
-def _old_record(folder: Path) -> dict[str, Any]:
-    """What paredown.json says of the model and its layers; empty if another tool wrote the checkpoint."""
-    path = folder / RECORD
-    record = json.loads(path.read_text()) if path.exists() else {}
-    return {key: value for key, value in record.items() if key not in ("tensors", "format_version")}
+def _old_record(source: ModelSource) -> dict[str, Any]:
+    """What paredown.json says of the model and its layers; of another tool's checkpoint only what its tokenizer says."""
+    if not (source.folder / RECORD).exists():
+        return {"tokenizer": _tokens(source.folder)}
+    return {key: value for key, value in read_record(source.folder).items() if key not in ("tensors", "format_version")}
+
+
+def _tokens(folder: Path) -> dict[str, list[int]]:
+    """What its tokenizer gives for a few texts; nothing for a model that has none."""
+    try:
+        return probe_tokens(load_tokenizer(folder))
+    except PareError:
+        return {}

@@ -18,9 +18,10 @@ def memory_parts(job: Job, targets: Sequence[View], calibration: int, evaluation
     of each evaluation text.
     """
     source, method, element = job.source, job.method, job.element_size
-    block = job.blocks[0]
+    sizes = [sum(t.numel() for t in block.module.state_dict().values()) for block in job.blocks]
+    weights = max(sizes)
+    block = job.blocks[sizes.index(weights)]
     edited = [v for v in targets if v.name.startswith(block.prefix)] or list(targets[:1])
-    weights = sum(source.parameters[block.prefix + n].numel() for n in block.names)
     numbers = sum(prod(v.shape) for v in edited)
     widest = max((v.shape[0] for v in edited), default=0)
     texts = calibration * (2 if job.follows_dense else 1) + 2 * sum(evaluations)
@@ -44,9 +45,11 @@ def peak(parts: dict[str, int]) -> int:
 
 
 def _statistics(job: Job, edited: Sequence[View]) -> int:
-    """Bytes of the moments of a block: one set for each width of an input, and those of the outputs' gradients."""
+    """Bytes of the moments of a block: a set for each width of an input and each expert, and those of output gradients."""
     needs = job.collected - {Need.CROSS}  # collected for one layer at a time: `working_bytes` counts it
-    inputs = sum(InputStats.bytes(width, needs) for width in {v.shape[1] for v in edited})
+    # experts have inputs of their own
+    widths = {(v.shape[1], None if v.expert is None else v.name) for v in edited}
+    inputs = sum(InputStats.bytes(width, needs) for width, _ in widths)
     gradients = 4 * sum(min(v.shape) ** 2 for v in edited) if job.gradients else 0  # float32
     return inputs + gradients
 

@@ -62,6 +62,11 @@ def max_length(source: ModelSource) -> int:
     return next((int(value) for value in named if value), UNLIMITED)
 
 
+def embedding_rows(model: Any) -> int:
+    """How many tokens a transformers model has an embedding for."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def resolve_recipe(
     recipe: Recipe | str,
     overrides: Sequence[str] = (),
@@ -92,15 +97,28 @@ def resolve_recipe(
 def read_texts(recipe: Recipe, source: ModelSource, tokenizer: Any) -> tuple[Windows, list[Windows], list[str]]:
     """Windows of the calibration text, windows of each evaluation text, and a warning for each text that overlaps it.
 
-    Raises PareError if a text cannot be read or is too short.
+    Raises PareError if a text cannot be read or is too short, and if the tokenizer is not the model's.
     """
     spec, scored, longest = recipe.calibration, recipe.evaluate, max_length(source)
     corpus = load_corpus(spec.source, "calibration")
-    windows = calibration_windows(corpus, tokenizer, spec.sequences, spec.length, spec.seed, longest)
+    windows = calibration_windows(corpus, tokenizer, spec.sequences, spec.length, spec.seed, longest, bos=recipe.bos)
+    check_ids(windows, source)
     evaluations, warnings = [], []
     for name in scored.perplexity:
         text = load_corpus(name, "evaluation")
-        evaluations.append(evaluation_windows(text, tokenizer, scored.length, longest, scored.windows))
+        cut = evaluation_windows(text, tokenizer, scored.length, longest, scored.windows, bos=recipe.bos)
+        check_ids(cut, source)
+        evaluations.append(cut)
         if warning := overlap(corpus, text):
             warnings.append(warning)
     return windows, evaluations, warnings
+
+
+def check_ids(windows: Windows, source: ModelSource) -> None:
+    """Raise PareError for tokens that the model has no embedding for: its tokenizer is another model's."""
+    rows, largest = embedding_rows(source.model), int(windows.ids.max())
+    if largest >= rows:
+        raise PareError(
+            f"the tokenizer in {source.folder} gives token {largest} for {windows.corpus}, and the model's embedding has "
+            f"{rows} rows: they are not of the same model. Copy the tokenizer files of this model into the folder."
+        )

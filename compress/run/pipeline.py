@@ -130,7 +130,9 @@ class Run:
         for group, stats in result.timing("calibration", self._observed(block, twin, views, streams)):
             with result.timed("compress"):
                 for view in group:
-                    result.add(editor.edit(edited, view, stats.get(view.name), gradients.get(view.name, {})))
+                    result.look_at(view.weight)
+                for layer in editor.edit_group(edited, group, stats, gradients):
+                    result.add(layer)
             del stats  # before the next ones are collected, and before the block is tuned
         return twin is not None and self._follow_dense(edited, twin, streams, result)
 
@@ -182,14 +184,15 @@ class Run:
 
     def _save(self, done: int, streams: Streams, measured: Survey, result: Result) -> None:
         """Save the state after `done` blocks, if the journal says that it is time."""
-        if self.journal is None or not self.journal.due(last=done == len(self.job.blocks)):
+        last = done == len(self.job.blocks)
+        if self.journal is None or not self.journal.due(last):
             return
         self.progress.doing("saving what is done so far")
         state = result.state()
         state["seconds"]["total"] = state["seconds"].get("total", 0.0) + self.journal.seconds
         facts, losses = measured.state()
         tensors = {f"survey/{name}": values for name, values in losses.items()}
-        self.journal.save({"blocks": done, "survey": facts, "result": state}, streams.named(), tensors)
+        self.journal.save({"blocks": done, "survey": facts, "result": state}, streams.named(), tensors, last)
 
 
 @torch.no_grad()

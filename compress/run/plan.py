@@ -13,8 +13,8 @@ from paredown.compress.job import Format, Job, resolve_job
 from paredown.compress.machine import available_memory
 from paredown.compress.methods.base import WeightMethod
 from paredown.compress.model.blocks import View, known
-from paredown.compress.model.targets import never
 from paredown.compress.recipe import Recipe
+from paredown.compress.run.biases import dense_export
 from paredown.compress.run.memory import memory_parts, peak
 from paredown.compress.run.open import max_length, open_source, resolve_recipe
 from paredown.compress.storage.kinds import stored_bytes, stored_numbers
@@ -42,6 +42,11 @@ class Plan:
     stay_dense: list[str] = field(default_factory=list)  # targeted layers that would store no less compressed
     at_most: bool = False  # `kept_parameters` and `bytes_after` are upper bounds: the calibration text decides
     memory_parts: dict[str, int] = field(default_factory=dict)  # bytes
+    remarks: list[str] = field(default_factory=list)  # on the checkpoint as it was found
+    untargeted: dict[str, int] = field(
+        default_factory=dict
+    )  # parameters that are not targeted, by the reason, most first
+    dense_export: str = ""  # whether a packed checkpoint can be exported as a dense one, in words; "" for a dense one
 
     @property
     def shrinks(self) -> bool:
@@ -98,18 +103,24 @@ def make_plan(job: Job, calibration: int, evaluations: Sequence[int]) -> Plan:
         targeted_parameters=sum(prod(view.shape) for view in targets),
         kept_parameters=sizes.numbers,
         bytes_before=before,
-        bytes_after=before - sizes.saved,
+        bytes_after=before - sizes.saved - source.bytes_left,
         memory=peak(parts),
         stay_dense=sizes.dense,
         at_most=sizes.at_most,
         memory_parts=parts,
+        remarks=source.remarks,
+        untargeted=_untargeted(job, targets),
+        dense_export=dense_export(job, targets) if job.format == "packed" else "",
     )
 
 
-def check_room(plan: Plan, out: Path) -> None:
-    """Raises PareError if the disk that will hold `out`, or the host's memory, is too small for the plan."""
+def check_room(plan: Plan, out: Path, written: int = 0) -> None:
+    """Raises PareError if the disk that will hold `out`, or the host's memory, is too small for the plan.
+
+    written: bytes of the checkpoint that a stopped run has left on that disk.
+    """
     folder = next(p for p in [out, *out.absolute().parents] if p.exists())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free + written
     if free < plan.bytes_after:
         raise PareError(
             f"the disk of {folder} has {free / 1e9:.1f} GB free, and the checkpoint needs {plan.bytes_after / 1e9:.1f} GB: "
@@ -151,29 +162,26 @@ def _sizes(job: Job, targets: Sequence[View]) -> _Sizes:
 
 def _worst_sizes(job: Job, targets: Sequence[View]) -> _Sizes:
     """The most that may be stored: the whole budget, and the index data of every layer."""
-    editable = [view for view in targets if view.expert is None or job.method.experts]
-    size, total = sum(prod(v.shape) for v in editable), sum(prod(v.shape) for v in targets)
+    size = sum(prod(v.shape) for v in targets)
     kept = int(job.share_for(size) * size) if job.method.budget.shared else size
-    index = sum(_index_bytes(job, view) for view in editable)
+    index = sum(_index_bytes(job, view) for view in targets)
     saved = 0 if job.format == "dense" or kept == size else (size - kept) * job.element_size - index
-    dense = [view.name for view in targets if view not in editable]
-    return _Sizes(total - (size - kept), saved, dense, True)
+    return _Sizes(kept, saved, [], True)
 
 
 def _index_bytes(job: Job, view: View) -> int:
     """Bytes that a packed layer stores beside numbers of the model's dtype, such as PIFA's order of rows."""
-    choices = job.method.choices(view.shape)
+    method = job.method_of(view)
+    choices = method.choices(view.shape)
     if len(choices) < 2:
         return 0
-    spec = job.method.at(choices[1].option).expect(view.shape, job.element_size)  # the same for all choices
+    spec = method.at(choices[1].option).expect(view.shape, job.element_size)  # the same for all choices
     return 0 if spec is None else stored_bytes(spec, job.element_size) - stored_numbers(spec) * job.element_size
 
 
 def _spec(job: Job, view: View, options: Options | None) -> Spec | None:
     """How an edited weight will be stored; None if it stays dense. Raises PareError naming the layer."""
-    if view.expert is not None and not job.method.experts:
-        return None
-    method = job.method_for(view.name, options)
+    method = job.method_for(view, options)
     try:
         spec = None if method is None else method.expect(view.shape, job.element_size)
     except PareError as fault:
@@ -182,10 +190,30 @@ def _spec(job: Job, view: View, options: Options | None) -> Spec | None:
     return replace(spec, bias=spec.bias and view.bias is None) if spec else None
 
 
+def _untargeted(job: Job, targets: Sequence[View]) -> dict[str, int]:
+    """How many parameters are not targeted, by the reason, most first."""
+    sizes = {name: tensor.numel() for name, tensor in job.source.parameters.items()}
+    inside = tuple(block.prefix for block in job.blocks)
+    targeted = {view.name for view in targets}
+    unseen = [name for block in job.blocks for name in block.others() if name in sizes]
+    experts = sum(sizes[name] for name in unseen if "expert" in name and not name.endswith("bias"))
+    counts = {
+        "embeddings, head and others outside the blocks": sum(
+            n for name, n in sizes.items() if not name.startswith(inside)
+        ),
+        "in blocks that the method leaves out": sum(prod(v.shape) for v in job.targets if v.name not in targeted),
+        "left out by targets": sum(prod(v.shape) for v in job.left_out if v.control is None),
+        "routers, gates and the like": sum(prod(v.shape) for v in job.left_out if v.control is not None),
+        "experts of a class that this version does not know": experts,
+        "matrices that no method can edit": sum(sizes[name] for name in unseen) - experts,
+    }
+    counts["norms, biases and other vectors"] = (
+        sum(sizes.values()) - sum(counts.values()) - sum(prod(v.shape) for v in targets)
+    )
+    return {why: count for why, count in sorted(counts.items(), key=lambda item: -item[1]) if count > 0}
+
+
 def _left_out(job: Job, targets: Sequence[View]) -> list[str]:
     """Linear layers that stay as they are: by the patterns, by the method's choice of blocks, and by our rules."""
     targeted = {view.name for view in targets}
-    names = [v.name for v in job.left_out] + [v.name for v in job.targets if v.name not in targeted]
-    layers = dict.fromkeys(n.rpartition(".")[0] for block in job.blocks for n in block.names)
-    first = job.blocks[0].prefix
-    return names + [first + name for name in layers if any(never(b.prefix + name) for b in job.blocks)]
+    return [v.name for v in job.left_out] + [v.name for v in job.targets if v.name not in targeted]

@@ -4,12 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from paredown.compress.checkpoint import transformers_plugin
+from paredown.compress.checkpoint.companions import file_sha256, write_companions
+from paredown.compress.checkpoint.config_file import write_config_file
+from paredown.compress.checkpoint.hub import load_tokenizer
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.writer import CheckpointWriter
 from paredown.compress.job import Format, Job
 from paredown.compress.machine import peak_memory
 from paredown.compress.run.plan import Plan
 from paredown.compress.run.result import Result
+from paredown.compress.run.tokens import probe_tokens
+from paredown.compress.run.write import names_in_files
 from paredown.compress.storage.spec import Spec
 from paredown.compress.text.windows import Windows
 from paredown.evaluation.schema import SCHEMA, Report, check_report
@@ -67,34 +72,57 @@ def make_report(
     return cast(Report, report)
 
 
-def write_record(writer: CheckpointWriter, job: Job, result: Result, windows: Windows) -> None:
-    """Write what makes the tensors a checkpoint: paredown.json, config.json, and the model's tokenizer and other files."""
+def write_record(writer: CheckpointWriter, job: Job, result: Result, windows: Windows, tokenizer: Any = None) -> None:
+    """Write what makes the tensors a checkpoint: paredown.json, config.json, and the model's tokenizer and other files.
+
+    `tokenizer`: the model's; None reads it from the model's folder.
+    """
     source = job.source
     with result.timed("write"):
-        writer.finish(
-            {
-                "recipe": job.recipe.to_dict(),
-                "model": source.provenance(),
-                "calibration": windows.provenance(),
-                "format": job.format,
-                "tied": source.tied,
-                "verbatim": source.verbatim,
-                "layers": {
-                    layer["name"]: {key: layer[key] for key in RECORDED if key in layer} for layer in result.layers
-                },
-                "probe": result.probe,
-                "versions": versions(),
-            }
-        )
-        write_config(writer, source, job.format, result.specs)
-        writer.copy(source.companions())
+        record = {
+            "recipe": job.recipe.to_dict(),
+            "model": source.provenance(),
+            "calibration": windows.provenance(),
+            "format": job.format,
+            "tied": source.tied,
+            "verbatim": source.verbatim,
+            **names_in_files(source),
+            "layers": {layer["name"]: {key: layer[key] for key in RECORDED if key in layer} for layer in result.layers},
+            "probe": result.probe,
+            "tokenizer": probe_tokens(load_tokenizer(source.folder) if tokenizer is None else tokenizer),
+            "versions": versions(),
+        }
+        finish(writer, source, job.format, result.specs, record)
 
 
-def write_config(writer: CheckpointWriter, source: ModelSource, format: Format, specs: Mapping[str, Spec]) -> None:
-    """Write config.json: with a model type of ours if some weights are packed, else with the family's own."""
-    if specs:
+def finish(
+    writer: CheckpointWriter,
+    source: ModelSource,
+    format: Format,
+    specs: Mapping[str, Spec],
+    record: Mapping[str, Any],
+    config: Any = None,
+) -> None:
+    """Write the files beside the tensors; `record` goes into paredown.json, with the digests of all others.
+
+    `config` of the dense model, where it is not the source's.
+    """
+    names = write_companions(source.folder, writer.folder)
+    write_config(writer, source, format, specs, config)
+    files = {name: file_sha256(writer.folder / name) for name in sorted(["config.json", *names])}
+    writer.finish({**record, "files": files})
+
+
+def write_config(
+    writer: CheckpointWriter, source: ModelSource, format: Format, specs: Mapping[str, Spec], config: Any = None
+) -> None:
+    """Write config.json: with a model type of ours if some weights are packed, else with the family's own.
+
+    `config`, if given, is written instead of the source's.
+    """
+    if config is None and specs:
         config = transformers_plugin.packed_config(source.config, specs, source.verbatim)
-    else:
+    elif config is None:
         config = transformers_plugin.dense_config(source.config) if source.modules else source.config
     config.dtype = source.dtype
-    config.save_pretrained(writer.folder)
+    write_config_file(config, writer.folder, source.folder / "config.json", type(source.model).__name__)

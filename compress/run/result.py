@@ -6,11 +6,16 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from paredown.compress.storage.spec import Spec
 
 T = TypeVar("T")
 
-SAVED = ("layers", "fallbacks", "targeted", "numbers")  # fields with which a resumed run starts
+PRUNED = 0.1  # share of zeros above which a model has been pruned before
+
+SAVED = ("layers", "fallbacks", "targeted", "numbers", "read", "zeros")  # fields with which a resumed run starts
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Result:
     evaluation: list[dict[str, Any]] = field(default_factory=list)  # an entry for each text
     targeted: int = 0  # numbers of the dense weights
     numbers: int = 0  # numbers that are stored of them
+    read: int = 0  # numbers of the weights as the model has them
+    zeros: int = 0  # how many of these are zero
     probe: dict[str, Any] = field(default_factory=dict)  # tokens and their losses, which `verify` compares
     seconds: dict[str, float] = field(default_factory=dict)  # by step of the run
 
@@ -54,6 +61,21 @@ class Result:
                 return
             yield item
             del item  # it may be large: free it before the next one is produced
+
+    def look_at(self, weight: Tensor) -> None:
+        """Count the zeros of a weight as the model has it."""
+        self.read += weight.numel()
+        self.zeros += weight.numel() - int(torch.count_nonzero(weight))
+
+    def pruned_before(self) -> list[str]:
+        """A sentence if more than PRUNED of the weights were zeros before anything was compressed."""
+        share = self.zeros / max(self.read, 1)
+        if share <= PRUNED:
+            return []
+        return [
+            f"{share:.1%} of the targeted weights were zeros already: the model was pruned before, and the figures compare "
+            "with the pruned model, not with the one that it was made from"
+        ]
 
     def add(self, layer: LayerResult) -> None:
         """Count one more layer."""

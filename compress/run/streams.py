@@ -58,9 +58,9 @@ def evaluation_entry(windows: Windows, before: Tensor, after: Tensor) -> dict[st
     """One element of the report's `evaluation`; before and after are losses per token (windows, length - 1), in nats."""
     return {
         **windows.provenance(),
-        "before": perplexity(before),
-        "after": perplexity(after),
-        "paired_delta": paired_delta(before, after),
+        "before": perplexity(windows.of_text(before)),
+        "after": perplexity(windows.of_text(after)),
+        "paired_delta": paired_delta(windows.of_text(before), windows.of_text(after)),
     }
 
 

@@ -1,20 +1,24 @@
-"""Check a written checkpoint: names, shapes, hashes, masks, sparsity, and its losses against those in its record."""
+"""Check a written checkpoint: names, shapes, hashes, masks, sparsity, files, tokens, and its losses as users load it."""
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 
+from paredown.compress.checkpoint.companions import file_sha256
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.tensor_files import TensorFiles, sha256
 from paredown.compress.checkpoint.writer import RECORD
 from paredown.compress.errors import PareError
 from paredown.compress.model.blocks import Block, View, blocks
 from paredown.compress.numerics.masks import NofM, parse_sparsity
+from paredown.compress.progress import logger
+from paredown.compress.run.loaded import CannotLoad, NoRoom, loaded_losses
 from paredown.compress.run.pipeline import score
-from paredown.compress.storage.kinds import FORMAT_VERSION, stored_numbers
+from paredown.compress.run.recorded import Record, read_record
+from paredown.compress.run.tokens import token_faults
+from paredown.compress.storage.kinds import stored_numbers
 from paredown.compress.storage.modules import PACKED
 from paredown.compress.text.windows import Windows
 
@@ -23,32 +27,42 @@ from paredown.compress.text.windows import Windows
 PROBE_TOLERANCE, ROUNDINGS = 0.02, 4
 
 
-def verify(folder: str | Path) -> list[str]:
-    """All faults of a checkpoint that paredown wrote, a sentence each that names the tensor; empty if it is sound.
+def verify(folder: str | Path, note: Callable[[str], None] = logger.info) -> list[str]:
+    """All faults of a checkpoint that paredown wrote, a sentence each that names the tensor or file; empty if it is sound.
 
-    Raises PareError for a folder that paredown did not write.
+    `note` is called with a sentence on what could not be checked on this machine.
+    Raises PareError for a folder that paredown did not write, or whose paredown.json is damaged.
     """
     folder = Path(folder)
-    try:
-        record = json.loads((folder / RECORD).read_text())
-    except (OSError, json.JSONDecodeError) as fault:
-        raise PareError(f"{folder} has no readable {RECORD} ({fault}): it was not written by paredown.") from fault
-    if record.get("format_version") != FORMAT_VERSION:
-        raise PareError(f"{folder} has format {record.get('format_version')}; this paredown reads {FORMAT_VERSION}.")
-    files = TensorFiles(folder)
-    faults = list(_file_faults(files, record["tensors"]))
+    record = read_record(folder)
+    faults = [*_tensor_faults(TensorFiles(folder), record["tensors"]), *_file_faults(folder, record.get("files", {}))]
     if faults:  # further checks would only repeat them
         return faults
     try:
         source = ModelSource(folder, str(folder))
-        faults = list(_mask_faults(source, record.get("layers", {})))
+        faults = [*_mask_faults(source, record.get("layers", {})), *token_faults(folder, record.get("tokenizer", {}))]
         # a model with damaged masks cannot be run
-        return faults or list(_probe_faults(source, record.get("probe")))
+        return faults or list(_run_faults(source, record, note))
     except PareError as fault:  # config.json describes other weights than these
         return [str(fault)]
 
 
-def _file_faults(files: TensorFiles, recorded: dict[str, Any]) -> Iterator[str]:
+def _file_faults(folder: Path, recorded: Mapping[str, str]) -> Iterator[str]:
+    """Files beside the weights that are missing or have changed."""
+    for name, digest in recorded.items():
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            yield f"file {name!r} of {RECORD} would lie outside the folder"
+            continue
+        try:
+            found = file_sha256(folder / name)
+        except (OSError, ValueError):
+            yield f"file {name!r} is missing or cannot be read"
+            continue
+        if found != digest:
+            yield f"file {name!r} has changed since it was written (sha256 differs)"
+
+
+def _tensor_faults(files: TensorFiles, recorded: dict[str, Any]) -> Iterator[str]:
     """Tensors that are missing, unknown, or not as they were recorded."""
     try:
         stored = files.entries
@@ -64,7 +78,8 @@ def _file_faults(files: TensorFiles, recorded: dict[str, Any]) -> Iterator[str]:
             yield f"tensor {name!r} is {dtype} {list(entry.shape)}, written was {written['dtype']} {written['shape']}"
             continue
         try:
-            tensor = files.read([name])[name]
+            # what the model class does not know may hold anything, such as the -inf of an old mask
+            tensor = files.read([name], finite=written.get("kind") != "verbatim")[name]
         except PareError as fault:
             yield str(fault)
             continue
@@ -113,17 +128,32 @@ def _dense_faults(view: View, recorded: dict[str, Any]) -> Iterator[str]:
             yield f"{view.name} is not {sparsity}: a group holds {most} nonzeros"
 
 
-def _probe_faults(source: ModelSource, probe: dict[str, Any] | None) -> Iterator[str]:
-    """Losses that differ from the recorded ones by more than rounding explains."""
-    if not probe:
+def _run_faults(source: ModelSource, record: Record, note: Callable[[str], None]) -> Iterator[str]:
+    """A model that does not load as its users load it, and losses that differ from the recorded ones."""
+    probe = record.get("probe") or {"ids": [0, 0]}
+    ids = torch.tensor([probe["ids"]])
+    if int(ids.max()) >= int(source.config.get_text_config().vocab_size):
+        yield f"the probe of {RECORD} holds tokens that the model does not know"
         return
-    ids, recorded = torch.tensor([probe["ids"]]), torch.tensor([probe["nll"]])
-    losses = _losses(source, ids)
-    change = float((losses - recorded).abs().mean())
+    try:
+        losses = loaded_losses(source, ids, record.get("tied", source.tied))
+    except CannotLoad as fault:
+        yield str(fault)
+        return
+    except NoRoom as fault:
+        note(f"not loaded by from_pretrained, and read block by block instead: {fault}")
+        losses = _losses(source, ids)
+    if "nll" in probe:
+        yield from _probe_faults(source, losses, ids, probe["nll"])
+
+
+def _probe_faults(source: ModelSource, losses: torch.Tensor, ids: torch.Tensor, recorded: list[float]) -> Iterator[str]:
+    """Losses (1, length - 1) that differ from the recorded ones by more than rounding explains."""
+    change = float((losses - torch.tensor([recorded])).abs().mean())
     if change <= PROBE_TOLERANCE:
         return
     wide = ModelSource(source.folder, source.id, dtype=torch.float32)
-    rounding = float((losses - _losses(wide, ids)).abs().mean())
+    rounding = float((_losses(source, ids) - _losses(wide, ids)).abs().mean())
     if not change <= PROBE_TOLERANCE + ROUNDINGS * rounding:
         yield f"on the probe window the loss differs by {change:.4f} nats per token from the run that wrote it"
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -30,8 +31,12 @@ def write_block(
     for name, tensors in change.packed.items():
         for part, tensor in tensors.items():
             writer.add(f"{name}.{part}", tensor, kind=change.specs[name].kind)
-    unchanged = source.read(block.prefix + n for n in block.names if block.prefix + n not in changed)
-    _add_dense(writer, source, {**unchanged, **change.tensors}, format)
+    own = [block.prefix + name for name in block.names if block.prefix + name in source.parameters]  # tied ones once
+    if format == "dense":
+        stored = dict(source.as_stored({**dict.fromkeys(own), **change.tensors}, change.tensors))
+    else:
+        stored = {**source.read(name for name in own if name not in changed), **change.tensors}
+    add_dense(writer, stored)
     writer.end_block()
 
 
@@ -39,16 +44,31 @@ def write_rest(writer: CheckpointWriter, source: ModelSource, all_blocks: Sequen
     """Write what lies outside the blocks as it was stored: embeddings, final norm, head, and tensors that the model class
     does not know."""
     inside = tuple(block.prefix for block in all_blocks)
+    written: set[str] = set()
     for name in source.parameters:
-        if not name.startswith(inside):
-            _add_dense(writer, source, source.read([name]), format)
+        if not name.startswith(inside) and name not in written:
+            together = source.origins[name].weights or (name,)
+            written.update(together)
+            add_dense(writer, dict(source.as_stored([name], {})) if format == "dense" else source.read(together))
             writer.end_block()
-    for key, tensor in source.files.read(source.verbatim).items():
+    write_verbatim(writer, source)
+
+
+def write_verbatim(writer: CheckpointWriter, source: ModelSource) -> None:
+    """Write the tensors that the model class does not know."""
+    for key, tensor in source.files.read(source.verbatim, finite=False).items():
         writer.add(key, tensor, kind="verbatim")
 
 
-def _add_dense(writer: CheckpointWriter, source: ModelSource, weights: dict[str, Tensor], format: Format) -> None:
-    """A dense checkpoint has the names and the layout of the family's own, a packed one those of the model class."""
-    stored = source.checkpoint_names(weights) if format == "dense" else weights
-    for name, tensor in stored.items():
+def add_dense(writer: CheckpointWriter, tensors: Mapping[str, Tensor]) -> None:
+    """Add ordinary tensors by the names under which they are stored."""
+    for name, tensor in tensors.items():
         writer.add(name, tensor, kind="dense")
+
+
+def names_in_files(source: ModelSource) -> dict[str, Any]:
+    """What an export needs to give weights their names in the files again: those that are called otherwise, and those that
+    the class makes of other tensors."""
+    of = {name: source.origins[name] for name in source.parameters}
+    renamed = {name: o.keys[0] for name, o in of.items() if o.converter is None and o.keys[0] != name}
+    return {"renamed": renamed, "converted": [name for name, o in of.items() if o.converter is not None]}

@@ -21,9 +21,9 @@ class LowRank(Kind):
 
     @staticmethod
     def sizes(spec: Spec) -> Sizes:
-        out, inner = spec.shape
+        *experts, out, inner = spec.shape
         rank = _rank(spec)
-        return {"left": (out, rank), "right": (rank, inner)}
+        return {"left": (*experts, out, rank), "right": (*experts, rank, inner)}
 
     @staticmethod
     def unpack(tensors: Tensors, shape: tuple[int, ...]) -> Tensor:
@@ -46,9 +46,13 @@ class Pifa(Kind):
 
     @staticmethod
     def sizes(spec: Spec) -> Sizes:
-        out, inner = spec.shape
+        *experts, out, inner = spec.shape
         rank = _rank(spec)
-        return {"pivots": (rank, inner), "coefficients": (out - rank, rank), "order": (out,)}
+        return {
+            "pivots": (*experts, rank, inner),
+            "coefficients": (*experts, out - rank, rank),
+            "order": (*experts, out),
+        }
 
     @staticmethod
     def unpack(tensors: Tensors, shape: tuple[int, ...]) -> Tensor:
@@ -62,8 +66,8 @@ class Pifa(Kind):
     @staticmethod
     def fault(tensors: Tensors, shape: tuple[int, ...]) -> str | None:
         order = tensors["order"].long()
-        whole = torch.arange(len(order), device=order.device)
-        return None if torch.equal(order.sort().values, whole) else "order: is no permutation of the rows"
+        whole = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
+        return None if torch.equal(order.sort(-1).values, whole) else "order: is no permutation of the rows"
 
 
 class Cur(Kind):
@@ -75,9 +79,13 @@ class Cur(Kind):
 
     @staticmethod
     def sizes(spec: Spec) -> Sizes:
-        out, inner = spec.shape
+        *experts, out, inner = spec.shape
         rank = _rank(spec)
-        return {"columns": (out, rank), "link": (rank, rank), "rows": (rank, inner)}
+        return {
+            "columns": (*experts, out, rank),
+            "link": (*experts, rank, rank),
+            "rows": (*experts, rank, inner),
+        }
 
     @staticmethod
     def unpack(tensors: Tensors, shape: tuple[int, ...]) -> Tensor:
@@ -120,11 +128,15 @@ def with_lowrank(mask: type[Mask]) -> type[Kind]:
         def fault(tensors: Tensors, shape: tuple[int, ...]) -> str | None:
             return mask.fault(tensors, shape)
 
+        @staticmethod
+        def starts(tensors: Tensors) -> list[int]:
+            return mask.starts(tensors)
+
     return MaskAndLowRank
 
 
 def _rank(spec: Spec) -> int:
     rank = spec.rank or 0
-    if not 1 <= rank <= min(spec.shape):
+    if not 1 <= rank <= min(spec.shape[-2:]):
         raise ValueError(f"a weight of {[*spec.shape]} cannot have rank {rank}")
     return rank

@@ -116,7 +116,7 @@ def products(modules: Mapping[str, Spec]) -> set[Product]:
         names = next((names for names in SIBLINGS if leaf in names), (leaf,))
         specs = {f"{parent}.{n}": modules[f"{parent}.{n}"] for n in names if f"{parent}.{n}" in modules}
         alike = {n: spec for n, spec in specs.items() if _fuse_together(spec, modules[name])} | {name: modules[name]}
-        if name in joined or modules[name].layout == "experts":
+        if name in joined or modules[name].layout.startswith("experts"):
             continue
         joined |= alike.keys()
         result |= _products(list(alike.values()))

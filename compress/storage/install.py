@@ -6,9 +6,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from paredown.compress.errors import PareError, did_you_mean
-from paredown.compress.storage.kinds import MASKS, kind_of
+from paredown.compress.storage.kinds import kind_of
 from paredown.compress.storage.modules import PackedConv1D, PackedExperts, PackedLinear
-from paredown.compress.storage.spec import IN_JSON, Spec
+from paredown.compress.storage.spec import IN_JSON, LAYOUTS, Spec
 
 
 def read_specs(modules: Mapping[str, Any]) -> dict[str, Spec]:
@@ -61,8 +61,9 @@ def _place(model: nn.Module, name: str, spec: Spec, tied: set[str]) -> tuple[nn.
             f"{did_you_mean(name, known)} config.json and the model class are not of the same model."
         ) from error
     layout, shape = spec.layout, spec.shape
-    if layout == "experts":
-        actual = tuple(target.shape) if isinstance(target, nn.Parameter) else None
+    experts = LAYOUTS[layout] == 3
+    if experts:
+        actual = _experts_shape(target, spec) if isinstance(target, nn.Parameter) else None
     elif layout == "linear":
         actual = tuple(target.weight.shape) if isinstance(target, nn.Linear) else None
     else:
@@ -74,7 +75,7 @@ def _place(model: nn.Module, name: str, spec: Spec, tied: set[str]) -> tuple[nn.
         )
     if actual != shape:
         raise PareError(f"packed weight {name!r}: the spec's shape is {list(shape)}, the model's {list(actual)}.")
-    if (name if layout == "experts" else f"{name}.weight") in tied:
+    if (name if experts else f"{name}.weight") in tied:
         raise PareError(
             f"packed weight {name!r} is shared with another layer (tied), which would lose it. "
             "Leave it out, or untie the model with tie_word_embeddings=False."
@@ -82,13 +83,22 @@ def _place(model: nn.Module, name: str, spec: Spec, tied: set[str]) -> tuple[nn.
     return parent, leaf
 
 
+def _experts_shape(parameter: nn.Parameter, spec: Spec) -> tuple[int, ...]:  # (experts, out, in)
+    """The shape of a parameter of fused experts as a spec gives it; a matrix holds their rows one after another."""
+    shape, experts = tuple(parameter.shape), spec.shape[0]
+    if len(shape) == 2 and experts and shape[0] % experts == 0:
+        shape = (experts, shape[0] // experts, shape[1])
+    return (shape[0], *shape[:0:-1]) if spec.layout == "experts_in_out" else shape
+
+
 def _check_spec(name: str, spec: Spec) -> None:
     """Raises PareError, naming the weight, for an unknown kind and for counts that are missing or impossible."""
-    kind = kind_of(spec.kind)
+    try:
+        kind = kind_of(spec.kind)
+    except PareError as error:
+        raise PareError(f"packed weight {name!r}: {error}") from error
     if missing := [IN_JSON[name] for name in kind.asks if name not in spec.counts]:
         raise PareError(f"packed weight {name!r}: its spec lacks {', '.join(missing)}.")
-    if spec.layout == "experts" and spec.kind not in MASKS:
-        raise PareError(f"packed weight {name!r}: fused experts are stored as {' or '.join(MASKS)}, not {spec.kind}.")
     try:
         kind.sizes(spec)
     except ValueError as error:
@@ -97,7 +107,7 @@ def _check_spec(name: str, spec: Spec) -> None:
 
 def _build(old: nn.Module | nn.Parameter, spec: Spec) -> PackedLinear | PackedConv1D | PackedExperts:
     if isinstance(old, nn.Parameter):
-        return PackedExperts(spec, old.device, old.dtype)
+        return PackedExperts(spec, old.device, old.dtype, stacked=old.dim() == 2)
     weight, bias = cast(Tensor, old.weight), cast(nn.Parameter | None, old.bias)
     added = bias is None and spec.bias
     cls = PackedLinear if spec.layout == "linear" else PackedConv1D

@@ -11,7 +11,7 @@ from paredown.compress.errors import PareError, did_you_mean
 from paredown.compress.storage.factor_kinds import Cur, LowRank, Pifa, with_lowrank
 from paredown.compress.storage.kind import Kind, Mask
 from paredown.compress.storage.mask_kinds import Bitmap, Sparse24
-from paredown.compress.storage.spec import DENSE, Spec
+from paredown.compress.storage.spec import DENSE, Spec, told
 
 # Of checkpoints. In format 2 the indices of 2:4 weights lie in the order that kernels/sparse24.py describes. Format 1 was
 # never released.
@@ -32,7 +32,7 @@ def kind_of(name: str) -> type[Kind]:
     """The kind of this name. Raises PareError for a name that this version does not know."""
     if name not in KINDS:
         raise PareError(
-            f"unknown kind of packed weight {name!r}.{did_you_mean(str(name), KINDS)} This version knows "
+            f"unknown kind of packed weight {told(name)}.{did_you_mean(str(name), KINDS)} This version knows "
             f"{', '.join(KINDS)}; a newer paredown may have written this checkpoint: pip install -U paredown."
         )
     return KINDS[name]

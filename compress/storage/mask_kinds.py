@@ -8,7 +8,7 @@ from torch import Tensor
 from paredown.compress.storage.kind import Dtypes, Mask, Parts, Sizes, Tensors
 from paredown.compress.storage.spec import Spec
 from paredown.kernels import bitmap as bitmaps
-from paredown.kernels import ops, paths
+from paredown.kernels import expand, ops
 from paredown.kernels import sparse24 as sparse24s
 
 
@@ -33,7 +33,7 @@ class Sparse24(Mask):
 
     @staticmethod
     def unpack(tensors: Tensors, shape: tuple[int, ...]) -> Tensor:
-        return paths.sparse24_dense(tensors["values"], tensors["indices"])
+        return expand.sparse24_dense(tensors["values"], tensors["indices"])
 
     @staticmethod
     def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None, ranks: Parts = None, outs: Parts = None) -> Tensor:
@@ -65,7 +65,7 @@ class Bitmap(Mask):
 
     @staticmethod
     def unpack(tensors: Tensors, shape: tuple[int, ...]) -> Tensor:
-        return paths.bitmap_dense(tensors["values"], tensors["bitmap"], shape[-1])
+        return expand.bitmap_dense(tensors["values"], tensors["bitmap"], shape[-1])
 
     @staticmethod
     def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None, ranks: Parts = None, outs: Parts = None) -> Tensor:

@@ -160,15 +160,27 @@ class PackedConv1D(_Packed):
 
 
 class PackedExperts(_Packed):
-    """Replaces the 3-D parameter of a fused experts module: `packed[expert]` is one dense weight (out, in)."""
+    """Replaces the parameter of a fused experts module: `packed[expert]` is one dense weight, as the parameter's was.
+
+    Weights are (out, in), with the layout `experts_in_out` (in, out). Where a class multiplies with all experts at once, or
+    takes another view of the parameter, all are unpacked together.
+    """
 
     layout = "experts"
 
     values: Tensor
 
-    def __init__(self, spec: Spec, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, spec: Spec, device: torch.device, dtype: torch.dtype, stacked: bool = False) -> None:
+        """`stacked`: the parameter is a matrix that holds the rows of all experts one after another."""
         super().__init__(spec, device, dtype)
+        self.spec, self.stacked = replace(self.spec, layout=spec.layout), stacked
         self._starts: list[int] | None = None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """A torch function of the packed weights is that function of the dense ones."""
+        dense = [arg.whole() if isinstance(arg, PackedExperts) else arg for arg in args]
+        return func(*dense, **(kwargs or {}))
 
     def __getitem__(self, expert: int | Tensor) -> Tensor:
         # through __call__, so that the hooks of an offloading device map load the weights
@@ -177,35 +189,72 @@ class PackedExperts(_Packed):
     def __len__(self) -> int:
         return self._shape[0]
 
+    def whole(self) -> Tensor:
+        """All experts, dense, in the shape of the parameter."""
+        return cast(Tensor, self(None))
+
+    def transpose(self, one: int, other: int) -> Tensor:
+        """That of the parameter."""
+        return self.whole().transpose(one, other)
+
+    def view(self, *sizes: Any) -> "PackedExperts | Tensor":
+        """That of the parameter; where it parts the rows of the experts, experts are still unpacked one at a time."""
+        wanted = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+        own = self._separate
+        if self.stacked and len(wanted) == 3 and wanted[0] in (-1, own[0]) and wanted[1:] == own[1:]:
+            return self
+        return self.whole().view(*sizes)
+
     @property
-    def shape(self) -> torch.Size:  # (experts, out, in)
-        return torch.Size(self._shape)
+    def _separate(self) -> tuple[int, ...]:
+        """Shape of the parameter with a dimension for the experts."""
+        experts, out, inner = self._shape
+        return (experts, inner, out) if self.spec.layout == "experts_in_out" else (experts, out, inner)
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the parameter."""
+        experts, rows, columns = self._separate
+        return torch.Size((experts * rows, columns) if self.stacked else (experts, rows, columns))
 
     @property
     def ndim(self) -> int:
-        return len(self._shape)
+        return len(self.shape)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.values.dtype
+        return self._values.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.values.device
+        return self._values.device
 
-    def forward(self, expert: int | Tensor) -> Tensor:  # (out, in)
+    @property
+    def _values(self) -> Tensor:
+        """The first of the stored tensors in the model's dtype."""
+        return next(t for name, t in self.tensors().items() if self._pack.tensors[name] is None)
+
+    def forward(self, expert: int | Tensor | None) -> Tensor:
+        """One expert's dense weight, or those of all (None) in the shape of the parameter."""
+        if expert is None:
+            return torch.stack([self._expert(e) for e in range(len(self))]).view(self.shape)
         if isinstance(expert, Tensor) and expert.dim():
             raise PareError(
                 "packed experts are unpacked one at a time; load the model with experts_implementation='eager'"
             )
-        index = int(expert)
+        return self._expert(int(expert))
+
+    def _expert(self, index: int) -> Tensor:
         if not -len(self) <= index < len(self):
             raise IndexError(f"expert {index} of {len(self)}")  # also ends a `for weight in packed` loop
         index %= len(self)
         tensors = {name: t[index] for name, t in self.tensors().items() if name != "values"}
-        starts = self._expert_starts()
-        tensors["values"] = self.values[starts[index] : starts[index + 1]] if starts else self.values[index]
-        return self._pack.unpack(tensors, self._shape[1:])
+        if "values" in self.parts:
+            starts = self._expert_starts()
+            tensors["values"] = self.values[starts[index] : starts[index + 1]] if starts else self.values[index]
+        dense = self._pack.unpack(tensors, self._shape[1:])  # (out, in)
+        # with the memory layout of the parameter: another order of summation would change the last bit
+        return dense.t().contiguous() if self.spec.layout == "experts_in_out" else dense
 
     def _expert_starts(self) -> list[int]:
         """See `Kind.starts`. Computed once after loading, as plain integers, which copies and moves to a device keep."""

@@ -6,12 +6,13 @@ streams: the compressed model's, through the block as it is edited, and the dens
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from paredown.compress.errors import PareError
 from paredown.compress.machine import return_freed_memory
-from paredown.compress.model.blocks import Block, View
+from paredown.compress.model.blocks import Block, View, by_owner
 from paredown.compress.model.stream import Stream
 from paredown.compress.numerics.moments import InputStats, Need, Stats
 from paredown.compress.survey.products import InputObserver, input_of
@@ -49,9 +50,13 @@ def observe_both(
     The caller edits a group before it asks for the next one, whose input then comes from the edited layers. `residual`:
     layers that add to the residual stream get a Residual instead of the cross moment.
     """
-    in_order = groups(stream, block, views)
+    in_order = fused_together(groups(stream, block, views))
     layers = ResidualLayers.of(stream, block, in_order) if residual else ResidualLayers([])
     for group in in_order:
+        if group[0].expert is not None:  # the two models do not send the same tokens to an expert
+            yield group, observe(stream, block, group, needs - {Need.CROSS})
+            return_freed_memory()
+            continue
         if group[0] in layers.views:
             stats = observe_residual(stream, dense, block, twin, group[0], layers.after(group[0]), needs)
         else:
@@ -70,6 +75,19 @@ def groups(stream: Stream, block: Block, views: list[View]) -> list[list[View]]:
     by_name = {v.name: v for v in views}
     called = [[by_name.pop(name) for name in names] for names in observer.groups()]
     return called + ([list(by_name.values())] if by_name else [])
+
+
+def fused_together(in_order: list[list[View]]) -> list[list[View]]:
+    """The same groups, where all experts of a fused weight are one, at the place of the first that the block calls."""
+    experts = by_owner(view for group in in_order for view in group if view.expert is not None)
+    together: list[list[View]] = []
+    for group in in_order:
+        for view in group:
+            if view.expert is not None and (members := experts.pop(view.owner, None)):
+                together.append(members)
+        if others := [view for view in group if view.expert is None]:
+            together.append(others)
+    return together
 
 
 def observe_paired(
@@ -101,7 +119,7 @@ def shared_copy(block: Block) -> Block:
     shared: dict[int, Tensor] = {id(t): t for t in [*block.module.parameters(), *block.module.buffers()]}
     for view in block.views():
         if view.expert is not None:
-            whole = view.whole
-            if shared[id(whole)] is whole:
-                shared[id(whole)] = nn.Parameter(whole.clone(), requires_grad=False)
-    return Block(block.index, block.prefix, copy.deepcopy(block.module, shared))
+            fused = view.tensor
+            if shared[id(fused)] is fused:
+                shared[id(fused)] = nn.Parameter(fused.clone(), requires_grad=False)
+    return replace(block, module=copy.deepcopy(block.module, shared))

@@ -4,9 +4,10 @@ A forward pass writes each block's inputs to disk. The gradient of the loss star
 run again from its inputs, with autograd on activations only, and the gradient of its input goes to the block before.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,11 +18,15 @@ from paredown.compress.errors import PareError
 from paredown.compress.machine import return_freed_memory
 from paredown.compress.model.blocks import Block, View, blocks
 from paredown.compress.model.calls import recorders
-from paredown.compress.model.stream import Stream, head_positions, materialised_rest
+from paredown.compress.model.carried import mapped, tensors_of, unshared
+from paredown.compress.model.rest import materialised_rest
+from paredown.compress.model.stream import Stream, head_positions
 from paredown.compress.numerics.moments import GRADIENT_NEEDS, Labels, Need, Stats
 from paredown.compress.numerics.perplexity import target_nll
 from paredown.compress.progress import ignore
-from paredown.compress.survey.products import InputObserver
+from paredown.compress.survey.products import InputObserver, routed
+
+_Later = dict[Any, Tensor]  # by path: gradients at what blocks hand on, from the blocks that take it
 
 
 def moments(
@@ -68,12 +73,15 @@ class GradientObserver(InputObserver):
         self.sequences = 1  # in the batch that runs
         self._gradient_needs = needs
 
-    def on_product(self, view: View, x: Tensor, output: Tensor) -> None:
-        super().on_product(view, x, output)
-        if output.requires_grad:
-            output.register_hook(partial(self._add, view, x.detach()))
+    def on_product(self, view: View, x: Tensor, output: Tensor, expert: int | None = None) -> None:
+        super().on_product(view, x, output, expert)
+        if output.requires_grad and (expert is None or bool(routed(x).any())):
+            output.register_hook(partial(self._add, view, x.detach(), expert))
 
-    def _add(self, view: View, x: Tensor, gradient: Tensor) -> None:
+    def _add(self, view: View, x: Tensor, expert: int | None, gradient: Tensor) -> None:
+        if expert is not None:
+            rows = routed(x)
+            gradient, x = gradient[expert][rows], x[rows]
         delta = gradient.flatten(0, -2).float()  # (tokens, out)
         if not bool(torch.isfinite(delta.sum())):
             raise PareError(f"{view.name}: its gradients are not finite. Try --dtype bfloat16 or float32.")
@@ -117,40 +125,73 @@ def backward(
     if unknown := needs - GRADIENT_NEEDS:
         raise ValueError(f"unknown statistics {sorted(unknown)}; there are {sorted(GRADIENT_NEEDS)}")
     all_blocks = blocks(source)
+    structures = []
     for block in all_blocks:
-        save_file({f"{i}": hidden.contiguous() for i, hidden in enumerate(stream.hidden)}, _inputs(scratch, block))
+        tensors, structure = stream.state()
+        structures.append(structure)
+        save_file(unshared(tensors), _inputs(scratch, block))
         with source.loaded(block):
             stream.advance(block)
         note(f"survey, forward: block {block.index + 1} of {len(all_blocks)}")
     upstream = head_gradients(source, stream, labels)
+    later: list[_Later] = [{} for _ in upstream]
     for block in reversed(all_blocks):
-        stream.hidden = [hidden for _, hidden in sorted(load_file(_inputs(scratch, block)).items(), key=_by_number)]
+        stream.restore(load_file(_inputs(scratch, block)), structures[block.index])
         _inputs(scratch, block).unlink()
         with source.loaded(block):
             views = [v for v in block.views() if v.name in layers]
             observer = GradientObserver(views, inputs, needs, source.device)
-            upstream = _block_backward(block, stream, upstream, observer)
+            upstream = _block_backward(block, stream, upstream, later, observer)
             return_freed_memory()
             yield block, observer.means()
         note(f"survey, backward: block {block.index + 1} of {len(all_blocks)}")
 
 
-def _block_backward(block: Block, stream: Stream, upstream: list[Tensor], observer: GradientObserver) -> list[Tensor]:
-    """Gradients (batch, length, hidden) at the block's input, from those at its output."""
+def _block_backward(
+    block: Block, stream: Stream, upstream: list[Tensor], later: list[_Later], observer: GradientObserver
+) -> list[Tensor]:
+    """Gradients (batch, length, hidden) at the block's input, from those at its output.
+
+    `later`: gradients at what the block and those before it hand on, from the blocks behind it; those from this block are
+    added, and those at what it wrote itself removed.
+    """
     gradients = []
     for i, gradient in enumerate(upstream):
         hidden = stream.hidden[i].to(stream.device).requires_grad_()
-        observer.sequences = len(hidden)
+        taken = {key: mapped(tree, lambda leaf: _leaf(leaf, stream.device)) for key, tree in stream.carried[i].items()}
+        stream.carried[i] = taken
+        observer.sequences = len(stream.ids[i])
         with torch.enable_grad():
             with observer:
-                output = stream.call(block, hidden)
+                output = stream.call(block, i, hidden)
             if not output.requires_grad:
                 raise PareError(f"{block.name} cannot be differentiated: choose a method without gradients.")
-            output.backward(gradient.to(stream.device))
+            handed, before = tensors_of({**taken, **stream.handed}), tensors_of(taken)
+            roots = [(output, gradient.to(stream.device))]
+            for path, late in later[i].items():
+                if handed[path] is not before.get(path) and handed[path].requires_grad:
+                    roots.append((handed[path], late.to(stream.device)))
+            torch.autograd.backward([root for root, _ in roots], [late for _, late in roots])
         observer.next_batch()
         assert hidden.grad is not None
         gradients.append(hidden.grad.to("cpu"))
+        later[i] = _earlier(before, {path: g for path, g in later[i].items() if handed[path] is before.get(path)})
     return gradients
+
+
+def _earlier(taken: Mapping[Any, Tensor], later: _Later) -> _Later:
+    """Gradients at what a block took from earlier ones, with the gradients there from `later` blocks added."""
+    own = {path: tensor.grad.to("cpu") for path, tensor in taken.items() if tensor.grad is not None}
+    both = {path: gradient + later[path] for path, gradient in own.items() if path in later}
+    return {**own, **later, **both}
+
+
+def _leaf(leaf: Any, device: torch.device) -> Any:
+    """A tensor at which gradients are wanted."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    leaf = leaf.detach().to(device)
+    return leaf.requires_grad_() if leaf.is_floating_point() else leaf
 
 
 def head_gradients(source: ModelSource, stream: Stream, labels: Labels, seed: int = 0) -> list[Tensor]:
@@ -185,7 +226,3 @@ def _sampled(logits: Tensor, generator: torch.Generator) -> Tensor:  # (batch, p
 def _inputs(scratch: Path, block: Block) -> Path:
     """The file that holds a block's inputs."""
     return scratch / f"inputs-{block.index}.safetensors"
-
-
-def _by_number(item: tuple[str, Tensor]) -> int:
-    return int(item[0])

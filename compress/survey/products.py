@@ -1,7 +1,8 @@
 """See the inputs and outputs of a block's layers while it runs, without hooks and without knowing the block's code.
 
-A layer's matrix product is recognised by the memory address of the weight in it. So a `Linear`, GPT-2's `Conv1D` and one
-expert's slice of a fused 3-D parameter are all seen alike; a weight that is used in any other way is not seen.
+A layer's matrix product is recognised by the memory address of the weight in it. So a `Linear`, GPT-2's `Conv1D`, one
+expert's slice of a fused parameter and the batched product with all of them are seen alike; a weight that is used in any
+other way is not seen.
 """
 
 from contextlib import suppress
@@ -18,17 +19,19 @@ from paredown.compress.model.stream import Stream
 from paredown.compress.numerics.moments import InputStats, Need
 
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_BATCHED = (torch.bmm, Tensor.bmm)
 
 
 class ProductMode(TorchFunctionMode):
-    """While active, calls `on_product(view, x, output)` for each product with the weight of one of `views`."""
+    """While active, calls `on_product(view, x, output, expert)` for each product with the weight of one of `views`."""
 
     def __init__(self, views: list[View]) -> None:
         super().__init__()
         self._views = {view.raw.data_ptr(): view for view in views}
+        self._fused = {view.tensor.data_ptr() for view in views if view.expert is not None}
 
-    def on_product(self, view: View, x: Tensor, output: Tensor) -> None:
-        """x (..., in), output (..., out)."""
+    def on_product(self, view: View, x: Tensor, output: Tensor, expert: int | None = None) -> None:
+        """x (..., in), output (..., out); of a batched product the view's output is `output[expert]`."""
         raise NotImplementedError
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,12 +43,20 @@ class ProductMode(TorchFunctionMode):
             self._check(args[1], args[2], output)
         elif func in _MATMULS and isinstance(args[1], Tensor) and args[1].dim() == 2:  # x @ weight.T
             self._check(args[0], args[1], output)
+        elif func in _BATCHED and len(args) > 1 and args[1].data_ptr() in self._fused:
+            for expert, weight in enumerate(args[1]):  # of all experts at once
+                self._check(args[0][expert], weight, output, expert)
         return output
 
-    def _check(self, x: Tensor, weight: Tensor, output: Tensor) -> None:
+    def _check(self, x: Tensor, weight: Tensor, output: Tensor, expert: int | None = None) -> None:
         view = self._views.get(weight.data_ptr())
         if view is not None and x.shape[-1] == view.shape[1] and x.numel():
-            self.on_product(view, x, output)
+            self.on_product(view, x, output, expert)
+
+
+def routed(x: Tensor) -> Tensor:  # (rows,) bool
+    """The rows of one expert's part (rows, in) of a batched product that hold a token: the others are zeros."""
+    return (x != 0).any(-1)
 
 
 class InputObserver(ProductMode):
@@ -67,13 +78,15 @@ class InputObserver(ProductMode):
         """Forget the inputs of the last batch."""
         self._inputs.clear()
 
-    def on_product(self, view: View, x: Tensor, output: Tensor) -> None:
+    def on_product(self, view: View, x: Tensor, output: Tensor, expert: int | None = None) -> None:
         began = perf_counter()
+        if expert is not None and not bool(routed(x).any()):
+            return
         known, stats = self._inputs.get(x.data_ptr()), self.stats.get(view.name)
         if known is None or known[0].shape != x.shape or (stats is not None and stats is not known[1]):
             stats = stats or InputStats(view.shape[1], self._needs, self._device)
             try:
-                stats.update(x.detach())
+                stats.update(x.detach() if expert is None else x.detach()[routed(x)])
             except PareError as error:
                 raise PareError(f"{view.name}: {error}") from error
             self._inputs[x.data_ptr()] = (x, stats)
@@ -103,7 +116,7 @@ class Capture(ProductMode):
         self.output: Tensor | None = None  # (..., out)
         self._stop = stop
 
-    def on_product(self, view: View, x: Tensor, output: Tensor) -> None:
+    def on_product(self, view: View, x: Tensor, output: Tensor, expert: int | None = None) -> None:
         self.input = x
         if self._stop:
             raise StopForward

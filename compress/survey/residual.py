@@ -102,7 +102,7 @@ def _adds(stream: Stream, block: Block, view: View) -> bool:
     weight, bias = view.weight, view.bias
     before, capture = run_with_capture(stream, block, view, 0)  # (batch, length, hidden)
     output = capture.output
-    if output is None:
+    if output is None or output.numel() != before.numel():
         return False
     added = (output if bias is None else output - bias).reshape(before.shape).float()
     # so large that what is added is no smaller than the stream, whose rounding would hide it

@@ -5,7 +5,7 @@ dense model's at the layer's block: each block is read once for all of them. The
 the hidden states of all streams fit into memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from paredown.compress.allocation.base import Layer, option_for
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.job import Job
-from paredown.compress.model.blocks import Block, View
+from paredown.compress.model.blocks import Block, View, by_owner
 from paredown.compress.model.stream import Stream, hidden_bytes, start
 from paredown.compress.numerics.moments import Stats
 
@@ -25,20 +25,20 @@ BYTES = 2 << 30  # limit on the hidden states of all streams together
 class SensitivityProbe:
     """Add each block with the statistics of its layers, while the block is in memory; then ask for the losses."""
 
-    def __init__(self, job: Job, ids: Tensor, layers: int) -> None:
-        """ids (windows, length) is the calibration text; `layers`: how many layers are going to be compressed."""
-        self._job = job
-        self._dense = start(job.source, _probe_ids(job.source, ids, layers * len(SHARES)))
+    def __init__(self, job: Job, ids: Tensor, views: Sequence[View]) -> None:
+        """ids (windows, length) is the calibration text; `views` are the layers that are going to be compressed."""
+        self._job, self._layers = job, {view.name for view in views}
+        self._dense = start(job.source, _probe_ids(job.source, ids, len(by_owner(views)) * len(SHARES)))
         self._branches: dict[tuple[str, float], Stream] = {}  # by layer and share
 
     def add(self, block: Block, stats: Mapping[str, Stats]) -> None:
         """Start a stream for each layer in `stats` and each share; all others advance through the dense block."""
         for stream in self._branches.values():
             stream.advance(block)
-        for view in block.views():
-            if view.name in stats:
-                for share in SHARES:
-                    self._branch(block, view, share, stats[view.name])
+        for owner, members in by_owner(v for v in block.views() if v.name in self._layers).items():
+            reached = [view for view in members if view.name in stats]
+            for share in SHARES if reached else ():
+                self._branch(block, owner, reached, share, stats)
         self._dense.advance(block)
 
     def losses(self) -> dict[str, dict[float, float]]:
@@ -48,22 +48,30 @@ class SensitivityProbe:
             losses.setdefault(name, {})[share] = float(stream.nll(self._job.source).double().mean())
         return losses
 
-    def _branch(self, block: Block, view: View, share: float, stats: Stats) -> None:
-        """Compress one layer, advance a new stream through the block, and undo the compression."""
-        method, weight, bias = self._job.method, view.weight, view.bias
-        option = option_for(Layer(view.name, prod(view.shape), method.choices(view.shape)), share)
-        edit = method.at(option).compress(weight, stats)
-        if edit is None:
-            return
-        view.assign(edit.dense())
-        if edit.shift is not None:
-            view.assign_bias((edit.shift if bias is None else bias.double() + edit.shift).to(weight.dtype))
-        stream = self._dense.copy()
-        stream.advance(block)
-        self._branches[view.name, share] = stream
-        view.assign(weight)
-        if edit.shift is not None:
-            view.assign_bias(bias)
+    def _branch(
+        self, block: Block, owner: str, views: Sequence[View], share: float, stats: Mapping[str, Stats]
+    ) -> None:
+        """Compress one layer, or all experts of a fused weight, advance a new stream through the block, and undo it."""
+        method, before = self._job.method_of(views[0]), []
+        choices = method.choices(views[0].shape)
+        option = option_for(Layer(owner, prod(views[0].shape), choices), share)
+        for view in views:
+            weight, bias = view.weight if view.expert is None else view.weight.clone(), view.bias
+            edit = method.at(option).compress(weight, stats[view.name])
+            if edit is None:
+                continue
+            before.append((view, weight, bias, edit.shift))
+            view.assign(edit.dense())
+            if edit.shift is not None:
+                view.assign_bias((edit.shift if bias is None else bias.double() + edit.shift).to(weight.dtype))
+        if before:
+            stream = self._dense.copy()
+            stream.advance(block)
+            self._branches[owner, share] = stream
+        for view, weight, bias, shift in before:
+            view.assign(weight)
+            if shift is not None:
+                view.assign_bias(bias)
 
 
 def _probe_ids(source: ModelSource, ids: Tensor, streams: int) -> Tensor:

@@ -18,7 +18,7 @@ from paredown.compress.errors import PareError
 from paredown.compress.job import Job
 from paredown.compress.machine import return_freed_memory
 from paredown.compress.methods.base import Choice
-from paredown.compress.model.blocks import Block
+from paredown.compress.model.blocks import Block, by_owner
 from paredown.compress.model.stream import start
 from paredown.compress.numerics.moments import INPUT_NEEDS, Need, Stats
 from paredown.compress.progress import ignore
@@ -32,7 +32,8 @@ class Survey:
     """What the first pass measured. Gradients are files in `scratch`: those of a whole model do not fit into memory."""
 
     scratch: Path
-    choices: dict[str, list[Choice]] = field(default_factory=dict)  # by layer, with predicted losses, smallest first
+    # with predicted losses, smallest first; by layer, all experts of a fused weight as one
+    choices: dict[str, list[Choice]] = field(default_factory=dict)
     angles: list[float] | None = None  # of each block, in units of pi: see `_angles`
     sensitivities: Sensitivities = field(default_factory=dict)  # nats per token, by layer and share
 
@@ -46,9 +47,11 @@ class Survey:
         return by_layer
 
     def keep_gradients(self, block: Block, stats: Mapping[str, Stats], needs: frozenset[Need]) -> None:
-        """Write these moments of output gradients to disk, in float32."""
+        """Write these moments of output gradients to disk, in float32; without the layers that have no gradient."""
         tensors = {
-            f"{name}|{need}": s.gradient(need).float().cpu().contiguous() for name, s in stats.items() for need in needs
+            f"{name}|{need}": s.gradient(need).float().cpu().contiguous()
+            for name, s in stats.items()
+            for need in needs & s.gradients.keys()
         }
         if tensors:
             save_file(tensors, self._path(block))
@@ -92,12 +95,12 @@ def survey(job: Job, ids: Tensor, scratch: Path, note: Callable[[str], None] = i
     result = Survey(scratch)
     if job.method.surveys_angles:
         result.angles = _angles(job, ids, note)
-    views = [v for v in job.targets_within(result.angles) if v.expert is None or job.method.experts]
+    views = job.targets_within(result.angles)
     reads = job.allocation.reads
     if not job.gradients and reads == "shapes":
         return result
     layers = {view.name for view in views}
-    probe = SensitivityProbe(job, ids, len(layers)) if reads == "sensitivities" else None
+    probe = SensitivityProbe(job, ids, views) if reads == "sensitivities" else None
     gradients = job.gradients
     if Need.OUTPUT_GRADIENT in gradients:  # a solver reads the diagonal beside it
         gradients = gradients | {Need.OUTPUT_GRADIENT_DIAGONAL}
@@ -106,7 +109,7 @@ def survey(job: Job, ids: Tensor, scratch: Path, note: Callable[[str], None] = i
         if probe is not None:
             probe.add(block, stats)
         elif reads == "losses":
-            result.choices |= _choices(job, block, stats)
+            result.choices |= _choices(job, block, layers, stats, ids.numel())
         del stats  # free them before the next block's are collected
         return_freed_memory()
     if probe is not None:
@@ -124,15 +127,18 @@ def _observed(
     return _forward(job, ids, layers, needs, note)
 
 
-def _choices(job: Job, block: Block, stats: Mapping[str, Stats]) -> dict[str, list[Choice]]:
-    """The method's choices for each layer of the block, with predicted losses."""
+def _choices(
+    job: Job, block: Block, layers: set[str], stats: Mapping[str, Stats], tokens: int
+) -> dict[str, list[Choice]]:
+    """The method's choices for each of these layers of the block, with predicted losses; without those not measured."""
+    measured = {name: s for name, s in stats.items() if job.gradients <= s.gradients.keys()}
     choices = {}
-    for view in block.views():
-        if view.name in stats:
+    for owner, members in by_owner(v for v in block.views() if v.name in layers).items():
+        if any(view.name in measured for view in members):
             try:
-                choices[view.name] = job.method.choices(view.shape, view.weight, stats[view.name])
+                choices[owner] = job.choices_of(members, measured, tokens)
             except PareError as error:
-                raise PareError(f"{view.name}: {error}") from error
+                raise PareError(f"{owner}: {error}") from error
     return choices
 
 
@@ -145,9 +151,8 @@ def _forward(
         with source.loaded(block):
             observer = InputObserver([v for v in block.views() if v.name in layers], needs, source.device)
             with observer:
-                for i, output in enumerate(stream.outputs(block)):
+                for _ in stream.advancing(block):
                     observer.next_batch()
-                    stream.hidden[i] = output.to("cpu")
             yield block, {name: Stats(inputs) for name, inputs in observer.stats.items()}
         note(f"survey: block {block.index + 1} of {len(job.blocks)}")
 

@@ -8,7 +8,7 @@ A file is .txt (one document), .jsonl, .json or .parquet. The protocols are thos
 
 import platform
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeVar
 
 from paredown.compress.errors import PareError, did_you_mean
 from paredown.compress.text import stdlib_text
+from paredown.compress.text.by_content import folder_options
+from paredown.compress.text.columns import Form, JsonRows, Parquet, read_column
 from paredown.compress.text.corpus import Corpus, Rows, overlap
 
 __all__ = ["DEFAULT_SPLITS", "NAMED", "Corpus", "Role", "Rows", "load_corpus", "overlap"]
@@ -23,9 +25,10 @@ __all__ = ["DEFAULT_SPLITS", "NAMED", "Corpus", "Role", "Rows", "load_corpus", "
 Role = Literal["calibration", "evaluation"]
 T = TypeVar("T")
 
-# suffix -> the builder of `datasets` that reads it; a .txt is read whole, without one
-READERS = {
-    ".txt": "text", ".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".parquet": "parquet",
+# suffix -> how it is read; a .txt is read whole, without columns
+JSON, PARQUET = JsonRows(), Parquet()
+READERS: dict[str, Form | None] = {
+    ".txt": None, ".jsonl": JSON, ".json": JSON, ".jsonl.gz": JSON, ".json.gz": JSON, ".parquet": PARQUET,
 }  # fmt: skip
 FORMS = "a .txt, .jsonl, .json or .parquet file, or a folder of them"
 HOW_TO_SET: dict[Role, str] = {
@@ -90,7 +93,13 @@ def load_corpus(spec: str, role: Role) -> Corpus:
     """
     if role not in DEFAULT_SPLITS:
         raise PareError(f"unknown role {role!r} of a text; wanted one of {', '.join(DEFAULT_SPLITS)}.")
-    corpus = _load(spec, role)
+    if "\0" in spec or not _is_unicode(spec):
+        raise PareError(f"the name {spec[:200]!r} is no UTF-8 text. Rename the file, or name {FORMS}.")
+    try:
+        corpus = _load(spec, role)
+    except (OSError, RuntimeError) as fault:  # no right to read it, a name that is too long, ~ of nobody
+        told = fault.strerror if isinstance(fault, OSError) else str(fault).rstrip(".")
+        raise PareError(f"the text {spec[:200]} cannot be read: {told}. Name {FORMS}.") from fault
     if not any(document.strip() for document in corpus.documents):
         raise PareError(f"{spec} holds no text. Name a file or split with text in it.")
     return corpus
@@ -103,7 +112,7 @@ def _load(spec: str, role: Role) -> Corpus:
     if spec in NAMED:
         return _load_named(spec, NAMED[spec], role)
     path, *selectors = [spec] if Path(spec).exists() else SELECTOR.split(spec)
-    if _is_local(path):
+    if path.strip() and _is_local(path):
         return _load_local(spec, Path(path).expanduser(), selectors, role)
     if HUB_NAME.fullmatch(path) and len(selectors) <= 3:
         return _load_hub(spec, path, selectors, role)
@@ -143,15 +152,16 @@ def _load_hub(spec: str, path: str, selectors: Sequence[str], role: Role) -> Cor
     import datasets
 
     config, split, column = [*(part or None for part in selectors), None, None, None][:3]
+    options = _fetch(lambda: folder_options(path, config), spec, role) if Path(path).is_dir() else {}
     if split is None:
-        splits = _fetch(lambda: datasets.get_dataset_split_names(path, config_name=config), spec, role)
+        splits = _fetch(lambda: datasets.get_dataset_split_names(path, config_name=config, **options), spec, role)
         split = next((name for name in DEFAULT_SPLITS[role] if name in splits), None)
         if split is None:
             raise PareError(
                 f"{spec} has no split {' or '.join(DEFAULT_SPLITS[role])} for {role}; it has {', '.join(splits)}. "
                 f"Name one, as in {path}:{config or ''}:{splits[0]}"
             )
-    data = _fetch(lambda: datasets.load_dataset(path, config, split=split), spec, role)
+    data = _fetch(lambda: datasets.load_dataset(path, config, split=split, **options), spec, role)
     name = Path(path).name if Path(path).exists() else path
     return Corpus(name, split, Rows(data, _column(data, column, spec)), revision=_revision(data))
 
@@ -164,10 +174,10 @@ def _load_local(spec: str, path: Path, selectors: Sequence[str], role: Role) -> 
     if len(selectors) > (3 if path.is_dir() else 1):
         raise PareError(f"too many parts in {spec}. Name file:column, or folder[:config[:split[:column]]].")
     files = sorted(_text_files(path)) if path.is_dir() else [path]
-    if not files or not all(map(_reader, files)):
+    if not files or not all(_is_text(file) and file.is_file() for file in files):
         raise PareError(f"{path} is no text to read: wanted {FORMS}.")
     column = selectors[0] if selectors else None
-    parts = [_read(reader, list(group), column, spec, role) for reader, group in groupby(files, _reader)]
+    parts = [_read(reader, list(group), column, spec) for reader, group in groupby(files, _reader)]
     return Corpus(path.name, "all", parts[0] if len(parts) == 1 else list(chain.from_iterable(parts)))
 
 
@@ -184,24 +194,24 @@ def _has_hub_layout(folder: Path) -> bool:
 def _text_files(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.is_file() and _reader(path):
+        if not hidden and path.is_file() and _is_text(path):
             yield path
 
 
-def _reader(path: Path) -> str | None:
+def _is_text(path: Path) -> bool:
+    return path.name.endswith(tuple(READERS))
+
+
+def _reader(path: Path) -> Form | None:
     return next((reader for suffix, reader in READERS.items() if path.name.endswith(suffix)), None)
 
 
-def _read(reader: str | None, files: list[Path], column: str | None, spec: str, role: Role) -> Sequence[str]:
-    if reader == "text":
+def _read(reader: Form | None, files: list[Path], column: str | None, spec: str) -> Sequence[str]:
+    if reader is None:
         if column is not None:
             raise PareError(f"a .txt file has no columns, and {spec} names the column {column!r}. Name the file alone.")
         return [_read_text(path) for path in files]
-    import datasets
-
-    names = [str(path) for path in files]
-    data = _fetch(lambda: datasets.load_dataset(reader, data_files=names, split="train"), spec, role)
-    return Rows(data, _column(data, column, spec))
+    return read_column(reader, files, column, lambda columns: _chosen(columns, column, spec))
 
 
 def _read_text(path: Path) -> str:
@@ -216,15 +226,24 @@ def _read_text(path: Path) -> str:
 
 
 def _column(data: Any, column: str | None, spec: str) -> str:
-    strings = [name for name, kind in data.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
+    kinds = {name: getattr(kind, "dtype", "") in ("string", "large_string") for name, kind in data.features.items()}
+    return _chosen(kinds, column, spec)
+
+
+def _chosen(columns: Mapping[str, bool], column: str | None, spec: str) -> str:
+    """The column to read, of those of strings. Raises PareError where none is named and more than one could be meant."""
+    strings = [name for name, of_strings in columns.items() if of_strings]
     chosen = column or ("text" if "text" in strings else strings[0] if len(strings) == 1 else None)
     if chosen is not None and chosen in strings:
         return chosen
+    wanted = chosen or "text"
     lack = f"no column of strings named {chosen!r}" if chosen else "no column 'text', and not just one of strings"
+    if wanted in columns:
+        lack = f"values in its column {wanted!r} that are no strings"
     path = SELECTOR.split(spec)[0]
-    form = f"{path}:column" if _reader(Path(path)) else f"{path}:config:split:column"
+    form = f"{path}:column" if _is_text(Path(path)) else f"{path}:config:split:column"
     raise PareError(
-        f"{spec} has {lack}. Columns: {', '.join(data.features) or 'none'}; of strings: {', '.join(strings) or 'none'}."
+        f"{spec} has {lack}. Columns: {', '.join(columns) or 'none'}; of strings: {', '.join(strings) or 'none'}."
         f"{did_you_mean(chosen or '', strings)} Name one as {form}, or call it 'text' in a file of your own."
     )
 
@@ -237,6 +256,8 @@ def _fetch(load: Callable[[], T], spec: str, role: Role) -> T:
     datasets.disable_progress_bars()
     try:
         return load()
+    except PareError:
+        raise
     except Exception as fault:  # datasets, the hub, httpx and arrow each raise their own kind
         reason = " ".join(f"{fault.__cause__ or ''} {fault}".split())
         raise PareError(
@@ -251,5 +272,9 @@ def _revision(data: Any) -> str | None:
     return next((part for part in folders if COMMIT.fullmatch(part)), None)
 
 
+def _is_unicode(name: str) -> bool:
+    return all(not "\ud800" <= character <= "\udfff" for character in name)
+
+
 def _is_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or _reader(Path(path)) is not None or Path(path).exists()
+    return path.startswith((".", "/", "~")) or _is_text(Path(path)) or Path(path).exists()

@@ -2,13 +2,14 @@
 
 Calibration draws as SparseGPT and Wanda do: one random window from each of many random documents that are longer than a
 window, or random windows of the joined text (Frantar & Alistarh 2023, arXiv 2301.00774). Scoring follows the token
-perplexity of the same papers. The tokenizer adds its special tokens once per text, as it does by default.
+perplexity of the same papers, but for one thing: where the tokenizer puts a BOS before a text, every window begins with it,
+as every text does that the model was trained on. `bos="none"` is the papers' protocol, with one BOS before the whole text.
 """
 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from paredown.compress.errors import PareError
 from paredown.compress.text.corpus import Corpus
 
+Bos = Literal["auto", "none"]  # before every window, if the tokenizer adds one; or only where the papers have it
 # A text is long enough to calibrate on if its windows repeat each token about so many times at most.
 MAX_REPEATS_PER_TOKEN = 8
 
@@ -44,7 +46,8 @@ class Windows:
     revision: str | None = None
     seed: int | None = None
     sampling: str = "in order"
-    bos: str = "none"
+    bos: str = "none"  # which windows begin with the tokenizer's BOS
+    special: int = 0  # tokens before the text of every window
     capped_from: int | None = None  # the requested length, where the model allows less
     text_tokens: int | None = None  # of the whole text, where all of it was tokenised
     pieces: int | None = None  # into how many pieces a very long text was cut, after line breaks, to tokenise it
@@ -57,6 +60,10 @@ class Windows:
     def tokens(self) -> int:
         return self.ids.numel()
 
+    def of_text(self, losses: Tensor) -> Tensor:  # (windows, targets)
+        """Those losses (windows, length - 1) whose target is text: of two special tokens, the second is none."""
+        return losses[:, max(self.special - 1, 0) :]
+
     def provenance(self) -> dict[str, Any]:
         """All fields but the ids, for the report; those that are None are left out."""
         fields = {
@@ -67,6 +74,32 @@ class Windows:
         return {"corpus": self.corpus, **{k: v for k, v in fields.items() if v is not None}}
 
 
+@dataclass(frozen=True)
+class _Opening:
+    """The special tokens that stand before each window, and those that stand once before a text."""
+
+    window: tuple[int, ...]
+    text: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Any, bos: Bos) -> "_Opening":
+        prefix = special_prefix(tokenizer)
+        return cls(prefix, ()) if bos == "auto" else cls((), prefix)
+
+    def encode(self, tokenizer: Any, text: str, begins: bool = True) -> Tensor:  # (tokens,)
+        """Tokens of a part of a text; `begins` says that it is the first. What a tokenizer adds at the end is left out."""
+        return torch.tensor([*(self.text if begins else ()), *plain_ids(tokenizer, text)], dtype=torch.int64)
+
+    def before(self, rows: Tensor) -> Tensor:  # (windows, length)
+        """Put the special tokens before each window of text; rows (windows, length - special tokens)."""
+        special = torch.tensor(self.window, dtype=rows.dtype).expand(len(rows), -1)
+        return torch.cat([special, rows], 1)
+
+    def told(self, of_text: str) -> str:
+        """Which windows begin with a BOS, for the report; `of_text` names those that begin with the text's."""
+        return "every window" if self.window else of_text if self.text else "none"
+
+
 def calibration_windows(
     corpus: Corpus,
     tokenizer: Any,
@@ -75,13 +108,16 @@ def calibration_windows(
     seed: int,
     max_length: int,
     sizes: ReadSizes = READ_SIZES,
+    bos: Bos = "auto",
 ) -> Windows:
     """`sequences` random windows of `length` tokens, or of `max_length`, the most that the model takes, if that is less.
 
     They come from documents longer than a window where there are enough of them, else from the joined text. No more
     documents are tokenised than are needed. Raises PareError if the text is too short.
     """
-    width = _width(length, max_length, "calibration.length")
+    opening = _Opening.of(tokenizer, bos)
+    window = _width(length, max_length, "calibration.length", len(opening.window))
+    width = window - len(opening.window)  # of text
     if sequences < 1:
         raise PareError(f"calibration needs at least one window, not {sequences}: --set calibration.sequences=128")
     draw = random.Random(seed)
@@ -90,30 +126,30 @@ def calibration_windows(
     text_tokens = None
     sampling = "joined" if corpus.pooled else "documents"
     if not corpus.pooled:
-        rows, offsets = _from_documents(corpus, tokenizer, sequences, width, draw, sizes)
+        rows, offsets = _from_documents(corpus, tokenizer, opening, sequences, width, draw, sizes)
     if len(rows) < sequences:
         sampling = "joined"
         if corpus.characters > max(sizes.one_call, sequences * width * sizes.per_token):
-            rows, offsets = _from_stretches(corpus, tokenizer, sequences, width, draw, sizes)
+            rows, offsets = _from_stretches(corpus, tokenizer, opening, sequences, width, draw, sizes)
         else:
-            parts = [part for part, _ in _encode_pieces(corpus, tokenizer, corpus.characters, sizes)]
+            parts = [part for part, _ in _encode_pieces(corpus, tokenizer, opening, corpus.characters, sizes)]
             ids = torch.cat(parts)  # (tokens,)
             text_tokens = len(ids)
-            _check_enough(corpus, text_tokens, sequences, width)
+            _check_enough(corpus, text_tokens, sequences, width, len(opening.window))
             offsets = [draw.randint(0, len(ids) - width - 1) for _ in range(sequences)]
             rows = [ids[offset : offset + width] for offset in offsets]
-    # a window begins with the tokenizer's BOS only where it stands at the start of its text
-    with_bos = offsets.count(0) if special_prefix(tokenizer) else 0
+    begun = offsets.count(0)  # windows that begin a text
     return Windows(
-        torch.stack(rows),  # (sequences, width)
+        opening.before(torch.stack(rows)),  # (sequences, window)
         corpus.name,
         corpus.split,
         corpus.sha256,
         corpus.revision,
         seed,
         sampling,
-        f"first of {with_bos} of {sequences} windows" if with_bos else "none",
-        length if width < length else None,
+        opening.told(f"first of {begun} of {sequences} windows" if begun else "none"),
+        len(opening.window),
+        length if window < length else None,
         text_tokens,
     )
 
@@ -125,13 +161,18 @@ def evaluation_windows(
     max_length: int,
     limit: int | None = None,
     sizes: ReadSizes = READ_SIZES,
+    bos: Bos = "auto",
 ) -> Windows:
     """The field's token-perplexity protocol: the joined text is tokenised once and cut without overlap, the tail dropped.
 
+    A BOS before each window counts within its length, so that the first token of text is predicted too.
     Windows have `length` tokens, or `max_length`, the most that the model takes, if that is less. `limit` keeps the first
     windows only. Raises PareError if the text is shorter than one window.
     """
-    width = _width(length, max_length, "evaluate.length")
+    opening = _Opening.of(tokenizer, bos)
+    special = len(opening.window)
+    window = _width(length, max_length, "evaluate.length", special)
+    width = window - special  # of text
     if limit is not None and limit < 1:
         raise PareError(f"scoring needs at least one window, not {limit}: --set evaluate.windows=1")
     limits = [n for n in (limit, corpus.max_windows) if n is not None]
@@ -139,65 +180,81 @@ def evaluation_windows(
     most = corpus.characters if wanted is None else min(wanted * sizes.per_token, corpus.characters)
     parts: list[Tensor] = []
     read = 0  # characters
-    for part, end in _encode_pieces(corpus, tokenizer, most, sizes):
+    for part, end in _encode_pieces(corpus, tokenizer, opening, most, sizes):
         parts.append(part)
         read = end
         if wanted is not None and sum(map(len, parts)) >= wanted:
             break
     ids = torch.cat(parts)  # (tokens,)
     if len(ids) < width:
-        shorter = f", or shorten the window: --set evaluate.length={max(2, len(ids) // 2)}" if len(ids) > 1 else "."
+        least = max(1 if special else 2, len(ids) // 2)
+        shorter = f", or shorten the window: --set evaluate.length={least + special}" if len(ids) >= least else "."
         raise PareError(
             f"the evaluation text {corpus.name} has {len(ids)} tokens, fewer than one window of {width}. "
             f"Name a longer text{shorter}"
         )
     count = min([len(ids) // width, *limits])
     return Windows(
-        ids[: count * width].view(count, width),
+        opening.before(ids[: count * width].view(count, width)),  # (count, window)
         corpus.name,
         corpus.split,
         corpus.sha256,
         corpus.revision,
-        bos="first window only" if special_prefix(tokenizer) else "none",
-        capped_from=length if width < length else None,
+        bos=opening.told("first window only"),
+        special=special,
+        capped_from=length if window < length else None,
         text_tokens=len(ids) if read == corpus.characters else None,
         pieces=len(parts) if len(parts) > 1 else None,
     )
 
 
-def special_prefix(tokenizer: Any) -> int:
-    """How many special tokens the tokenizer puts before a text by default: 1 if it adds a BOS, 0 for most."""
-    plain, full = _encode(tokenizer, "a", special=False).tolist(), _encode(tokenizer, "a").tolist()
-    return next((start for start in range(len(full)) if full[start : start + len(plain)] == plain), 0)
+def special_prefix(tokenizer: Any) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts before a text by default: a BOS for some, for most none."""
+    plain, full = plain_ids(tokenizer, "a"), _ids(tokenizer, "a", special=True)
+    starts = (start for start in range(len(full)) if full[start : start + len(plain)] == plain)
+    return tuple(full[: next(starts, 0)])
 
 
-def _encode(tokenizer: Any, text: str, special: bool = True) -> Tensor:  # (tokens,)
-    """With the tokenizer's defaults, and without its warning about texts longer than the model's window."""
-    ids = tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
-    return torch.tensor(list(ids), dtype=torch.int64)
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text without any that the tokenizer would add."""
+    return _ids(tokenizer, text, special=False)
 
 
-def _encode_pieces(corpus: Corpus, tokenizer: Any, most: int, sizes: ReadSizes) -> Iterator[tuple[Tensor, int]]:
+def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
+    """Without the tokenizer's warning about texts longer than the model's window."""
+    return list(tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"])
+
+
+def _encode_pieces(
+    corpus: Corpus, tokenizer: Any, opening: _Opening, most: int, sizes: ReadSizes
+) -> Iterator[tuple[Tensor, int]]:
     """Tokens of the first `most` characters of the joined text, piece by piece, with the number of characters so far."""
     read = 0
     for piece in [corpus.excerpt(0, most)] if most <= sizes.one_call else corpus.pieces(most, sizes.piece):
-        ids = _encode(tokenizer, piece, special=not read)
+        ids = opening.encode(tokenizer, piece, begins=not read)
         read += len(piece)
         yield ids, read
 
 
-def _width(length: int, max_length: int, option: str) -> int:
-    width = min(length, max_length)
-    if width < 2:
+def _width(length: int, max_length: int, option: str, special: int) -> int:
+    """The tokens of a window, `special` of which are no text."""
+    width, least = min(length, max_length), max(2, special + 1)
+    if width < least:
         raise PareError(
-            f"a window needs at least 2 tokens; {option} is {length}, and the model allows {max_length}: "
-            f"--set {option}={max(2, min(2048, max_length))}"
+            f"a window needs at least {least} tokens; {option} is {length}, and the model allows {max_length}: "
+            f"--set {option}={max(least, min(2048, max_length))}"
         )
     return width
 
 
 def _from_documents(
-    corpus: Corpus, tokenizer: Any, sequences: int, width: int, draw: random.Random, sizes: ReadSizes
+    corpus: Corpus,
+    tokenizer: Any,
+    opening: _Opening,
+    sequences: int,
+    width: int,
+    draw: random.Random,
+    sizes: ReadSizes,
 ) -> tuple[list[Tensor], list[int]]:
     """One window from each of up to `sequences` random documents, all longer than a window.
 
@@ -215,7 +272,7 @@ def _from_documents(
             continue
         # of a huge document a random excerpt is enough; its first token, which may be half a word, is dropped
         start = draw.randrange(1, len(text) - excerpt + 1) if len(text) > excerpt else 0
-        ids = _encode(tokenizer, text[start : start + excerpt], special=not start)[1 if start else 0 :]
+        ids = opening.encode(tokenizer, text[start : start + excerpt], begins=not start)[1 if start else 0 :]
         searched += min(len(text), excerpt)
         if len(ids) > width:
             offset = draw.randint(0, len(ids) - width - 1)
@@ -225,7 +282,13 @@ def _from_documents(
 
 
 def _from_stretches(
-    corpus: Corpus, tokenizer: Any, sequences: int, width: int, draw: random.Random, sizes: ReadSizes
+    corpus: Corpus,
+    tokenizer: Any,
+    opening: _Opening,
+    sequences: int,
+    width: int,
+    draw: random.Random,
+    sizes: ReadSizes,
 ) -> tuple[list[Tensor], list[int]]:
     """One window from each of `sequences` equal stretches of a joined text that is too long to tokenise.
 
@@ -236,25 +299,30 @@ def _from_stretches(
     for i in range(sequences):
         offset = i * stretch + draw.randrange(1, stretch - excerpt + 1)
         # the first token may be half a word
-        ids = _encode(tokenizer, corpus.excerpt(offset, offset + excerpt), special=False)[1 : width + 1]
+        ids = opening.encode(tokenizer, corpus.excerpt(offset, offset + excerpt), begins=False)[1 : width + 1]
         if len(ids) < width:
+            shorter = max(2, len(ids) + len(opening.window))
             raise PareError(
                 f"the calibration text {corpus.name} has {len(ids)} tokens in {excerpt} characters, too few for a window of "
-                f"{width}. Name another text, or shorten the windows: --set calibration.length={max(2, len(ids))}"
+                f"{width}. Name another text, or shorten the windows: --set calibration.length={shorter}"
             )
         rows.append(ids.clone())
         offsets.append(offset)
     return rows, offsets
 
 
-def _check_enough(corpus: Corpus, tokens: int, sequences: int, width: int) -> None:
-    """Raise PareError, with settings that work, if `sequences` windows of `width` need more tokens than there are."""
+def _check_enough(corpus: Corpus, tokens: int, sequences: int, width: int, special: int) -> None:
+    """Raise PareError, with settings that work, if `sequences` windows of `width` need more tokens than there are.
+
+    `special`: how many tokens a window holds beside its text.
+    """
     needed = max(width + 1, sequences * width // MAX_REPEATS_PER_TOKEN)
     if tokens >= needed:
         return
     fewer = f"take fewer windows: --set calibration.sequences={tokens // width}" if tokens > width else None
     longest = min(max(2, tokens // 2), tokens - 1, MAX_REPEATS_PER_TOKEN * tokens // sequences)
-    shorter = f"shorten the windows: --set calibration.length={longest}" if longest >= 2 else None
+    enough = longest >= (1 if special else 2)
+    shorter = f"shorten the windows: --set calibration.length={longest + special}" if enough else None
     ways = "".join(f", or {way}" for way in (fewer, shorter) if way)
     need = (
         f"a window needs {width + 1}"

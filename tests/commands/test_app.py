@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from paredown.commands.app import main
+from paredown.commands.app import exit_codes, main
 from paredown.compress import compress
 from paredown.compress.checkpoint import transformers_plugin
 from paredown.compress.run.verify import verify
@@ -150,6 +150,20 @@ def test_an_interrupted_run_leaves_nothing(number, arguments, tiny_model, tmp_pa
     said = run.communicate(timeout=60)[1]
     assert run.returncode == 130 and "nothing was written" in said
     assert not out.exists() and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no terminals that hang up")
+def test_a_terminal_that_hangs_up_interrupts_and_nohup_protects_from_it(capsys):
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as stop, exit_codes():
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.value.code == 130 and capsys.readouterr().err == "interrupted: nothing was written\n"
+        assert signal.signal(signal.SIGHUP, signal.SIG_IGN) is signal.SIG_DFL
+        with exit_codes():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture

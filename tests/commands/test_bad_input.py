@@ -141,6 +141,21 @@ def test_wrong_shape_missing_tensor_and_nan(run, tiny_model):
     run("1 tensors of a llama model are missing, first 'model.layers.0.mlp.down_proj.weight'", model=tiny_model)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("hidden_size", "64", "Field 'hidden_size' expected int, got str"),
+        ("num_hidden_layers", 10**9, "num_hidden_layers: 1000000000, and the files hold tensors of 2 layers"),
+        ("vocab_size", 10**12, "vocab_size: 1000000000000, and the largest dimension of a tensor in the files is 320"),
+        ("architectures", ["LlamaForSequenceClassification"], "a classifier or reward model"),
+    ],
+)
+def test_settings_that_are_wrong_or_contradict_the_files(key, value, said, run, tiny_model):
+    path = tiny_model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    run(said, model=tiny_model)
+
+
 def test_activations_that_overflow(run, tmp_path, save_model, tiny_config):
     save_model(tmp_path / "half", tiny_config, torch.float16)
     change(tmp_path / "half", WEIGHT, lambda w: torch.full_like(w, 60000.0))

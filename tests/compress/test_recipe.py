@@ -130,6 +130,81 @@ def test_a_folder_that_is_called_as_a_recipe_does_not_hide_it(tmp_path, monkeypa
     assert Recipe.load("wanda-50").method == "wanda"
 
 
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("{[a]: b}", "no key"),
+        ("{{a: b}: c}", "no key"),
+        ("&a [*a]", "deep in each other"),
+        ("[" * 100 + "]" * 100, "deep in each other"),
+        ("[" * 3000, "deep in each other"),
+        ("[" + ",".join("x" * 20_002) + "]", "more than 10,000 values"),
+        ("9" * 5000, "cannot be read"),
+        ("0x" + "f" * 5000, "20,000 bits is too large"),
+        ("9" * 30, "bits is too large"),
+        (".nan", "no finite number"),
+        ("-.inf", "no finite number"),
+        ("nan", "no finite number"),
+        ("1.0e+999", "no finite number"),
+        ("2020-01-01", "neither a word nor a number"),
+        ("2020-13-45", "cannot be read"),
+        ("!!binary aGk=", "neither a word nor a number"),
+        ("!!int ''", "cannot be read"),
+        ("!!python/object:os.system x", "could not determine a constructor"),
+        ("x" * 20_000, "20,000 characters is too long"),
+        ('"\\0"', "a character that no text has"),
+        ('"\\ud800"', "a character that no text has"),
+        ("{a: 1, a: 2}", "stands twice"),
+    ],
+)
+def test_values_that_no_recipe_needs_are_one_sentence_in_a_file_and_on_the_command_line(written, value, said):
+    for load in (
+        lambda: Recipe.load(written(f"method: wanda\noptions: {{sparsity: 0.5}}\ndescription: {value}\n")),
+        lambda: Recipe.load("wanda-50", [f"sparsity={value}"]),
+    ):
+        with pytest.raises(PareError, match=f"(?s){said}") as fault:
+            load()
+        assert len(str(fault.value).encode()) < 1000
+
+
+def test_aliases_that_grow_without_end_are_refused_and_others_are_not(written):
+    with pytest.raises(PareError, match="more than 10,000 values, those that an alias repeats counted each time"):
+        Recipe.load(written(f"method: wanda\n{BOMB}"))
+    text = "method: wanda\noptions: {sparsity: 0.5}\ncalibration: {length: &n 64}\nevaluate: {length: *n}\n"
+    assert Recipe.load(written(text)).evaluate.length == 64
+
+
+@pytest.mark.parametrize("value", ["true", "'3'", "3.0", "-1", "[3]", "~", "2000000000000"])
+@pytest.mark.parametrize("key", ["calibration.sequences", "calibration.length", "evaluate.length"])
+def test_counts_are_whole_numbers_and_nothing_that_passes_for_them(key, value):
+    with pytest.raises(PareError, match=key):
+        Recipe.load("wanda-50", [f"{key}={value}"])
+
+
+def test_what_is_no_recipe_file_is_one_sentence(written, tmp_path):
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(PareError, match="is a folder"):
+        Recipe.load(str(tmp_path / "folder.yaml"))
+    with pytest.raises(PareError, match="more than 262,144 bytes"):
+        Recipe.load(written("#" * 300_000))
+    for name in ("x" * 5000, "x" * 5000 + ".yaml", "a\0b.yaml"):
+        with pytest.raises(PareError):
+            Recipe.load(name)
+    with pytest.raises(PareError, match="no UTF-8"):
+        Recipe.load(written("method: wanda".encode("utf-16")))
+    with pytest.raises(PareError, match="plugin"):
+        Recipe.load("wanda-50", [f"plugins=[{'x' * 5000}.py]"])
+
+
+def test_the_rule_for_the_bos_is_one_key_for_the_whole_recipe():
+    assert Recipe.load("wanda-50").bos == "auto" and Recipe.load("wanda-50", ["bos=none"]).bos == "none"
+    with pytest.raises(PareError, match="bos"):
+        Recipe.load("wanda-50", ["bos=never"])
+
+
 def test_a_key_that_stands_twice_is_a_fault(tmp_path):
     path = tmp_path / "twice.yaml"
     path.write_text("method: wanda\noptions: {sparsity: 0.5}\noptions: {sparsity: 0.7}\n")

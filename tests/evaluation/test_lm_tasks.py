@@ -6,31 +6,44 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from paredown.compress.errors import PareError
 from paredown.compress.text import stdlib_text
+from paredown.compress.text.windows import special_prefix
 from paredown.evaluation.lm_tasks import Score, TaskScores, check_tasks, compare_tasks, run_tasks, task_manager
 from paredown.evaluation.reference import model_path
+from paredown.evaluation.tables import task_rows
 from paredown.evaluation.tasks import stdlib_lines
+
+EOS = 256
+
+
+def byte_tokenizer(template=None):
+    """One token a byte; `template` says which special tokens the tokenizer adds to a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = {"<eos>": EOS, "<a>": 257}
+    bytes_ = Tokenizer(models.BPE(vocab={**{c: i for i, c in enumerate(alphabet)}, **special}, merges=[]))
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_.decoder = decoders.ByteLevel()
+    if template:
+        bytes_.post_processor = processors.TemplateProcessing(single=template, special_tokens=list(special.items()))
+    return PreTrainedTokenizerFast(tokenizer_object=bytes_, eos_token="<eos>", bos_token="<eos>")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_ = Tokenizer(models.BPE(vocab={**{c: i for i, c in enumerate(alphabet)}, "<eos>": 256}, merges=[]))
-    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bytes_, eos_token="<eos>", bos_token="<eos>")
+    return byte_tokenizer()
 
 
 def tiny(seed=0, positions=1024):
     torch.manual_seed(seed)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=257)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=258)
     config = LlamaConfig(**sizes, max_position_embeddings=positions, bos_token_id=256, eos_token_id=256)
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -190,6 +203,97 @@ def test_no_remarks_where_nothing_happened_and_nothing_for_no_tasks(tokenizer, f
 def test_summary_is_json_with_counts(tokenizer, folder):
     summary = run_tasks(tiny(), tokenizer, ["own_choice"], include=folder, limit=4).summary()
     assert json.loads(json.dumps(summary))["own_choice"]["acc"]["documents"] == 4
+
+
+# The special tokens before a text
+
+
+def inputs_of(model, *args, **options):
+    """All rows that the model reads while tasks are run, and the scores."""
+    rows = []
+    hook = model.register_forward_pre_hook(lambda module, given: rows.extend(given[0].tolist()))
+    scores = run_tasks(model, *args, **options)
+    hook.remove()
+    return rows, scores
+
+
+@pytest.mark.parametrize(
+    ("template", "opening", "positions"),
+    [("<eos> $A", [EOS], 24), ("<eos> $A <eos>", [EOS], 1024), ("<a> <eos> $A", [257, EOS], 24)],
+)
+def test_every_input_begins_with_the_tokens_that_the_tokenizer_puts_before_a_text(template, opening, positions, folder):
+    names = ["own_choice", "own_pages"]
+    rows, scores = inputs_of(tiny(positions=positions), byte_tokenizer(template), names, include=folder)
+    assert rows and all(row[: len(opening)] == opening for row in rows)
+    # right of that, only lm-eval's padding (0) beside the bytes of the text
+    assert all(max(row[len(opening) :]) < EOS and len(row) <= positions for row in rows)
+    assert scores.bos == scores.summary()["own_choice"]["acc"]["bos"] == "every context"
+    assert compare_tasks(scores, scores)["own_pages"]["word_perplexity"]["bos"] == "every context"
+    for shown in (scores.summary(), compare_tasks(scores, scores)):
+        assert task_rows(shown).notes == ("Tasks: BOS token: every context",)
+
+
+def test_without_a_bos_of_the_tokenizer_or_of_the_recipe_there_is_none(folder):
+    for tokenizer, bos in ((byte_tokenizer(), "auto"), (byte_tokenizer("<eos> $A <eos>"), "none")):
+        rows, scores = inputs_of(tiny(), tokenizer, ["own_choice"], include=folder, bos=bos)
+        assert not any(EOS in row for row in rows) and scores.bos == "none"
+
+
+def test_inputs_without_special_tokens_are_those_of_lm_eval_itself(folder, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    from paredown.evaluation import lm_model
+
+    ours, _ = inputs_of(tiny(positions=24), byte_tokenizer(), ["own_choice", "own_pages"], include=folder)
+    monkeypatch.setattr(
+        lm_model,
+        "PrefixedLM",
+        lambda model, tokenizer, size, _: HFLM(model, "causal", tokenizer=tokenizer, batch_size=size),
+    )
+    theirs, _ = inputs_of(tiny(positions=24), byte_tokenizer(), ["own_choice", "own_pages"], include=folder)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("template", ["<eos> $A", "<a> <eos> $A"])
+def test_a_rolling_likelihood_is_what_slow_loops_over_windows_say(template):
+    from paredown.evaluation.lm_model import PrefixedLM
+
+    model, tokenizer, text = tiny(positions=16), byte_tokenizer(template), "the cat sat on the mat and the dog ran"
+    opening = list(special_prefix(tokenizer))
+    lm = PrefixedLM(model, tokenizer, 2, opening)
+    (found,) = lm.loglikelihood_rolling([SimpleNamespace(args=(text,))], disable_tqdm=True)
+    ids, room, total = list(tokenizer(text, add_special_tokens=False).input_ids), 16 - len(opening) + 1, 0.0
+    for start in range(0, len(ids), room):
+        predicted = ids[start : start + room]
+        # the last window is filled up with what stands before it
+        begin = start if start + room <= len(ids) else len(ids) - room
+        row = [*opening, *ids[begin : start + len(predicted)]]
+        with torch.no_grad():
+            log_p = model(torch.tensor([row])).logits[0].double().log_softmax(-1)
+        total += sum(log_p[at - 1, row[at]].item() for at in range(len(row) - len(predicted), len(row)))
+    assert found == pytest.approx(total, rel=1e-5)
+
+
+def test_a_batch_of_prompts_is_cut_behind_the_bos():
+    from paredown.evaluation.lm_model import PrefixedLM
+
+    tokenizer = byte_tokenizer("<eos> $A")
+    lm = PrefixedLM(tiny(), tokenizer, 2, [EOS])
+    ids, mask = lm.tok_batch_encode(["abcdef", "xy"], left_truncate_len=5)
+    assert tokenizer.decode(ids[0][1:]) == "cdef" and ids[0][0] == EOS
+    assert mask.tolist() == [[1] * 5, [0, 0, 1, 1, 1]] and tokenizer.decode(ids[1][-3:]) == "<eos>xy"
+    assert (
+        lm.tok_encode("<eos>abc")
+        == lm.tok_encode("abc")
+        == [EOS, *tokenizer("abc", add_special_tokens=False).input_ids]
+    )
+
+
+def test_a_token_without_an_embedding_is_told(folder):
+    model = tiny()
+    model.resize_token_embeddings(50)
+    with pytest.raises(PareError, match="embedding has 50 rows"):
+        run_tasks(model, byte_tokenizer(), ["own_choice"], include=folder)
 
 
 # Comparison

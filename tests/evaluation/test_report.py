@@ -130,6 +130,11 @@ def test_a_whole_report_passes_also_after_a_turn_through_json(report):
     check_report({**report, "calibration": None, "evaluation": [], "tasks": {}, "layers": []})
 
 
+def test_the_report_names_the_bos_rule_of_calibration(report):
+    report["calibration"]["bos"] = "every window"
+    assert "128 sequences of 2,048 tokens, BOS token: every window, seed 7" in model_card(report)
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -150,9 +150,11 @@ def test_gradients_reach_the_input_every_factor_and_the_bias(kind, shape):
 
 
 @kinds
-def test_the_dense_weight_asks_for_no_gradient(kind):
+def test_gradients_reach_the_factors_through_the_dense_weight_as_through_the_product(kind):
     parts = [p.requires_grad_() if p.is_floating_point() else p for p in factors(kind, (7, 5, 3), torch.float32)]
-    assert not KINDS[kind][1](*parts).requires_grad
+    free, outward = [p for p in parts if p.requires_grad], torch.randn(7, 5)
+    wanted = torch.autograd.grad(KINDS[kind][0](torch.eye(5), *parts, None).T, free, outward)
+    torch.testing.assert_close(torch.autograd.grad(KINDS[kind][1](*parts), free, outward), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -43,7 +43,6 @@ class Factorized(WeightMethod):
     storage: Literal["factors", "pifa"] = "factors"
 
     chain = True
-    experts = False
     strategy = "uniform"
     # `kept` where no option says how much; None: the method has its own rule for ranks
     default_kept: ClassVar[float | None] = 0.8
@@ -76,6 +75,9 @@ class Factorized(WeightMethod):
     @property
     def budget(self) -> Budget:
         return Budget(self.share, self.target_parameters, self.asked, by_data=self.energy is not None)
+
+    def own_option(self, weight: Tensor, stats: Stats) -> int | None:
+        return self._rank_for((weight.shape[0], weight.shape[1]), self.losses(weight, stats)) or None
 
     def at(self, option: int) -> "Factorized":
         return replace(self, kept=None, rank=option, energy=None, target_parameters=None)
@@ -162,7 +164,7 @@ class Factorized(WeightMethod):
             return None
         low = dense64(edit, weight.dtype)
         loss = target.error_of(target.projected(low, metric), metric) / max(target.error_of_zero(metric), 1e-300)
-        return replace(edit, shift=self.shift(weight, low, stats), loss=loss)
+        return replace(edit, shift=self.shift(weight, low, stats), loss=loss, aim=target.aim)
 
     def approximate(self, target: Target, metric: Metric, dtype: torch.dtype) -> Factored | None:
         """The best factors, still without loss and shift; None if they would store no less than the weight."""

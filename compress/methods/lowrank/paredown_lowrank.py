@@ -45,6 +45,9 @@ class ParedownLowRank(Factorized):
     def without_bias(self) -> "ParedownLowRank":
         return replace(self, affine=False)
 
+    def for_experts(self) -> "ParedownLowRank":
+        return replace(self, affine=False)
+
     def metric(self, stats: Stats, gram: Tensor | None = None) -> Metric:
         """gram (in, in), here and below: that of `stats`, if the caller has it already, to save a large copy."""
         gram = stats.inputs.gram if gram is None else gram
@@ -102,7 +105,8 @@ class ParedownLowRank(Factorized):
             return None
         low = dense64(without, weight.dtype)  # (out, in)
         projected, shift = target.projected(low, metric), self.shift(weight, low, stats)
-        without = replace(without, loss=target.error_of(projected, metric) / max(target.error_of_zero(metric), 1e-300))
+        without_loss = target.error_of(projected, metric) / max(target.error_of_zero(metric), 1e-300)
+        without = replace(without, loss=without_loss, aim=target.aim)
         rank = largest_rank(self.kind, shape, plain.numbers(shape, without.rank), bias=True)
         if not rank:
             return without
@@ -120,7 +124,7 @@ class ParedownLowRank(Factorized):
         if error <= varying:
             return without
         loss = varying / max(target.error_of_zero(metric), 1e-300)
-        return replace(shifted, shift=self.shift(weight, low, stats), loss=loss)
+        return replace(shifted, shift=self.shift(weight, low, stats), loss=loss, aim=target.aim)
 
     def _residual(self, stats: Stats) -> Residual | None:
         """The error of the residual stream, if the layer writes to it and the options ask for it."""

@@ -3,7 +3,7 @@
 Chavan et al. 2023 (arXiv 2312.07046) take the second moment; with the bias the error is never larger.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -26,6 +26,9 @@ class ROM(Factorized):
 
     def without_bias(self) -> "ROM | None":
         return None if self.affine else self
+
+    def for_experts(self) -> "ROM":
+        return replace(self, affine=False)
 
     def metric(self, stats: Stats) -> Metric:
         return Metric(input=centred(stats.inputs) if self.affine else stats.inputs.gram)

@@ -33,7 +33,6 @@ class SparseLowRank(WeightMethod):
 
     needs = frozenset({Need.GRAM})
     chain = True
-    experts = False
 
     def expect(self, shape: Shape, element_size: int) -> Spec | None:
         """None if both parts together would store no less than the weight."""

@@ -232,9 +232,9 @@ def test_one_weight_is_read_at_a_time(strand, tmp_path):
     calls = []
 
     class WatchedFiles(TensorFiles):
-        def read(self, names):
+        def read(self, names, finite=True):
             calls.append(list(names))
-            return super().read(calls[-1])
+            return super().read(calls[-1], finite)
 
     class WatchedBitmaskFiles(BitmaskFiles):
         @cached_property

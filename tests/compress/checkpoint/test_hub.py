@@ -4,8 +4,9 @@ import shutil
 
 import huggingface_hub.constants
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
-from paredown.compress.checkpoint.hub import load_tokenizer, resolve
+from paredown.compress.checkpoint.hub import FETCHED, NOT_FETCHED, load_tokenizer, resolve
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 
@@ -60,3 +61,28 @@ def test_a_file_is_no_folder(tiny_model):
 def test_a_name_that_the_hub_cannot_hold_is_refused(cache):
     with pytest.raises(PareError, match="--bad/name"):
         resolve("--bad/name--")
+
+
+def test_weights_and_their_companions_are_fetched_once_and_nothing_else():
+    wanted = [
+        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model", "LICENSE",
+        "License.txt", "USE_POLICY.md", "additional_chat_templates/rag.jinja", "qwen.tiktoken", "chat_template.jinja",
+    ]  # fmt: skip
+    others = [
+        "original/model.safetensors", "original/params.json", "original/tokenizer.model", "consolidated.safetensors",
+        "consolidated-00001-of-00002.safetensors", "onnx/config.json", "model.gguf", "pytorch_model.bin", "x.py", "README.md",
+    ]  # fmt: skip
+    found = filter_repo_objects([*wanted, *others], allow_patterns=list(FETCHED), ignore_patterns=list(NOT_FETCHED))
+    assert list(found) == wanted
+
+
+def test_a_model_in_the_hubs_cache_takes_its_linked_files_along(cache, tmp_path, prune):
+    blobs = cache.parent.parent / "blobs"
+    blobs.mkdir()
+    for i, path in enumerate(sorted(cache.iterdir())):
+        path.rename(blobs / str(i))
+        path.symlink_to(f"../../blobs/{i}")
+    prune(resolve("org/tiny")[0], tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out")("a").input_ids and not any(
+        p.is_symlink() for p in (tmp_path / "out").iterdir()
+    )

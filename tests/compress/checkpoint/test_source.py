@@ -9,8 +9,9 @@ import torch
 import transformers as t
 from safetensors.torch import load_file, save_file
 
-from paredown.compress.checkpoint.source import ModelSource, natural
-from paredown.compress.checkpoint.tensor_files import TensorFiles
+from paredown.compress.checkpoint.origins import natural
+from paredown.compress.checkpoint.source import ModelSource
+from paredown.compress.checkpoint.tensor_files import INDEX, TensorFiles
 from paredown.compress.errors import PareError
 
 C = {
@@ -41,7 +42,7 @@ def test_weights_are_those_that_from_pretrained_gives(family, tmp_path, save_mod
 def test_names_and_layouts_go_back_to_those_of_the_checkpoint(family, tmp_path, save_model):
     save_model(tmp_path, CONFIGS[family])
     source = ModelSource(tmp_path, family)
-    stored, back = TensorFiles(tmp_path), source.checkpoint_names(source.read(source.parameters))
+    stored, back = TensorFiles(tmp_path), dict(source.as_stored(source.parameters, source.read(source.parameters)))
     assert set(back) == set(stored.entries)
     for name, tensor in stored.read(stored.entries).items():
         assert torch.equal(back[name], tensor), name
@@ -95,6 +96,47 @@ def test_the_compute_dtype_is_asked_for_and_the_stored_one_kept(tiny_model):
     assert ModelSource(tiny_model, "x").dtype == torch.bfloat16
 
 
+def test_a_stale_index_beside_a_single_file_is_not_read(tiny_model):
+    before = ModelSource(tiny_model, "x")
+    (tiny_model / INDEX).write_text(json.dumps({"weight_map": {"model.embed_tokens.weight": "gone.safetensors"}}))
+    after = ModelSource(tiny_model, "x")
+    assert after.files.entries == before.files.entries
+    assert after.remarks == [
+        "model.safetensors is read, and model.safetensors.index.json beside it is not, as in transformers"
+    ]
+
+
+def test_a_shape_that_the_headers_contradict_is_found_without_reading_a_weight(tiny_model, monkeypatch):
+    path = tiny_model / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({**tensors, name: tensors[name].T.contiguous()}, path, metadata={"format": "pt"})
+    monkeypatch.setattr(TensorFiles, "read", None)
+    with pytest.raises(
+        PareError, match=r"layers.1.mlp.down_proj.weight' has shape \(96, 64\), config.json wants \(64, 96\)"
+    ):
+        ModelSource(tiny_model, "x")
+
+
+def test_experts_that_do_not_fit_together_are_named(tmp_path, save_model):
+    save_model(tmp_path, CONFIGS["mixtral"])
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    first, second = [name for name in tensors if "experts.3.w2" in name]
+    wrong = {first: tensors[first][:-1].contiguous(), second: tensors[second].repeat(2, 1)}
+    save_file({**tensors, **wrong}, path, metadata={"format": "pt"})
+    with pytest.raises(
+        PareError, match=r"is made of 12 tensors, first .*experts.0.w2.* hold \d+ numbers; config.json wants"
+    ):
+        ModelSource(tmp_path, "m")
+    third = first.replace("experts.3", "experts.4")  # now the numbers add up, and the shapes do not
+    more = torch.cat([tensors[third], tensors[third][:1]])
+    save_file({**tensors, first: wrong[first], third: more}, path, metadata={"format": "pt"})
+    source = ModelSource(tmp_path, "m")
+    with pytest.raises(PareError, match=r"down_proj' cannot be made of its 12 tensors, first .*experts.0.w2"):
+        source.read(source.parameters)
+
+
 def test_weights_come_in_the_order_of_their_names(tiny_model):
     source = ModelSource(tiny_model, "x")
     assert list(source.read(reversed(list(source.parameters)))) == sorted(source.parameters)
@@ -111,14 +153,6 @@ def test_tensors_that_the_class_does_not_know_are_copied_verbatim(tiny_model, tm
     assert torch.equal(logits_of(tmp_path / "packed"), logits_of(tmp_path / "dense"))
 
 
-def test_only_data_travels_with_a_checkpoint(tiny_model):
-    for name in ("modeling_evil.py", "pytorch_model.bin", "report.json", "merges.txt", "chat_template.jinja"):
-        (tiny_model / name).write_text("x")
-    names = {path.name for path in ModelSource(tiny_model, "x").companions()}
-    assert {"tokenizer.json", "tokenizer_config.json", "merges.txt", "chat_template.jinja"} <= names
-    assert not names & {"modeling_evil.py", "pytorch_model.bin", "report.json", "config.json", "model.safetensors"}
-
-
 def test_code_of_a_checkpoint_is_never_run(tiny_model):
     (tiny_model / "evil.py").write_text("raise SystemExit('ran')")
     config = json.loads((tiny_model / "config.json").read_text())
@@ -133,7 +167,7 @@ def test_models_that_do_not_continue_text_are_refused(tmp_path, save_model):
     t.ViTModel(t.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32)).save_pretrained(
         tmp_path
     )
-    with pytest.raises(PareError, match="vit models are no causal language models"):
+    with pytest.raises(PareError, match="vit models are vision models without text"):
         ModelSource(tmp_path, "vit")
 
 

@@ -44,13 +44,28 @@ def test_an_index_may_only_name_files_of_the_folder(evil, shards):
         _ = TensorFiles(shards).entries
 
 
+def test_a_single_file_goes_before_an_index_beside_it_as_in_transformers(shards):
+    assert not TensorFiles(shards).ignored_index
+    save_file({"d": A}, shards / "model.safetensors")
+    save_file({"e": A}, shards / "consolidated.safetensors")
+    files = TensorFiles(shards)
+    assert set(files.entries) == {"d"} and files.ignored_index
+    (shards / INDEX).write_text("{")
+    assert set(TensorFiles(shards).entries) == {"d"}
+
+
+def test_a_folder_with_the_name_of_the_single_file_does_not_hide_the_shards(shards):
+    (shards / "model.safetensors").mkdir()
+    assert set(TensorFiles(shards).entries) == {"a", "b", "c"}
+
+
 def test_an_index_entry_that_is_no_string_is_refused(shards):
     write_index(shards, {"a": "one.safetensors", "b": 3})
     with pytest.raises(PareError):
         _ = TensorFiles(shards).entries
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": []}', "null"])
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": []}', "null", "[" * 9999])
 def test_a_damaged_index_is_told_as_such(content, shards):
     (shards / INDEX).write_text(content)
     with pytest.raises(PareError, match="is not a safetensors index"):
@@ -89,6 +104,7 @@ def test_one_value_that_is_not_finite_is_found_and_its_tensor_named(value, dtype
     assert torch.equal(files.read(["fine"])["fine"], torch.zeros(2))
     with pytest.raises(PareError, match=r"bad.weight' holds NaN or infinite"):
         files.read(["bad.weight"])
+    assert files.read(["bad.weight"], finite=False)["bad.weight"].isfinite().sum() == 34
 
 
 def test_finiteness_of_odd_tensors():

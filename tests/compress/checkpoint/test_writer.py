@@ -2,14 +2,20 @@
 
 import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import filelock
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from paredown.compress.checkpoint import disk
+from paredown.compress.checkpoint.out_folder import MARK, STATE
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.tensor_files import INDEX, TensorFiles, sha256
 from paredown.compress.checkpoint.writer import RECORD, CheckpointWriter
@@ -74,6 +80,7 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path):
     left = tmp_path / "out.partial"
     (left / "folder").mkdir(parents=True)
     (left / "shard-00007.safetensors").write_text("old")
+    (left / MARK).touch()
     (tmp_path / "out.partial.lock").touch()
     with CheckpointWriter(tmp_path / "out") as writer:
         writer.add("a", T)
@@ -137,6 +144,7 @@ def test_a_signal_while_it_clears_what_a_killed_run_left_leaves_nothing(tmp_path
             raise KeyboardInterrupt
 
     (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / MARK).touch()
     (tmp_path / "out.partial" / "shard-00001.safetensors").write_text("old")
     with pytest.raises(KeyboardInterrupt), Stopped(tmp_path / "out"):
         pass
@@ -162,6 +170,108 @@ def test_a_full_disk_is_told_in_our_words(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fills_up_inside_a_shard_is_told_and_the_state_is_kept(number, tmp_path, monkeypatch):
+    def save_file(*arguments, **named):  # as safetensors tells it
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+
+    monkeypatch.setattr(disk, "save_file", save_file)
+    with (
+        pytest.raises(PareError, match=r"the disk of .* is full\. Free space") as fault,
+        CheckpointWriter(tmp_path / "out", resumable=True) as writer,
+    ):
+        (writer.folder / STATE).touch()
+        writer.add("a", T)
+        writer.finish({})
+    assert "out.partial is kept" in fault.value.__notes__[0] and (tmp_path / "out.partial" / STATE).exists()
+
+
+def test_a_file_that_the_system_refuses_to_let_grow_is_told_in_one_sentence(tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with (
+            pytest.raises(PareError, match=r"out cannot be written \(.*shard-00001.safetensors: File too large\)"),
+            CheckpointWriter(tmp_path / "out") as writer,
+        ):
+            writer.add("a", torch.zeros(50_000))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+            writer.finish({})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["paredown.json", "config.json"])
+def test_a_text_that_does_not_fit_is_told_with_its_name(name, tmp_path, monkeypatch):
+    def fails(path, *arguments, **named):
+        if path.name == name:
+            raise OSError(errno.EIO, "Input/output error")
+        return plain(path, *arguments, **named)
+
+    plain = Path.write_text
+    monkeypatch.setattr(Path, "write_text", fails)
+    with (
+        pytest.raises(PareError, match=rf"out cannot be written \(.*{name}: Input/output error\)"),
+        CheckpointWriter(tmp_path / "out") as writer,
+    ):
+        writer.add("a", T)
+        writer.write_json("config.json", {})
+        writer.finish({})
+
+
+def test_a_full_disk_elsewhere_names_that_disk_and_other_faults_elsewhere_are_not_ours(tmp_path):
+    with pytest.raises(PareError, match="the disk of /cache is full"), CheckpointWriter(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device", "/cache/file")
+    with pytest.raises(FileNotFoundError, match="/model/file"), CheckpointWriter(tmp_path / "out"):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/model/file")
+
+
+def test_what_a_stopped_run_has_written_counts_as_room_for_it(tmp_path):
+    with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path / "out", resumable=True, flush_bytes=1) as writer:
+        assert writer.left == 0
+        writer.add("a", T)
+        writer.end_block()
+        writer.progress()
+        (writer.folder / STATE).write_bytes(b"state")
+        raise KeyboardInterrupt
+    with CheckpointWriter(tmp_path / "out", resumable=True) as writer:
+        assert writer.left == (writer.folder / "shard-00001.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_mount_that_cannot_flush_is_written(number, tmp_path, monkeypatch):
+    def fsync(handle):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with CheckpointWriter(tmp_path / "out") as writer:
+        writer.add("a", T)
+        writer.finish({})
+        writer.commit()
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["a"], T)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002, 0o077])
+def test_files_get_the_mode_of_the_umask(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        with CheckpointWriter(tmp_path / "out", flush_bytes=1) as writer:
+            for name in ("a", "b"):
+                writer.add(name, T)
+                writer.end_block()
+            (writer.folder / "templates").mkdir()
+            (writer.folder / "templates" / "mine.jinja").touch(0o600)
+            writer.finish({})
+            writer.commit()
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*")}
+    assert modes.pop("templates") == 0o777 & ~mask
+    assert len(modes) == 5 and set(modes.values()) == {0o666 & ~mask}
+
+
 @pytest.mark.parametrize("format", ["packed", "dense"])
 def test_many_shards_and_one_file_are_the_same_model(format, tiny_model, tmp_path, prune, logits_of):
     prune(tiny_model, tmp_path / "one", format=format)
@@ -170,7 +280,9 @@ def test_many_shards_and_one_file_are_the_same_model(format, tiny_model, tmp_pat
         for name, tensor in one.read(one.entries).items():
             writer.add(name, tensor)
             writer.end_block()
-        writer.copy([path for path in (tmp_path / "one").iterdir() if path.suffix != ".safetensors"])
+        for path in (tmp_path / "one").iterdir():
+            if path.suffix != ".safetensors":
+                shutil.copy(path, writer.folder)
         writer.finish({})
         writer.commit()
     many = TensorFiles(tmp_path / "many")

@@ -226,3 +226,19 @@ def test_ours_takes_inputs_that_never_change(lowrank_problem):
     problem = lowrank_problem()
     problem.x[:], problem.dense[:] = 1, 1
     assert torch.isfinite(problem.compress("paredown_lowrank", rank=5).dense()).all()
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_layer_that_makes_up_for_the_stream_is_measured_by_what_it_aims_at(affine, lowrank_problem):
+    """What the stream lacks is many times the layer's own output here: from the dense weight the edit is far by intention."""
+    problem = lowrank_problem("wide")
+    problem.lost = 30 * problem.x[:, :12].flip(1) + problem.lost
+    method = build("paredown_lowrank", {"kept": 0.95, "two_sided": False, "affine": affine})
+    stats = Stats(problem.inputs(method), residual=problem.residual())
+    edit = method.compress(problem.weight, stats)
+    inputs = problem.x.double() if edit.shift is None else problem.x.double() - problem.mean
+    wrong = (inputs @ (edit.aim.double() - edit.dense().double()).T).square().sum()
+    share = float(wrong / (problem.x.double() @ edit.aim.double().T).square().sum())
+    assert edit.missed(problem.weight, stats.inputs) == pytest.approx(share, rel=1e-3)
+    assert share < 0.2 and edit.relative_error(problem.weight, stats.inputs) > 1
+    assert edit.final().aim is None and torch.equal(edit.final().dense(), edit.dense())

@@ -381,3 +381,29 @@ def test_values_that_float16_cannot_hold_are_refused_by_name(lowrank_problem):
 def test_a_product_that_float16_cannot_hold_is_refused_too(lowrank_problem):
     with pytest.raises(PareError, match="float16 cannot hold"):
         beyond_float16(lowrank_problem).compress("svd", rank=1)
+
+
+@pytest.mark.parametrize("storage", ["factors", "pifa"])
+@pytest.mark.parametrize("name", ALL)
+def test_weights_and_inputs_of_any_low_rank_are_compressed_to_finite_numbers(name, storage, lowrank_problem):
+    options = {"kept": 0.9, "storage": storage} if name in FACTORED else ALL[name]
+    if storage == "pifa" and name not in FACTORED:
+        return
+    method = build(name, options)
+    for shape in SHAPES:
+        problem = lowrank_problem(shape, tokens=40)
+        weight, x = problem.weight, problem.x
+        one = torch.outer(weight[:, 0], weight[0])
+        dead = x.clone()
+        dead[:, 0] = 0
+        for problem.weight in (torch.zeros_like(weight), one, torch.ones_like(weight), weight.bfloat16()):
+            for problem.x in (x, torch.zeros_like(x), dead, x[:1].expand_as(x).contiguous(), torch.ones_like(x)):
+                problem.dense = problem.x
+                problem.wide = problem.weight.double()
+                stats = problem.stats(method)
+                edit = method.compress(problem.weight, stats)
+                if edit is not None:
+                    error = edit.relative_error(problem.weight, stats.inputs)
+                    assert torch.isfinite(edit.dense()).all() and not isnan(error)
+                    if problem.weight is not weight and name == "svd" and problem.weight[0, 0] in (0, 1):
+                        torch.testing.assert_close(edit.dense(), problem.weight, rtol=1e-4, atol=1e-5)

@@ -102,8 +102,8 @@ def tuned(tmp_path_factory, windows):
                 else:
                     observed = observe_alone(stream, block, views, job.collected)
                 for group, stats in observed:
-                    for view in group:
-                        editor.edit(edited, view, stats.get(view.name), gradients.get(view.name, {}))
+                    for _ in editor.edit_group(edited, group, stats, gradients):
+                        pass
                 inputs = list(dense.hidden)
                 dense.advance(twin)
                 targets = dense.hidden

@@ -10,9 +10,15 @@ from transformers import AutoModelForCausalLM
 
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.tensor_files import TensorFiles
+from paredown.compress.checkpoint.writer import CheckpointWriter
 from paredown.compress.errors import PareError
+from paredown.compress.job import resolve_job
 from paredown.compress.numerics.masks import NofM, keep_mask
+from paredown.compress.recipe import Recipe
 from paredown.compress.run.export import export_source
+from paredown.compress.run.pipeline import Run
+from paredown.compress.run.plan import plan
+from paredown.compress.run.record import write_record
 from paredown.compress.run.verify import verify
 
 C = {
@@ -103,3 +109,63 @@ def test_packing_twice_is_refused_and_leaves_nothing(tiny_model, tmp_path, prune
     with pytest.raises(PareError, match="is packed already"):
         convert(tmp_path / "packed", tmp_path / "out", "packed")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+AFFINE = {"method": "rom", "options": {"kept": 0.5}}
+
+
+@pytest.fixture
+def factor(windows):
+    """`factor(folder, out, skip)`: low rank with biases."""
+
+    def run(folder, out, skip=()):
+        recipe = Recipe.parse({**AFFINE, "targets": {"skip": ["lm_head", *skip]}})
+        job = resolve_job(ModelSource(folder, folder.name), recipe)
+        with CheckpointWriter(out) as writer:
+            result = Run(job, windows, [windows], writer).run()
+            write_record(writer, job, result, windows)
+            writer.commit()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("skip", "flags"),
+    [((), {"mlp_bias", "attention_bias"}), (("self_attn", "up_proj"), {"mlp_bias"})],
+)
+def test_added_biases_are_exported_where_the_family_has_settings_for_them(
+    skip, flags, tmp_path, tiny_model, factor, logits_of
+):
+    factor(tiny_model, tmp_path / "packed", skip)
+    convert(tmp_path / "packed", tmp_path / "dense", "dense")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert {flag for flag in ("mlp_bias", "attention_bias") if config[flag]} == flags
+    assert verify(tmp_path / "dense") == []
+    model = t.LlamaForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")  # the family's own class
+    assert torch.count_nonzero(
+        model.model.layers[1].self_attn.o_proj.bias if "self_attn" not in skip else torch.ones(1)
+    )
+    wanted, found = (logits_of(tmp_path / name).float() for name in ("packed", "dense"))
+    torch.testing.assert_close(found, wanted, atol=0.03, rtol=0.03)
+
+
+def test_added_biases_without_a_place_are_refused_and_the_plan_says_so(tmp_path, save_model, factor):
+    save_model(tmp_path / "mistral", t.MistralConfig(**C))
+    factor(tmp_path / "mistral", tmp_path / "packed")
+    with pytest.raises(PareError, match="carries a bias that an ordinary mistral checkpoint cannot hold"):
+        convert(tmp_path / "packed", tmp_path / "dense", "dense")
+    assert not (tmp_path / "dense").exists()
+    recipe = Recipe.parse(AFFINE)
+    assert plan(tmp_path / "mistral", recipe).dense_export.startswith(
+        "does not work: model.layers.0.self_attn.q_proj gets a bias"
+    )
+    assert (
+        plan(tmp_path / "mistral", recipe.model_copy(update={"options": {"kept": 0.5, "affine": False}})).dense_export
+        == "works"
+    )
+
+
+def test_the_plan_says_which_settings_an_export_needs(tiny_model):
+    assert plan(tiny_model, Recipe.parse(AFFINE)).dense_export.startswith("works: the config's settings")
+    assert plan(tiny_model, "wanda-50").dense_export == "works"
+    assert plan(tiny_model, "wanda-50", format="dense").dense_export == ""

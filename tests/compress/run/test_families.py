@@ -1,137 +1,112 @@
-"""Every family we name: streamed like transformers runs it, compressed, written, reloaded, equal to the last bit."""
+"""Every family we name: streamed like transformers runs it, compressed, written, reloaded, equal to the last bit.
+
+Some eighty of all kinds are run every day; `pytest -m all_families` runs the others, and takes some minutes.
+"""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import families
 import pytest
 import torch
 import transformers as t
-from torch.nn.functional import cross_entropy
 
-from paredown.compress.checkpoint import transformers_plugin
+from paredown.compress import PareError, plan
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.writer import CheckpointWriter
 from paredown.compress.job import resolve_job
-from paredown.compress.model.blocks import blocks, known
+from paredown.compress.model import blocks as model_blocks
+from paredown.compress.model.blocks import blocks
+from paredown.compress.model.families import FAMILIES, listed
 from paredown.compress.recipe import Recipe
-from paredown.compress.run.pipeline import Run, score
-from paredown.compress.run.record import write_config
-from paredown.compress.text.windows import Windows
+from paredown.compress.run.pipeline import Run
+from paredown.compress.run.record import write_record
 
-C = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-OPT = {
-    "vocab_size": 128, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-}  # fmt: skip
-SSM = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
-FAMILIES = {
-    "llama": t.LlamaConfig(**C),
-    "llama tied": t.LlamaConfig(**C, tie_word_embeddings=True),
-    "mistral": t.MistralConfig(**C, sliding_window=8),
-    "qwen2": t.Qwen2Config(**C),
-    "qwen3": t.Qwen3Config(**C, head_dim=16),
-    "gemma2": t.Gemma2Config(**C, head_dim=16, sliding_window=8),
-    "gemma3": t.Gemma3TextConfig(**C, head_dim=16, sliding_window=8),
-    "phi3": t.Phi3Config(**C),
-    "opt": t.OPTConfig(**OPT, word_embed_proj_dim=64),
-    "opt post-norm": t.OPTConfig(**OPT, word_embed_proj_dim=32, do_layer_norm_before=False),
-    "gpt2": t.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=128),
-    "gpt_neox": t.GPTNeoXConfig(**C),
-    "bloom": t.BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4),
-    "falcon": t.FalconConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
-    "mixtral": t.MixtralConfig(**C, num_local_experts=4),
-    "qwen3_moe": t.Qwen3MoeConfig(**C, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
-    "mamba": t.MambaConfig(**SSM),
-    "mamba2": t.Mamba2Config(**SSM, num_heads=8, head_dim=16, n_groups=1, expand=2),
-}
-IDS = torch.randint(3, 128, (6, 24), generator=torch.Generator().manual_seed(0))
-TEXT = Windows(IDS, "random", "all", "0")
+README = Path(__file__).parents[3] / "README.md"
+RARE = [
+    pytest.param(family, marks=pytest.mark.all_families)
+    for family in sorted({*FAMILIES, *families.VARIANTS} - set(families.EVERY_DAY))
+]
 
 
-def compress(folder, out, sparsity="2:4", format="packed", method="sparsegpt", **changes):
+@pytest.mark.parametrize("family", [*families.EVERY_DAY, *RARE])
+def test_a_family_keeps_every_promise(family, tmp_path):
+    faults = {promise: fault for promise, fault in families.check(family, tmp_path) if fault}
+    assert not faults
+
+
+@pytest.mark.parametrize("family", families.REFUSED)
+def test_a_family_that_cannot_be_walked_is_refused_before_any_work(family, tmp_path):
+    families.build(family).save_pretrained(tmp_path / "model")
+    with pytest.raises(PareError, match=families.REFUSED[family]):
+        plan(tmp_path / "model", "magnitude-50")
+
+
+def test_the_list_of_families_is_what_these_tests_run():
+    run = {families.VARIANTS.get(name, (name,))[0] for name in families.EVERY_DAY}
+    assert len(run) >= 60 and run <= FAMILIES
+    assert set(families.CAUSAL) - FAMILIES == families.NOT_BUILT.keys() | families.REFUSED.keys()
+
+
+def test_the_readme_lists_these_families():
+    assert listed() in README.read_text(encoding="utf-8"), "python -m paredown.compress.model.families prints the list"
+
+
+def compress(folder, out, format="packed", method="wanda", sparsity="2:4", **changes):
     recipe = Recipe.parse({"method": method, "options": {"sparsity": sparsity}, **changes})
-    source = ModelSource(folder, folder.name)
+    job = resolve_job(ModelSource(folder, folder.name), recipe, format)
     with CheckpointWriter(out) as writer:
-        result = Run(resolve_job(source, recipe, format), TEXT, [TEXT], writer).run()
-        writer.finish({})
-        write_config(writer, source, format, result.specs)
-        writer.copy(source.companions())
+        result = Run(job, families.TEXT, [families.TEXT], writer).run()
+        write_record(writer, job, result, families.TEXT)
         writer.commit()
-    return source, result, writer
+    return result, writer
 
 
 def logits_of(folder):
-    model = transformers_plugin.load(folder, experts_implementation="eager").eval()
-    with torch.no_grad():
-        return model, model(IDS, use_cache=False).logits
+    return families.logits_of(families.load(folder))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_streamed_losses_are_those_of_the_model_itself(family, tmp_path, save_model):
-    model = save_model(tmp_path / "model", FAMILIES[family])
-    streamed = score(ModelSource(tmp_path / "model", family), [TEXT], lambda done, total: None)[0]
-    with torch.no_grad():
-        logits = model(IDS, use_cache=False).logits
-    whole = cross_entropy(logits[:, :-1].float().flatten(0, 1), IDS[:, 1:].flatten(), reduction="none")
-    assert torch.equal(streamed, whole.view(6, -1))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_packed_and_dense_load_to_equal_logits_and_the_streamed_loss(family, tmp_path, save_model):
-    save_model(tmp_path / "model", FAMILIES[family])
-    source, result, writer = compress(tmp_path / "model", tmp_path / "packed")
-    assert known(source) and all("calibration tokens are fewer" in told for told in result.fallbacks)
-    assert result.layers and result.numbers * 2 == result.targeted and result.specs
-    compress(tmp_path / "model", tmp_path / "dense", format="dense")
-    model, packed = logits_of(tmp_path / "packed")
-    assert torch.equal(packed, logits_of(tmp_path / "dense")[1])
-    loss = cross_entropy(packed[:, :-1].float().flatten(0, 1), IDS[:, 1:].flatten())
-    assert abs(float(loss.exp()) / result.evaluation[0]["after"]["token_perplexity"] - 1) < 2e-3
-    assert model.generate(IDS[:1], max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 27)
-    stored = sum(e["bytes"] for e in writer.tensors.values() if e["kind"] == "sparse24")
-    assert stored <= 0.58 * 2 * result.targeted  # 9 / 16, and rows of 32 columns fill half a block of indices
-    model.save_pretrained(tmp_path / "again")
-    assert torch.equal(packed, logits_of(tmp_path / "again")[1])
+def save(folder, config, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    t.AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    families.save_tokenizer(config.model_type, folder)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_unstructured_halves_are_stored_in_57_5_percent(family, tmp_path, save_model):
-    save_model(tmp_path / "model", FAMILIES[family])
-    _, result, writer = compress(tmp_path / "model", tmp_path / "packed", sparsity=0.5, method="wanda")
-    compress(tmp_path / "model", tmp_path / "dense", sparsity=0.5, method="wanda", format="dense")
-    assert torch.equal(logits_of(tmp_path / "packed")[1], logits_of(tmp_path / "dense")[1])
+def test_unstructured_halves_are_stored_in_57_5_percent(family, tmp_path):
+    save(tmp_path / "model", families.tiny_config(family))
+    result, writer = compress(tmp_path / "model", tmp_path / "packed", sparsity=0.5)
+    compress(tmp_path / "model", tmp_path / "dense", "dense", sparsity=0.5)
+    assert torch.equal(logits_of(tmp_path / "packed"), logits_of(tmp_path / "dense"))
     stored = sum(e["bytes"] for e in writer.tensors.values() if e["kind"] == "bitmap")
     assert stored <= 0.575 * 2 * result.targeted
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_other_dtypes_stay_what_they_are(dtype, tmp_path, save_model):
-    save_model(tmp_path / "model", FAMILIES["llama"], dtype)
-    compress(tmp_path / "model", tmp_path / "packed")
-    compress(tmp_path / "model", tmp_path / "dense", format="dense")
-    model, packed = logits_of(tmp_path / "packed")
-    assert model.dtype == dtype and packed.dtype == dtype
-    assert torch.equal(packed, logits_of(tmp_path / "dense")[1])
+def test_other_dtypes_stay_what_they_are(dtype, tmp_path):
+    save(tmp_path / "model", families.tiny_config("llama"), dtype)
+    compress(tmp_path / "model", tmp_path / "packed", method="sparsegpt")
+    compress(tmp_path / "model", tmp_path / "dense", "dense", method="sparsegpt")
+    model = families.load(tmp_path / "packed")
+    assert model.dtype == dtype and families.logits_of(model).dtype == dtype
+    assert torch.equal(families.logits_of(model), logits_of(tmp_path / "dense"))
 
 
-def test_an_unknown_family_is_tried_by_structure_and_says_so(tmp_path, save_model):
-    save_model(tmp_path / "model", t.StableLmConfig(**C))
-    source, result, _ = compress(tmp_path / "model", tmp_path / "packed")
-    assert not known(source) and "by structure" in result.fallbacks[0]
-    assert torch.isfinite(logits_of(tmp_path / "packed")[1]).all()
+def test_a_family_that_we_do_not_test_is_tried_by_structure_and_says_so(tmp_path, monkeypatch):
+    save(tmp_path / "model", families.tiny_config("llama"))
+    result, _ = compress(tmp_path / "model", tmp_path / "known")
+    assert not any("by structure" in told for told in result.fallbacks)
+    monkeypatch.setattr(model_blocks, "FAMILIES", frozenset())
+    result, _ = compress(tmp_path / "model", tmp_path / "unknown")
+    assert "by structure" in result.fallbacks[0]
 
 
 @pytest.mark.parametrize(("policy", "kept"), [("data_free", 0.5), ("dense", 1.0)])
-def test_idle_experts_follow_the_policy_and_are_reported(policy, kept, tmp_path, save_model):
-    config = t.Qwen3MoeConfig(
-        **{**C, "head_dim": 16, "num_experts": 64, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
-    )
-    save_model(tmp_path / "model", config)
-    _, result, _ = compress(tmp_path / "model", tmp_path / "dense", format="dense", idle=policy)
+def test_idle_experts_follow_the_policy_and_are_reported(policy, kept, tmp_path):
+    save(tmp_path / "model", families.tiny_config("qwen3_moe", num_experts=64, num_experts_per_tok=1))
+    result, _ = compress(tmp_path / "model", tmp_path / "dense", "dense", idle=policy)
     idle = [line.split(":")[0] for line in result.fallbacks if "no calibration token reached" in line]
     assert idle
     source = ModelSource(tmp_path / "dense", "dense")
@@ -158,14 +133,14 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_a_fresh_process_loads_with_our_import_and_fails_closed_without(tmp_path, save_model):
+def test_a_fresh_process_loads_with_our_import_and_fails_closed_without(tmp_path):
     folders = []
-    for family in ("llama tied", "gpt2", "mixtral"):
-        out = tmp_path / f"{family}-packed"
-        save_model(tmp_path / family, FAMILIES[family])
-        compress(tmp_path / family, out)
-        torch.save(IDS, f"{out}.ids")
-        torch.save(logits_of(out)[1], f"{out}.logits")
+    for name in ("llama tied", "gpt2", "mixtral"):
+        out = tmp_path / f"{name}-packed"
+        save(tmp_path / name, families.tiny_config(name))
+        compress(tmp_path / name, out)
+        torch.save(families.IDS, f"{out}.ids")
+        torch.save(logits_of(out), f"{out}.logits")
         folders.append(str(out))
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 

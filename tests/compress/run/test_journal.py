@@ -1,17 +1,24 @@
 """A run that is stopped and started again writes what one that was not stopped does, byte for byte."""
 
+import importlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import transformers
+from safetensors import SafetensorError
 
+from paredown.compress.checkpoint.out_folder import MARK, SCRATCH, STATE
 from paredown.compress.checkpoint.source import ModelSource
-from paredown.compress.checkpoint.writer import FLUSH_BYTES, STATE, CheckpointWriter
+from paredown.compress.checkpoint.writer import FLUSH_BYTES, CheckpointWriter
 from paredown.compress.errors import PareError
 from paredown.compress.job import resolve_job
 from paredown.compress.progress import Progress
@@ -132,6 +139,134 @@ def test_a_damaged_state_starts_over(run, tmp_path):
     notes = []
     run(tmp_path / "out", RECIPES["masks"], note=notes.append)
     assert files(tmp_path / "out") == files(tmp_path / "whole") and not any("going on" in said for said in notes)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, save_model, windows):
+    """Of a run with shards, pending tensors and gradients that was stopped after a block: `out`, and what opens it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    save_model(folder / "model", transformers.LlamaConfig(**SMALL))
+    job = resolve_job(ModelSource(folder / "model", "tiny"), Recipe.parse(RECIPES["ours, tuned"]))
+    key = key_of(job, [windows], {})
+
+    with CheckpointWriter(folder / "out", resumable=True, flush_bytes=1) as writer:
+        journal = Journal(writer, key, every=0.0)
+        run = Run(job, windows, [windows], writer, Progress(), journal)
+        save = journal.save
+
+        def save_and_stop(facts, *arguments):
+            save(facts, *arguments)
+            if facts["blocks"] == 1:
+                raise Stopped
+
+        journal.save = save_and_stop
+        with suppress(Stopped):
+            writer.add("pending", windows.ids)
+            run.run()
+
+    def opens(out):
+        """Whether a run of the same key goes on from there, and what it is told if not."""
+        notes = []
+        with CheckpointWriter(out, resumable=True) as writer:
+            journal = Journal(writer, key, notes.append)
+            assert journal.state or [path.name for path in writer.folder.iterdir()] == [MARK]
+            return journal.state is not None, "".join(notes)
+
+    return folder / "out", opens
+
+
+SMALL = {
+    "vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+KEPT = [STATE, "shard-00001.safetensors", f"{SCRATCH}/gradients-0.safetensors", f"{SCRATCH}/gradients-1.safetensors"]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_run_does_not_go_on_from_a_file_in_which_a_bit_is_flipped(name, stopped, tmp_path):
+    left, opens = stopped
+    partial = left.with_name("out.partial")
+    size = (partial / name).stat().st_size
+    header = int.from_bytes((partial / name).read_bytes()[:8], "little") + 8
+    places = [
+        *range(0, 12),
+        *range(12, header, max(1, header // 25)),
+        *range(header, size, max(1, size // 15)),
+        size - 1,
+    ]
+    for place in places:
+        out = tmp_path / f"{place}"
+        shutil.copytree(partial, f"{out}.partial")
+        with Path(f"{out}.partial", name).open("r+b") as file:
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ 1 << place % 8]))
+        goes_on, told = opens(out)
+        assert not goes_on and "is damaged (" in told and told.endswith("starting from the beginning"), (place, told)
+    shutil.copytree(partial, tmp_path / "same.partial")
+    assert opens(tmp_path / "same") == (True, "")
+
+
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("change", ["cut", "missing", "link"])
+def test_a_run_does_not_go_on_without_a_file_that_it_had(name, change, stopped, tmp_path):
+    left, opens = stopped
+    shutil.copytree(left.with_name("out.partial"), tmp_path / "out.partial")
+    file = tmp_path / "out.partial" / name
+    if change == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        file.rename(tmp_path / "theirs")
+        if change == "link":
+            file.symlink_to(tmp_path / "theirs")
+    goes_on, told = opens(tmp_path / "out")
+    assert not goes_on and ("is damaged" in told or name == STATE)
+    assert change == "cut" or (tmp_path / "theirs").exists()
+
+
+def test_a_state_that_may_not_be_read_is_told_and_kept(stopped, tmp_path, monkeypatch):
+    def denied(*arguments):
+        raise SafetensorError("Error while opening: I/O error: Permission denied (os error 13)")
+
+    left, opens = stopped
+    shutil.copytree(left.with_name("out.partial"), tmp_path / "out.partial")
+    monkeypatch.setattr("paredown.compress.run.journal.safe_open", denied)
+    with pytest.raises(PareError, match=r"cannot be written \(.*resume\.safetensors: Permission denied\)"):
+        opens(tmp_path / "out")
+    monkeypatch.undo()
+    assert opens(tmp_path / "out") == (True, "")
+
+
+def test_a_damaged_shard_is_made_again(run, tmp_path):
+    run(tmp_path / "whole", RECIPES["masks"], flush=1)
+    with pytest.raises(Stopped):
+        run(tmp_path / "out", RECIPES["masks"], stop=1, flush=1)
+    shard = tmp_path / "out.partial" / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
+    notes = []
+    run(tmp_path / "out", RECIPES["masks"], note=notes.append, flush=1)
+    assert any("shard-00001.safetensors has changed" in said for said in notes)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_the_same_command_puts_a_finished_checkpoint_in_its_place(tiny_model, text_file, tmp_path, monkeypatch):
+    module = importlib.import_module("paredown.compress.run.compress")
+    monkeypatch.setattr(module, "_verify", lambda *arguments: (tmp_path / "out").write_text("in the way"))
+    notes, changes = [], ["calibration.sequences=2", "calibration.length=16", "evaluate.perplexity=[]"]
+
+    def again(**named):
+        return module.compress(
+            tiny_model, "magnitude-50", tmp_path / "out", overrides=changes, calibration=str(text_file), note=notes.append, **named
+        )  # fmt: skip
+
+    with pytest.raises(PareError, match="The finished checkpoint is kept"):
+        again()
+    (tmp_path / "out").unlink()
+    monkeypatch.setattr(module, "Run", None)  # nothing is done again
+    report = again()
+    assert "was finished before" in notes[-1] and report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out" / MARK).exists()
 
 
 def disk_full(*arguments, **named):

@@ -97,3 +97,4 @@ def test_too_little_room_says_how_much_is_missing(tmp_path, save_model):
         check_room(replace(plan, memory=1 << 60), tmp_path / "out")
     with pytest.raises(PareError, match=r"the checkpoint needs .* GB: free .* GB, or name another output"):
         check_room(replace(plan, bytes_after=1 << 60), tmp_path / "out")
+    check_room(replace(plan, bytes_after=1 << 60), tmp_path / "out", written=1 << 60)  # by a run that goes on

@@ -1,15 +1,20 @@
-"""Damage of every sort is found, and the tensor named."""
+"""Damage of every sort is found, and the tensor or file named; what is loaded is what was written."""
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from paredown.compress.checkpoint import transformers_plugin
+from paredown.compress.checkpoint.companions import file_sha256
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.tensor_files import sha256
 from paredown.compress.errors import PareError
+from paredown.compress.run import loaded
+from paredown.compress.run.export import export
 from paredown.compress.run.pipeline import score
 from paredown.compress.run.verify import PROBE_TOLERANCE, verify
 from paredown.compress.text.windows import Windows
@@ -144,4 +149,159 @@ def test_a_folder_that_is_not_ours_or_too_new_is_refused(sound, tmp_path):
     folder = shutil.copytree(sound / "packed", tmp_path / "copy")
     (folder / "paredown.json").write_text(json.dumps({"format_version": 99, "tensors": {}}))
     with pytest.raises(PareError, match="has format 99"):
+        verify(folder)
+
+
+@pytest.fixture
+def copy(sound, tmp_path):
+    """`copy(format)`: a folder whose files may be changed."""
+    return lambda format: shutil.copytree(sound / format, tmp_path / "copy")
+
+
+def rewrite(path, edit):
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def rehash(folder):
+    """Let the record agree with the files."""
+
+    def edit(record):
+        record["files"] = {name: file_sha256(folder / name) for name in record["files"]}
+
+    rewrite(folder / "paredown.json", edit)
+
+
+def test_files_that_changed_or_are_gone_are_named(copy):
+    folder = copy("packed")
+    rewrite(folder / "config.json", lambda config: config.update(rms_norm_eps=1e-3))
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "README.md").write_text("my own words")
+    assert verify(folder) == [
+        "file 'config.json' has changed since it was written (sha256 differs)",
+        "file 'tokenizer_config.json' is missing or cannot be read",
+    ]
+
+
+def test_a_file_outside_the_folder_is_not_read(copy):
+    folder = copy("packed")
+    rewrite(folder / "paredown.json", lambda record: record.update(files={"../model/config.json": "", "/dev/zero": ""}))
+    assert all("would lie outside the folder" in fault for fault in verify(folder)) and len(verify(folder)) == 2
+
+
+def test_another_tokenizer_is_found_by_its_ids(copy):
+    folder = copy("dense")
+
+    def swap(tokenizer):
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+
+    rewrite(folder / "tokenizer.json", swap)
+    rehash(folder)
+    (fault,) = verify(folder)
+    assert fault.startswith("the tokenizer (") and "gives other ids than the model's own: of \"Hello" in fault
+    (folder / "tokenizer.json").write_text("{}")
+    rehash(folder)
+    (fault,) = verify(folder)
+    assert fault.startswith("the tokenizer in ") and "cannot be loaded" in fault
+
+
+@pytest.fixture
+def mended_class(monkeypatch):
+    """`mended_class(edit)`: from_pretrained gives a model on which `edit(model)` was called."""
+    load = transformers_plugin.load
+
+    def run(edit):
+        def changed(*args, **options):
+            model, told = load(*args, **options)
+            edit(model)
+            return model, told
+
+        monkeypatch.setattr(transformers_plugin, "load", changed)
+
+    return run
+
+
+@pytest.mark.parametrize("format", ["packed", "dense"])
+def test_a_buffer_that_from_pretrained_leaves_unfilled_is_found(format, sound, mended_class):
+    mended_class(lambda model: model.model.rotary_emb.inv_freq.fill_(torch.nan))
+    (fault,) = verify(sound / format)
+    assert fault.startswith("loaded by from_pretrained: the model's loss is not finite for 23 of 23 tokens")
+
+
+def test_other_numbers_than_were_written_are_found_when_they_are_loaded(sound, mended_class):
+    mended_class(lambda model: model.model.norm.weight.data.mul_(8))
+    (fault,) = verify(sound / "packed")
+    assert fault.startswith("on the probe window the loss differs by")
+
+
+def test_a_model_that_loads_otherwise_or_not_at_all_is_a_fault(sound, mended_class):
+    tied = {"lm_head.weight": "model.embed_tokens.weight"}
+    mended_class(lambda model: setattr(model, "all_tied_weights_keys", tied))
+    (fault,) = verify(sound / "dense")
+    assert fault == "from_pretrained loads weight 'lm_head.weight' tied to another, and it was written not tied"
+
+    def broken(model):
+        raise RuntimeError("no such thing")
+
+    mended_class(broken)
+    assert verify(sound / "dense") == ["loaded by from_pretrained it fails: RuntimeError: no such thing"]
+
+
+@pytest.mark.parametrize("format", ["packed", "dense"])
+def test_a_model_that_is_larger_than_memory_is_loaded_from_the_disk(format, sound, mended_class, monkeypatch):
+    monkeypatch.setattr(loaded, "available_memory", lambda: 0)
+    told = []
+    assert verify(sound / format, told.append) == []
+    mended_class(lambda model: model.model.rotary_emb.inv_freq.fill_(torch.nan))
+    assert verify(sound / format, told.append) != [] and told == []
+
+
+def test_without_memory_and_disk_it_is_read_block_by_block_and_said(sound, monkeypatch):
+    monkeypatch.setattr(loaded, "available_memory", lambda: 0)
+    monkeypatch.setattr(loaded.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    told = []
+    assert verify(sound / "packed", told.append) == []
+    assert len(told) == 1 and "read block by block instead" in told[0]
+
+
+def test_tokens_of_the_probe_that_the_model_does_not_know_are_a_fault(copy):
+    folder = copy("dense")
+    rewrite(folder / "paredown.json", lambda record: record["probe"]["ids"].__setitem__(0, 5000))
+    assert verify(folder) == ["the probe of paredown.json holds tokens that the model does not know"]
+
+
+WRONG = {
+    "no dictionary": lambda record: [record],
+    "no tensors": lambda record: {k: v for k, v in record.items() if k != "tensors"},
+    "a tensor's shape": lambda record: record | {"tensors": {"a": {"shape": "x", "dtype": "bfloat16", "sha256": ""}}},
+    "layers": lambda record: record | {"layers": 7},
+    "kept": lambda record: record | {"layers": {UP: {"kept": float("nan")}}},
+    "sparsity": lambda record: record | {"layers": {UP: {"kept": 0.5, "sparsity": "9:4"}}},
+    "probe": lambda record: record | {"probe": {"ids": [1, 2], "nll": [1.0, 2.0]}},
+    "ids": lambda record: record | {"probe": {"ids": [1, "2"], "nll": [1.0]}},
+    "a huge id": lambda record: record | {"probe": {"ids": [1, 10**30], "nll": [1.0]}},
+    "tied": lambda record: record | {"tied": ["a"]},
+    "files": lambda record: record | {"files": {"a": None}},
+    "version": lambda record: record | {"format_version": "2"},
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_damaged_record_is_told_in_a_sentence(what, copy, tmp_path):
+    folder = copy("dense")
+    record = json.loads((folder / "paredown.json").read_text())
+    (folder / "paredown.json").write_text(json.dumps(WRONG[what](record)))
+    for use in (verify, lambda f: export(f, tmp_path / "out")):
+        with pytest.raises(PareError, match=r"paredown.json is damaged: .* Fetch the checkpoint again"):
+            use(folder)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"])
+def test_a_record_that_is_no_json_is_told_in_a_sentence(content, copy):
+    folder = copy("dense")
+    (folder / "paredown.json").write_bytes(content)
+    with pytest.raises(PareError, match=r"has no readable paredown.json"):
         verify(folder)

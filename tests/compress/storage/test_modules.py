@@ -179,9 +179,41 @@ def test_an_order_that_names_a_row_twice_is_a_fault():
     assert "permutation" in KINDS["pifa"].fault(tensors, (6, 8))
 
 
-def test_factors_cannot_stand_for_fused_experts():
-    with pytest.raises(PareError, match="fused experts are stored as"):
-        install(Tiny(), {"experts.gate_up_proj": replace(spec("lowrank", "experts", (3, 6, 8)), rank=2)})
+@pytest.mark.parametrize("layout", ["experts", "experts_in_out"])
+@pytest.mark.parametrize("kind", ["lowrank", "pifa", "cur", "bitmap_lowrank"])
+def test_factored_experts_are_the_products_of_their_factors(kind, layout):
+    """One by one, all together, and as an operand of a torch function; in the layout of the parameter."""
+    parts = [tensors_of(kind) for _ in range(3)]
+    values = {"values": [p.pop("values") for p in parts]} if kind == "bitmap_lowrank" else {}
+    tensors = {name: torch.stack([p[name] for p in parts]) for name in parts[0]}
+    tensors |= {name: torch.cat(own) for name, own in values.items()}
+    counts = {name: spec_of(kind).counts[name] for name in KINDS[kind].asks}
+    counts |= {"values": len(tensors["values"])} if values else {}
+    model = nn.Module()
+    rows, columns = (6, 8) if layout == "experts" else (8, 6)
+    model.weight = nn.Parameter(torch.empty(3, rows, columns), requires_grad=False)
+    install(model, {"weight": Spec(kind, (3, 6, 8), layout, **counts)})
+    fill(model.weight, tensors)
+    dense = [KINDS[kind].unpack(p | {n: own[e] for n, own in values.items()}, (6, 8)) for e, p in enumerate(parts)]
+    dense = torch.stack(dense if layout == "experts" else [w.T for w in dense])
+    x = torch.randn(3, 5, rows)
+    assert model.weight.fault() is None and model.weight.shape == dense.shape
+    assert all(torch.equal(model.weight[e], dense[e]) for e in range(3))
+    assert torch.equal(torch.bmm(x, model.weight), torch.bmm(x, dense))
+    assert torch.equal(model.weight.transpose(1, 2), dense.transpose(1, 2))
+
+
+@pytest.mark.parametrize("layout", ["experts", "experts_in_out"])
+def test_experts_that_lie_below_each_other_in_one_matrix_are_told_apart(layout):
+    model, keep = nn.Module(), torch.rand(3, 6, 8) < 0.5
+    weight = torch.randn(3, 6, 8) * keep
+    dense = weight if layout == "experts" else weight.transpose(1, 2)
+    model.weight = nn.Parameter(torch.empty(dense.flatten(0, 1).shape), requires_grad=False)
+    install(model, {"weight": Spec("bitmap", (3, 6, 8), layout, values=int(keep.sum()))})
+    fill(model.weight, pack("bitmap", weight, keep))
+    assert torch.equal(model.weight.whole(), dense.flatten(0, 1)) and model.weight.shape == dense.flatten(0, 1).shape
+    assert torch.equal(model.weight.view(-1, *dense.shape[1:])[2], dense[2])
+    assert torch.equal(model.weight.view(dense.numel()), dense.flatten())
 
 
 class Indexed(Bitmap):

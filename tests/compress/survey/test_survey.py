@@ -101,7 +101,7 @@ def test_the_dense_model_is_not_read_where_nothing_is_to_be_known_beforehand(sou
         job, made = surveyed(sealed, scratch, method, options)
         assert ranks_of(job, made) is None and not made.angles and job.strategy == "uniform"
         assert chosen(job, made) == set(layers_of(source)) and not made.choices
-        assert job.method_for("model.layers.0.mlp.up_proj", None) is job.method
+        assert job.method_for(job.targets[0], None) is job.method
         assert not any(made.gradients(block, torch.device("cpu")) for block in job.blocks)
     job, made = surveyed(sealed, scratch, "lorap")  # spread by shapes alone: ranks, and still nothing read
     assert job.strategy == "per_type" and ranks_of(job, made).keys() == layers_of(source).keys()
@@ -113,7 +113,7 @@ def test_every_layer_is_told_the_rank_that_the_allocation_gives_it(source, scrat
     ranks = ranks_of(job, made)
     assert len(set(ranks.values())) > 2 and None in ranks.values()
     for name, rank in ranks.items():
-        told = job.method_for(name, ranks)
+        told = job.method_for(layers_of(source)[name], ranks)
         assert told is None if rank is None else (told.rank, told.kept) == (rank, None)
 
 
@@ -315,14 +315,23 @@ def test_gradients_are_read_back_by_layer_and_block(method, options, needs, sour
                 assert torch.equal(found[name][need], s.gradient(need).float())
 
 
-def test_fused_experts_are_no_part_of_the_first_pass(tmp_path, save_model, scratch):
+def test_all_experts_of_a_fused_weight_are_one_layer_of_the_budget(tmp_path, save_model, scratch):
+    """Their numbers and losses are added, each loss for the share of the tokens that reaches the expert."""
     save_model(tmp_path / "m", t.MixtralConfig(**{**C, "num_hidden_layers": 2}, num_local_experts=4))
     source = ModelSource(tmp_path / "m", "m")
     job, made = surveyed(source, scratch, "fisher_svd", {"kept": 0.5}, {"strategy": "global"})
-    attention = {n for n in layers_of(source) if "self_attn" in n}
-    assert made.choices.keys() == ranks_of(job, made).keys() == attention
+    views = layers_of(source)
+    assert made.choices.keys() == {view.owner for view in views.values()} and len(made.choices) == 2 * (4 + 2)
+    ranks = ranks_of(job, made)
+    assert ranks.keys() == views.keys()
+    for owner, choices in made.choices.items():
+        members = [view for view in views.values() if view.owner == owner]
+        assert len({ranks[view.name] for view in members}) == 1
+        own = job.method_of(members[0]).choices(members[0].shape)
+        assert [c.numbers for c in choices] == [len(members) * c.numbers for c in own]
     for block in blocks(source):
-        assert made.gradients(block, torch.device("cpu")).keys() == {n for n in attention if n.startswith(block.prefix)}
+        reached = made.gradients(block, torch.device("cpu")).keys()
+        assert {n for n in views if n.startswith(block.prefix) and "self_attn" in n} < reached <= views.keys()
 
 
 def test_measured_sensitivities_are_the_losses_of_the_model_with_one_layer_compressed(model, source, scratch):

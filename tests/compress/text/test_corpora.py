@@ -1,11 +1,16 @@
 """Texts: named corpora ask the hub for what the papers used, local files are read as they lie, faults say the way out."""
 
+import gzip
 import hashlib
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from paredown.compress.errors import PareError
@@ -227,8 +232,134 @@ def test_files_that_hold_no_text_are_errors(tmp_path):
     with pytest.raises(PareError, match="has no columns"):
         load_corpus(write(tmp_path / "a.txt", "text") + ":body", "calibration")
     write(tmp_path / "broken.jsonl", '{"text": "x"}\n{"text": ')
-    with pytest.raises(PareError, match="cannot be loaded"):
+    with pytest.raises(PareError, match="cannot be read: line 2 is no JSON"):
         load_corpus(str(tmp_path / "broken.jsonl"), "calibration")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".txt", ".jsonl.gz"])
+@pytest.mark.parametrize(("name", "other"), [("a[1]", "a1"), ("q?", "qx"), ("s*", "st"), ("[!x]", "y"), ("a::b", "a")])
+def test_a_name_with_signs_of_a_pattern_is_read_as_it_is(name, other, suffix, tmp_path):
+    for stem in (name, other):
+        put(tmp_path / f"{stem}{suffix}", stem)
+    assert list(load_corpus(str(tmp_path / f"{name}{suffix}"), "calibration").documents) == [name]
+    (tmp_path / "in[x]").mkdir()
+    put(tmp_path / "in[x]" / f"{name}{suffix}", "within")
+    assert list(load_corpus(str(tmp_path / "in[x]"), "calibration").documents) == ["within"]
+
+
+def put(path, *texts):
+    """A file of one row a text, in the format of its name, at a time long past."""
+    if path.name.endswith(".txt"):
+        path.write_text("".join(texts))
+    elif path.name.endswith(".parquet"):
+        pq.write_table(pa.table({"text": list(texts)}), path)
+    else:
+        content = lines(*({"text": text} for text in texts)).encode()
+        path.write_bytes(gzip.compress(content) if path.name.endswith(".gz") else content)
+    os.utime(path, (1, 1))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".txt", ".json.gz"])
+def test_a_file_replaced_by_one_of_the_same_time_and_size_is_read_anew(suffix, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    for text in ("first", "other"):
+        put(path, text)
+        corpus = load_corpus(str(path), "calibration")
+        assert list(corpus.documents) == [text]
+        assert corpus.sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_copy_of_a_hub_repository_is_read_anew_when_its_files_are_replaced(hub_folder):
+    shard = Path(hub_folder) / "main/train-00000-of-00001.jsonl"
+    for text in ("first", "other"):
+        write(shard, lines({"text": text, "title": text}))
+        os.utime(shard, (1, 1))
+        assert list(load_corpus(f"{hub_folder}:main:train:text", "calibration").documents) == [text]
+
+
+def test_a_copy_of_a_hub_repository_in_a_folder_that_reads_as_a_pattern_is_refused(hub_folder):
+    moved = Path(hub_folder).rename(Path(hub_folder).with_name("copy[1]"))
+    with pytest.raises(PareError, match="may find another folder"):
+        load_corpus(str(moved), "calibration")
+
+
+@pytest.mark.parametrize("kind", [1, True, ["a"], {"a": "b"}])
+def test_values_of_another_kind_are_told_and_not_converted(kind, tmp_path):
+    path = write(tmp_path / "a.jsonl", lines({"text": "one"}, {"text": kind}))
+    with pytest.raises(PareError, match="values in its column 'text' that are no strings"):
+        load_corpus(path, "calibration")
+    with pytest.raises(PareError, match="values in its column 'text' that are no strings"):
+        load_corpus(f"{path}:text", "calibration")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"null\nnull\n", "row 1 is null"),
+        (b'{"text": "a"}\n[1, 2]\n', r"row 2 is \[1"),
+        (b"1\n", "row 1 is 1"),
+        (b'{"text": "caf\xe9"}\n', "can't decode byte 0xe9"),
+        (b'{"text": "a\\ud800b"}\n', "surrogates not allowed"),
+        (b'{"text": "x", "deep": ' + b"[" * 5000 + b"]" * 5000 + b"}\n", "recursion"),
+        (b"", "holds no text"),
+        (b"\n\n", "holds no text"),
+        (b'{"text": null}\n', "holds no text"),
+        (b'{"text": ""}\n', "holds no text"),
+        (bytes(range(256)), "cannot be read"),
+    ],
+)
+def test_lines_that_are_no_rows_of_text_are_one_sentence(content, said, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(PareError, match=said):
+        load_corpus(str(tmp_path / "a.jsonl"), "calibration")
+
+
+def test_parquet_and_gzip_that_are_damaged_or_hold_no_strings_are_one_sentence(tmp_path):
+    put(tmp_path / "a.parquet", "one", "two")
+    put(tmp_path / "a.jsonl.gz", "one")
+    for name in ("a.parquet", "a.jsonl.gz"):
+        content = (tmp_path / name).read_bytes()
+        for damaged in (content[:-9], b"", content[4:], b"nonsense"):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(PareError, match=rf"{name} (cannot be read|holds no text)"):
+                load_corpus(str(tmp_path / name), "calibration")
+    datasets.Dataset.from_dict({"text": [1, 2]}).to_parquet(tmp_path / "int.parquet")
+    with pytest.raises(PareError, match="no strings"):
+        load_corpus(str(tmp_path / "int.parquet"), "calibration")
+
+
+def test_rows_are_strings_as_they_lie_whatever_they_look_like(tmp_path):
+    rows = ["2020-01-01", "1", "null", "a\u0000b", "x" * 3_000_000]
+    (tmp_path / "a.jsonl").write_text(
+        "".join('{"text": ' + json.dumps(r) + ', "n": ' + "9" * 5000 + "}\n" for r in rows)
+    )
+    assert list(load_corpus(str(tmp_path / "a.jsonl"), "calibration").documents) == rows
+    for name, content in {
+        "list.json": json.dumps(rows), "pretty.json": json.dumps([{"text": r} for r in rows], indent=1),
+        "mark.jsonl": "\ufeff" + lines(*({"text": r} for r in rows)), "strings.jsonl": lines(*rows),
+    }.items():  # fmt: skip
+        assert list(load_corpus(write(tmp_path / name, content), "calibration").documents) == rows, name
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 5000 + ".txt", "a\0b.txt", "a\ud800.jsonl", "~no-such-user/a.txt", "", ":", "::"]
+)
+def test_names_that_no_file_can_have_are_one_sentence(name):
+    with pytest.raises(PareError) as fault:
+        load_corpus(name, "calibration")
+    assert str(fault.value).encode()
+
+
+def test_what_is_no_file_is_no_text(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(PareError, match="is no text to read"):
+        load_corpus(str(tmp_path / "pipe.txt"), "calibration")
+
+
+def test_the_former_address_gives_the_same_function():
+    from paredown.compress import corpora
+
+    assert corpora.load_corpus is load_corpus
 
 
 def test_scoring_what_was_calibrated_on_is_told_wholly_or_in_part():

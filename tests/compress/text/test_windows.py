@@ -11,19 +11,25 @@ from paredown.compress.errors import PareError
 from paredown.compress.text.corpus import Corpus
 from paredown.compress.text.windows import ReadSizes, calibration_windows, evaluation_windows, special_prefix
 
-BOS = 256
+BOS, EOS, MASK = 256, 257, 258
+SPECIAL = {"<s>": BOS, "</s>": EOS, "[gMASK]": MASK}
 FAR = 10**6
 
 
-def byte_tokenizer(bos=False, limit=64):
-    """One token a byte, so that every position of a text can be checked by eye; `limit` is its pretended model's window."""
+def byte_tokenizer(before="", after="", limit=64):
+    """One token a byte, so that every position of a text can be checked by eye; `limit` is its pretended model's window.
+
+    `before` and `after` are special tokens that it adds to each text.
+    """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={**{letter: i for i, letter in enumerate(letters)}, "<s>": BOS}, merges=[]))
+    inner = Tokenizer(models.BPE(vocab={**{letter: i for i, letter in enumerate(letters)}, **SPECIAL}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    if bos:
-        inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<s>", model_max_length=limit)
+    if before or after:
+        inner.post_processor = processors.TemplateProcessing(
+            single=f"{before} $A {after}".strip(), special_tokens=list(SPECIAL.items())
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", model_max_length=limit)
 
 
 @pytest.fixture
@@ -177,7 +183,7 @@ def test_a_text_shorter_than_one_window_is_an_error_that_names_the_length_to_set
 
 
 def test_a_very_long_text_tokenised_in_pieces_gives_the_tokens_of_the_whole():
-    tokenizer = byte_tokenizer(bos=True)
+    tokenizer = byte_tokenizer("<s>")
     # an accent is two bytes, so there are more tokens than characters
     corpus = corpus_of(*[words(45, seed=i).replace("a", "é") for i in range(60)])
     once = evaluation_windows(corpus, tokenizer, 64, FAR)
@@ -198,25 +204,98 @@ def test_pieces_are_cut_where_a_line_begins_and_make_up_the_text():
     assert "".join(corpus.pieces(333, 50)) == corpus.text[:333]
 
 
-def test_a_bos_stands_once_before_the_text_and_the_provenance_says_where():
-    bos, none = byte_tokenizer(bos=True), byte_tokenizer()
-    assert (special_prefix(bos), special_prefix(none)) == (1, 0)
-    corpus = corpus_of(words(640))
-    scored = evaluation_windows(corpus, bos, 64, FAR)
+def test_a_tokenizer_tells_which_tokens_it_puts_before_a_text():
+    assert special_prefix(byte_tokenizer()) == special_prefix(byte_tokenizer(after="</s>")) == ()
+    assert special_prefix(byte_tokenizer("<s>")) == special_prefix(byte_tokenizer("<s>", "</s>")) == (BOS,)
+    assert special_prefix(byte_tokenizer("[gMASK] <s>")) == (MASK, BOS)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "opening"), [("<s>", "", [BOS]), ("<s>", "</s>", [BOS]), ("[gMASK] <s>", "", [MASK, BOS])]
+)
+def test_every_window_begins_with_the_bos_that_counts_within_its_length(before, after, opening):
+    corpus, tokenizer, plain = corpus_of(words(645)), byte_tokenizer(before, after), byte_tokenizer()
+    scored = evaluation_windows(corpus, tokenizer, 64, FAR)
+    text = 64 - len(opening)
+    assert scored.ids.shape == (645 // text, 64) and scored.bos == "every window" and scored.text_tokens == 645
+    assert scored.ids[:, : len(opening)].tolist() == [opening] * len(scored.ids)
+    assert torch.equal(scored.ids[:, len(opening) :], evaluation_windows(corpus, plain, text, FAR).ids)
+    losses = torch.arange(63).expand(len(scored.ids), 63)  # of targets 1 to 63
+    assert scored.of_text(losses)[0].tolist() == list(range(len(opening) - 1, 63))
+    limited = evaluation_windows(corpus, tokenizer, 64, FAR, limit=3)
+    assert torch.equal(limited.ids, scored.ids[:3])
+
+
+@pytest.mark.parametrize("after", ["", "</s>"])
+@pytest.mark.parametrize(
+    "corpus",
+    [
+        corpus_of(*[words(100, seed=i) for i in range(20)]),
+        corpus_of(*[words(30, seed=i) for i in range(60)], pooled=True),
+        corpus_of(*[words(37, seed=i) for i in range(200)]),
+    ],
+    ids=["documents", "joined", "stretches"],
+)
+def test_calibration_draws_the_same_text_behind_a_bos_as_without_one(corpus, after):
+    sizes = ReadSizes(one_call=2000, per_token=4)
+    drawn, plain = (
+        calibration_windows(corpus, tokenizer, 8, length, seed=1, max_length=FAR, sizes=sizes)
+        for tokenizer, length in ((byte_tokenizer("<s>", after), 40), (byte_tokenizer(), 39))
+    )
+    assert drawn.ids.shape == (8, 40) and (drawn.bos, plain.bos) == ("every window", "none")
+    assert drawn.ids[:, 0].tolist() == [BOS] * 8
+    assert torch.equal(drawn.ids[:, 1:], plain.ids) and drawn.sampling == plain.sampling
+
+
+def test_the_papers_protocol_has_one_bos_before_the_whole_text():
+    corpus, tokenizer = corpus_of(words(640)), byte_tokenizer("<s>", "</s>")
+    scored = evaluation_windows(corpus, tokenizer, 64, FAR, bos="none")
+    assert scored.ids.flatten().tolist() == tokenizer(corpus.text)["input_ids"][:640]
     assert (scored.ids == BOS).nonzero().tolist() == [[0, 0]]
     assert scored.bos == "first window only"
-    assert evaluation_windows(corpus, none, 64, FAR).bos == "none"
+
+
+def test_without_a_bos_in_the_tokenizer_the_rule_changes_nothing():
+    corpus, tokenizer = corpus_of(*[words(200, seed=i) for i in range(9)]), byte_tokenizer()
+    for read in (
+        lambda bos: evaluation_windows(corpus, tokenizer, 64, FAR, bos=bos),
+        lambda bos: calibration_windows(corpus, tokenizer, 4, 40, seed=0, max_length=FAR, bos=bos),
+    ):
+        auto, none = read("auto"), read("none")
+        assert torch.equal(auto.ids, none.ids) and auto.bos == none.bos == "none"
+        assert auto.of_text(torch.ones(3, 5)).shape == (3, 5)
 
 
 @pytest.mark.parametrize("pooled", [False, True])
-def test_the_bos_rule_of_calibration_counts_the_windows_that_begin_with_it(pooled):
-    tokenizer = byte_tokenizer(bos=True)
+def test_the_papers_bos_rule_of_calibration_counts_the_windows_that_begin_with_it(pooled):
+    tokenizer = byte_tokenizer("<s>")
     corpus = corpus_of(*[words(12, seed=i) for i in range(60)], pooled=pooled)
-    drawn = calibration_windows(corpus, tokenizer, 40, 8, seed=0, max_length=FAR)
+    drawn = calibration_windows(corpus, tokenizer, 40, 8, seed=0, max_length=FAR, bos="none")
     begun = int((drawn.ids == BOS).sum())
     assert begun == int((drawn.ids[:, 0] == BOS).sum())
     assert drawn.bos == (f"first of {begun} of 40 windows" if begun else "none")
     assert pooled or begun
+
+
+@pytest.mark.parametrize("count", [1, 2, 30])
+def test_the_advice_for_a_short_text_counts_the_bos(count):
+    corpus, tokenizer = corpus_of(words(count)), byte_tokenizer("<s>")
+    with pytest.raises(PareError, match=f"has {count} tokens") as fault:
+        evaluation_windows(corpus, tokenizer, 64, FAR)
+    length = int(str(fault.value).rpartition("=")[2])
+    assert evaluation_windows(corpus, tokenizer, length, FAR).length == length
+    with pytest.raises(PareError, match=f"has {count} tokens") as fault:
+        calibration_windows(corpus, tokenizer, 1, 64, 0, FAR)
+    if count > 1:
+        length = int(str(fault.value).rpartition("calibration.length=")[2].split()[0])
+        assert calibration_windows(corpus, tokenizer, 1, length, 0, FAR).length == length
+
+
+def test_a_window_holds_a_token_of_text_beside_what_opens_it():
+    corpus, tokenizer = corpus_of(words(99)), byte_tokenizer("[gMASK] <s>")
+    with pytest.raises(PareError, match=r"at least 3 tokens.*--set evaluate.length=2048"):
+        evaluation_windows(corpus, tokenizer, 2, FAR)
+    assert evaluation_windows(corpus, tokenizer, 3, FAR).ids.shape == (99, 3)
 
 
 def test_a_text_longer_than_the_models_window_brings_no_warning(caplog, capsys):
