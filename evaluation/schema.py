@@ -57,7 +57,9 @@ class Text(TypedDict):
     text_tokens: NotRequired[Annotated[int, _about("Tokens in the whole text, where all of it was tokenized.")]]
     pieces: NotRequired[Annotated[int, _about("Number of pieces that a very long text was tokenized in.")]]
     sampling: NotRequired[Annotated[str, _about("`in order`, or drawn from `documents` or from the `joined` text.")]]
-    bos: NotRequired[Annotated[str, _about("Windows that begin with the tokenizer's BOS: `every window`, `none`, or words.")]]
+    bos: NotRequired[
+        Annotated[str, _about("Windows that begin with the tokenizer's BOS: `every window`, `none`, or words.")]
+    ]
     capped_from: NotRequired[Annotated[int, _about("Tokens asked for in a window, where the model allows fewer.")]]
 
 

@@ -105,10 +105,16 @@ class Stream:
         """
         shared: dict[int, Any] = {}
         call = self.calls[i][block.index].mapped(lambda leaf: self._argument(leaf, self.carried[i], shared))
-        if parameters is None:
-            result = block.module(hidden, *call.args, **call.kwargs)
-        else:
-            result = torch.func.functional_call(block.module, parameters, (hidden, *call.args), call.kwargs)
+        try:
+            if parameters is None:
+                result = block.module(hidden, *call.args, **call.kwargs)
+            else:
+                result = torch.func.functional_call(block.module, parameters, (hidden, *call.args), call.kwargs)
+        except (RuntimeError, TypeError, IndexError) as fault:  # of the model's class, in this dtype or on this device
+            raise PareError(
+                f"{block.name} cannot be run: {type(fault).__name__}: {first_line(fault)} If its dtype or the device is "
+                "the reason, try --dtype float32 or --device cpu."
+            ) from fault
         outputs = result if isinstance(result, tuple | list) else (result,)
         self.handed = {FromBlock(block.index, k): outputs[k] for k in range(1, len(outputs))} | shared
         output: Tensor = outputs[0]

@@ -85,3 +85,12 @@ def test_activations_that_are_not_finite_name_the_block(source, windows):
         block.module.mlp.down_proj.weight.fill_(torch.inf)
     with pytest.raises(PareError, match=r"non-finite activations leave model.layers.1.*--dtype bfloat16"):
         stream.advance(block)
+
+
+def test_a_block_whose_own_code_fails_is_named(source, windows):
+    stream = start(source, windows.ids)
+    block = blocks(source)[0]
+    source.materialise(block.prefix, block.names)
+    block.module.mlp.down_proj.weight.data = block.module.mlp.down_proj.weight.double()
+    with pytest.raises(PareError, match=r"model.layers.0 cannot be run: RuntimeError: .* try --dtype float32"):
+        stream.advance(block)
