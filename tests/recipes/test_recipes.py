@@ -21,9 +21,9 @@ PAPERS = {
     "svd": ["2207.00112"], "fwsvd": ["2207.00112"], "asvd": ["2312.05821"], "awsvd": ["2404.09695"],
     "lorap": ["2404.09695"], "svd_llm": ["2403.07378"], "rom": ["2312.07046"], "fisher_svd": ["1503.05671"],
     "paredown_lowrank": ["1503.05671", "2501.19090"], "cur": ["2501.04211"], "laser": ["2312.13558"],
-    "sparse_low_rank": ["2409.13652", "2410.09615"],
+    "sparse_low_rank": ["2409.13652", "2410.09615"], "ria": [], "alps": ["2406.07831"], "obc": ["2208.11580"],
 }  # fmt: skip
-MASKS = {"magnitude", "wanda", "sparsegpt", "masked"}
+MASKS = {"magnitude", "wanda", "sparsegpt", "masked", "ria", "alps", "obc"}
 # names without a number: the options that say how much is kept
 UNNUMBERED = {"curing": {"max_rank", "blocks"}, "laser": {"rho", "last"}, "sparse-low-rank": {"sparsity", "rank"}}
 KEYS = [
