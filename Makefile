@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 	$(BIN)/paredown demo -o out/demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -116,6 +116,20 @@ def prune(windows):
     return run
 
 
+@pytest.fixture
+def verified_here(monkeypatch):
+    """A run verifies its checkpoint in this process: a new one takes seconds to import transformers."""
+    from paredown.compress.errors import PareError
+    from paredown.compress.run import compress as module
+    from paredown.compress.run.verify import verify
+
+    def check(folder, note):
+        if faults := verify(folder):
+            raise PareError("\n".join(faults))
+
+    monkeypatch.setattr(module, "_verify", check)
+
+
 @pytest.fixture(scope="session")
 def logits_of(windows):
     """`logits_of(folder)`: those of transformers' own forward over `windows`."""

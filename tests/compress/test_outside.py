@@ -113,7 +113,7 @@ def plugin(folder, what):
 
 
 @pytest.mark.parametrize("what", PLUGINS)
-def test_what_is_defined_outside_the_package_runs_from_a_recipe(what, tiny_model, text_file, tmp_path):
+def test_what_is_defined_outside_the_package_runs_from_a_recipe(what, tiny_model, text_file, tmp_path, verified_here):
     path = plugin(tmp_path, what)
     text = {"calibration": {"source": str(text_file), "sequences": 4, "length": 32}}
     text |= {"evaluate": {"perplexity": [str(text_file)], "length": 32, "windows": 2}}

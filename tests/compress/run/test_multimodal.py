@@ -74,7 +74,10 @@ def names(folder):
         return set(file.keys())
 
 
-@pytest.mark.parametrize("model", CONFIGS, indirect=True)
+RARE = [pytest.param(name, marks=pytest.mark.all_families) for name in ("mistral3", "llama4")]
+
+
+@pytest.mark.parametrize("model", ["qwen2_5_vl", "qwen3_5", "gemma3", *RARE], indirect=True)
 def test_the_text_model_is_compressed_and_the_family_s_class_loads_what_is_written(model, tmp_path, prune, windows):
     folders = {name: tmp_path / name for name in ("model", "packed", "dense", "exported")}
     prune(folders["model"], folders["packed"], sparsity=0.5, method="magnitude")

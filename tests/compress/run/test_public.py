@@ -28,7 +28,7 @@ FAMILIES = {
 
 
 @pytest.fixture
-def run(text_file, tmp_path):
+def run(text_file, tmp_path, verified_here):
     """`run(model, ...)`: `compress` on little text into OUT; its report."""
 
     def go(model, recipe="sparsegpt-2of4", out="out", **options):
