@@ -55,6 +55,7 @@ class CheckpointWriter:
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[Path] = []
+        self.keep = False  # what was written is worth a look, though it is not finished
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._saving: Future[None] | None = None
 
@@ -86,7 +87,7 @@ class CheckpointWriter:
     def _leave(self, fault: BaseException | None) -> None:
         """Remove the folder unless there is something in it to keep, which `fault` is told, and free the lock."""
         try:
-            if self.place.finished is None and not self.place.has_state:
+            if self.place.finished is None and not self.place.has_state and not self.keep:
                 self.place.discard()
             self.place.close()
         except BaseException as late:  # a signal

@@ -107,7 +107,11 @@ def compress(
             writer.write_json("report.json", report)
             writer.write_text("README.md", model_card(report))
             note("verifying what was written, in a new process")
-            _verify(writer.folder, note)
+            try:
+                _verify(writer.folder, note)
+            except PareError:
+                writer.keep = True
+                raise
             writer.commit()
     return report
 
@@ -144,7 +148,7 @@ def _verify(folder: Path, note: Callable[[str], None]) -> None:
     )
     if done.returncode:
         raise PareError(
-            f"what was written did not pass verification:\n{done.stderr.strip()}\n"
+            f"what was written did not pass verification, and is left in {folder}:\n{done.stderr.strip()}\n"
             "This is a fault of paredown or of the disk: please report it with the lines above."
         )
     for remark in done.stdout.splitlines()[:-1]:  # the last line says that it is sound

@@ -84,3 +84,24 @@ def test_a_damaged_generation_config_is_refused_before_any_work(content, tiny_mo
     (tiny_model / "generation_config.json").write_text(content)
     with pytest.raises(PareError, match=r"generation_config.json cannot be read .* Mend it"):
         check_companions(tiny_model, load_tokenizer(tiny_model))
+
+
+def test_what_does_not_pass_verification_is_kept_and_the_next_run_begins_anew(
+    tiny_model, text_file, tmp_path, monkeypatch
+):
+    def go():
+        return run.compress(
+            str(tiny_model), "magnitude-50", tmp_path / "out", calibration=str(text_file),
+            overrides=["calibration.sequences=2", "calibration.length=32", "evaluate.perplexity=[]"],
+        )  # fmt: skip
+
+    def fail(folder, note):
+        raise PareError("the loss differs")
+
+    monkeypatch.setattr(run, "_verify", fail)
+    with pytest.raises(PareError, match="the loss differs"):
+        go()
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "paredown.json").exists()
+    monkeypatch.setattr(run, "_verify", lambda folder, note: None)
+    go()
+    assert verify(tmp_path / "out") == [] and not (tmp_path / "out.partial").exists()
