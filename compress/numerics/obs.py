@@ -22,7 +22,7 @@ def obs_mask(weight: Tensor, gram: Tensor, sparsity: Sparsity) -> Tensor:  # (ou
 
 def _rows_kept(weight: Tensor, inverse: Tensor, sparsity: Sparsity) -> Tensor:
     out, inner = weight.shape
-    each = torch.arange(out)
+    each = torch.arange(out, device=weight.device)
     work, inverses = weight.clone(), inverse.expand(out, -1, -1).clone()  # (out, in, in)
     keep = torch.ones_like(work, dtype=torch.bool)
     for _ in range(inner - kept_count((1, inner), sparsity)):

@@ -47,7 +47,7 @@ def _proposed(target: Tensor, x: Tensor, keep: Tensor, gram: Tensor, width: int,
     """The mask after the best swap in each of a row's `allowed` groups that gain most; the others stay."""
     gains, removed, added = _best_swaps(target, x, keep, gram, width)  # (out, groups)
     order = gains.argsort(dim=1, descending=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
+    rank = order.argsort(dim=1)
     taken = (gains > 0) & (rank < allowed[:, None])
     groups = rearrange(keep, "out (group m) -> out group m", m=width).clone()
     groups.scatter_(

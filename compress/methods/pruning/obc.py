@@ -33,7 +33,7 @@ class OBCMask:
         check_width(weight.shape[1], sparsity)
         if weight.shape[1] > MOST_INPUTS:
             raise PareError(
-                f"exact OBS would take days for {weight.shape[1]} inputs; it is for layers of at most {MOST_INPUTS}. "
+                f"exact OBS takes far too long for {weight.shape[1]} inputs; it is for layers of at most {MOST_INPUTS}. "
                 "Choose sparsegpt or alps, or leave the layer out with targets.skip."
             )
         return fixed_mask(obs_mask(weight, damped_gram(stats.inputs.gram, self.damping), sparsity))

@@ -197,7 +197,7 @@ def test_any_mask_goes_with_any_update(sparsity, mask, update):
     assert 0 < edit.relative_error(weight, stats.inputs) < 1
 
 
-def test_exact_obs_refuses_layers_that_would_take_days():
+def test_exact_obs_refuses_layers_that_are_far_too_wide():
     inputs = InputStats(4100, frozenset({"gram"}))
     with pytest.raises(PareError, match=r"4100 inputs.*at most 4096.*sparsegpt or alps"):
         build("obc", {"sparsity": 0.5}).compress(torch.zeros(1, 4100), Stats(inputs))
