@@ -8,15 +8,25 @@ from dataclasses import dataclass, replace
 from math import fsum, prod
 from typing import Any, Literal
 
-from paredown.compress.allocation.base import Allocation, AllocationSpec, Budget, Layer, Options, Sensitivities
+from paredown.compress.allocation.base import (
+    ALLOCATIONS,
+    Allocation,
+    AllocationSpec,
+    Budget,
+    Grain,
+    Layer,
+    Options,
+    Sensitivities,
+)
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 from paredown.compress.methods.base import Choice, Method, WeightMethod
 from paredown.compress.model.blocks import Block, View, blocks, by_owner
 from paredown.compress.model.rest import name_of
+from paredown.compress.model.routing import is_told_weights
 from paredown.compress.model.stream import check_walkable, element_size
 from paredown.compress.model.targets import select
-from paredown.compress.numerics.moments import GRADIENT_NEEDS, PAIRED_NEEDS, Need, Stats
+from paredown.compress.numerics.moments import GRADIENT_NEEDS, INPUT_NEEDS, PAIRED_NEEDS, Need, Stats
 from paredown.compress.recipe import Recipe
 
 Format = Literal["packed", "dense"]
@@ -45,7 +55,19 @@ class Job:
     @property
     def gradients(self) -> frozenset[Need]:
         """Which moments of output gradients the method reads."""
-        return self.method.needs & GRADIENT_NEEDS
+        needs = self.method.needs & GRADIENT_NEEDS
+        # a solver reads the diagonal beside the whole
+        return needs | {Need.OUTPUT_GRADIENT_DIAGONAL} if Need.OUTPUT_GRADIENT in needs else needs
+
+    @property
+    def surveyed(self) -> frozenset[Need]:
+        """What is measured of each layer of the dense model before the walk: gradients, and for the allocation."""
+        allocation, needs = self.allocation, self.gradients
+        if allocation.reads in ("losses", "sensitivities"):
+            needs |= self.method.needs & INPUT_NEEDS
+        if allocation.reads != "losses" or self.method.weighs:
+            needs |= allocation.needs
+        return needs - {Need.SECOND_MOMENT} if Need.GRAM in needs else needs
 
     @property
     def paired(self) -> bool:
@@ -74,28 +96,32 @@ class Job:
         choices: Mapping[str, Sequence[Choice]] | None = None,
         tokens: int = 0,
         sensitivities: Sensitivities | None = None,
+        scores: Mapping[str, float] | None = None,
     ) -> Options | None:
         """The option of each of these layers under the job's one budget; None where each layer settles its own.
 
-        `choices` are those that were measured, by layer; without them shapes alone decide. `tokens` of the calibration.
-        Raises PareError if the budget cannot be met.
+        `choices` or `scores` are those that were measured, by layer; without them shapes alone decide. `tokens` of the
+        calibration. Raises PareError if the budget cannot be met.
         """
         asked = self.method.budget
         if not asked.shared or (self.strategy == "uniform" and asked.parameters is None):
             return None
-        owners = by_owner(views)
+        owners, measured = by_owner(views), choices or scores
         layers = [
-            Layer(
-                owner,
-                sum(prod(v.shape) for v in members),
-                choices[owner] if choices else self.choices_of(members),
-            )
+            self.layer(owner, members, choices[owner] if choices else self.choices_of(members))
             for owner, members in owners.items()
-            if not choices or owner in choices
+            if not measured or owner in measured
         ]
         kept = self.share_for(sum(layer.size for layer in layers))
-        chosen = self.allocation.allocate(Budget(layers, kept, tokens, sensitivities or {}))
+        chosen = self.allocation.allocate(Budget(layers, kept, tokens, sensitivities or {}, scores or {}))
         return {v.name: option for owner, option in chosen.items() for v in owners[owner]}
+
+    def layer(self, owner: str, members: Sequence[View], choices: Sequence[Choice]) -> Layer:
+        """A layer, or all experts of a fused weight, as an allocation sees it."""
+        first, count = members[0], len(members)
+        block = next((block.index for block in self.blocks if owner.startswith(block.prefix)), 0)
+        grain = Grain(count * first.shape[0], count) if self.method_of(first).shares == "any" else None
+        return Layer(owner, count * prod(first.shape), choices, block, grain)
 
     def choices_of(
         self, members: Sequence[View], stats: Mapping[str, Stats] | None = None, tokens: int = 1
@@ -158,13 +184,43 @@ def resolve_job(source: ModelSource, recipe: Recipe, format: Format = "packed") 
     if format == "dense":
         method = _without_packing(method, recipe, targets)
     strategy, allocation = _allocation(method, recipe.allocation, targets)
-    return Job(source, recipe, method, format, strategy, allocation, all_blocks, targets, left_out)
+    job = Job(source, recipe, method, format, strategy, allocation, all_blocks, targets, left_out)
+    _check_text(job)
+    return job
 
 
 def _weight_method(method: Method, name: str) -> WeightMethod:
     if not isinstance(method, WeightMethod):
         raise PareError(f"{name} removes whole units or blocks, which this version cannot do yet.")
     return method
+
+
+def _check_text(job: Job) -> None:
+    """Raises PareError where a job has no use for what its recipe says of the calibration text."""
+    recipe = job.recipe
+    if job.paired and recipe.order == "independent":
+        raise PareError(
+            f"order independent gives a layer the dense model's inputs, and {recipe.method} compares them with those of "
+            "the compressed model: leave order out."
+        )
+    if recipe.calibration.domain is not None and not job.surveyed & GRADIENT_NEEDS:
+        raise PareError(
+            f"calibration.domain is the text of gradients, and {recipe.method} reads none: leave it out, or name the "
+            "text as calibration.source."
+        )
+    if recipe.router_weight:
+        _check_router([view for view in job.targets if view.expert is not None])
+
+
+def _check_router(experts: Sequence[View]) -> None:
+    """Raises PareError where the router weights of tokens are asked for and not known."""
+    if not experts:
+        raise PareError("router_weight is for experts, and no targeted layer is one of a fused weight: leave it out.")
+    if untold := next((view for view in experts if not is_told_weights(view.module)), None):
+        raise PareError(
+            f"{type(untold.module).__name__} is not called with the router's weights, which router_weight asks for: leave "
+            "it out."
+        )
 
 
 def _check_whole_experts(targets: Sequence[View], left_out: Sequence[View]) -> None:
@@ -204,12 +260,14 @@ def _allocation(method: WeightMethod, asked: AllocationSpec | None, targets: Seq
     uniform = "uniform", AllocationSpec(strategy="uniform").build()
     if method.strategy is None:
         if asked is not None:
-            raise PareError("allocation spreads ranks over layers: it goes with low-rank methods only. Leave it out.")
+            raise PareError("this method offers no choices, so that an allocation has nothing to spread. Leave it out.")
         return uniform
     weights = {"weights": dict(method.type_weights)} if method.type_weights else {}
     spec = asked or AllocationSpec(strategy=method.strategy, **weights)
     allocation = spec.build()
     allocation.check(sorted({view.name.rpartition(".")[2] for view in targets}), asked=asked is not None)
+    if method.shares == "few":
+        _check_picks(method, allocation, spec.strategy)
     if not method.budget.shared:
         if spec.strategy != "uniform" and asked is not None:
             raise PareError(
@@ -225,8 +283,21 @@ def _allocation(method: WeightMethod, asked: AllocationSpec | None, targets: Seq
         raise PareError(
             f"allocation {spec.strategy} spends by predicted losses, and this method has none: take sensitivity or per_type."
         )
-    if allocation.reads == "sensitivities" and method.needs & GRADIENT_NEEDS:
-        raise PareError(
-            f"allocation {spec.strategy} goes forward through the model: choose a method without gradients."
-        )
     return spec.strategy, allocation
+
+
+def _check_picks(method: WeightMethod, allocation: Allocation, strategy: str) -> None:
+    """Raises PareError unless this allocation can spend the budget of a method that has few choices for each layer."""
+    picking = sorted(name for name, cls in ALLOCATIONS.classes().items() if issubclass(cls, Allocation) and cls.picks)
+    if method.budget.shared:
+        if not allocation.picks:
+            raise PareError(
+                f"allocation {strategy} spreads fractions, and an n:m pattern is the same wherever it is: kept leaves "
+                f"some layers dense, which {' and '.join(picking)} choose. Write allocation: {{strategy: {picking[-1]}}}, or "
+                "ask for a fraction such as sparsity: 0.5."
+            )
+    elif strategy != "uniform":
+        raise PareError(
+            f"allocation {strategy} has nothing to spread: an n:m pattern is the same in every layer. Say with kept, "
+            "such as --set kept=0.6, how much may stay so that some layers stay dense, or ask for a fraction such as 0.5."
+        )

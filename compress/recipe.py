@@ -1,6 +1,7 @@
 """The recipe: what is done to a model, strict and whole before anything is downloaded or loaded."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +19,9 @@ from paredown.compress.text.windows import Bos
 MOST_BYTES = 1 << 18  # of a recipe's file
 
 Count = Annotated[int, Field(strict=True, le=1 << 40)]  # a bool or "3" is no count
+# Through what the calibration text has come when a layer's statistics are taken: the edited blocks before, or the edited
+# layers before of its own block too, or dense blocks only. A method that compares with the dense model takes them in turn.
+Order = Literal["block", "true_sequential", "independent"]
 
 
 class _Strict(BaseModel):
@@ -32,9 +36,13 @@ class Targets(_Strict):
 
 
 class CalibrationSpec(_Strict):
-    """On what text the statistics are taken. `length` is capped by what the model allows."""
+    """On what text the statistics are taken. `length` is capped by what the model allows.
+
+    `domain` is a second text, cut in the same way: gradients of the loss are taken on it, and not on `source`.
+    """
 
     source: str = "stdlib"
+    domain: str | None = None
     sequences: Count = Field(128, ge=1)
     length: Count = Field(2048, ge=2)
     seed: Count = Field(0, ge=0)
@@ -73,7 +81,9 @@ class Recipe(_Strict):
     evaluate: EvaluateSpec = EvaluateSpec()
     bos: Bos = "auto"  # every window and task begins with a BOS if the tokenizer adds one; none: the papers' protocol
     idle: Literal["data_free", "dense"] = "data_free"  # what becomes of a layer that no calibration token reached
-    allocation: AllocationSpec | None = None  # of ranks; None: as the method does by itself
+    order: Order = "block"
+    router_weight: bool = Field(False, strict=True)  # each token counts in an expert's statistics as in its output
+    allocation: AllocationSpec | None = None  # of ranks or sparsities; None: as the method does by itself
     reconstruct: ReconstructSpec | None = None
     plugins: tuple[str, ...] = ()  # Python files that register methods, masks, updates or allocations; they are run
 
@@ -86,10 +96,14 @@ class Recipe(_Strict):
         return self.model_dump(mode="json", exclude_none=True, exclude={"plugins"} if not self.plugins else None)
 
     @classmethod
-    def parse(cls, raw: Any, origin: str = "recipe") -> "Recipe":
-        """From plain data. Raises PareError listing every fault, those of the method's options among them."""
+    def parse(cls, raw: Any, origin: str = "recipe", overrides: Sequence[str] = ()) -> "Recipe":
+        """From plain data; `overrides` as in `load`. Raises PareError listing every fault, also of the method's options."""
         if not isinstance(raw, dict):
             raise PareError(f"{origin}: a recipe is a mapping with at least the key 'method'; found {shown(raw)}.")
+        if overrides:
+            raw = deepcopy(raw)
+        for override in overrides:
+            _override(raw, override)
         if odd := oddity(raw):
             raise PareError(f"{origin}: {odd}")
         faults: list[str] = []
@@ -123,9 +137,7 @@ class Recipe(_Strict):
         raw["plugins"] = [str(folder / str(p)) for p in own] if isinstance(own, list) else own
         if isinstance(raw["plugins"], list):
             raw["plugins"] += [str(path) for path in plugins]
-        for override in overrides:
-            _override(raw, override)
-        return cls.parse(raw, name_or_path)
+        return cls.parse(raw, name_or_path, overrides)
 
 
 @cache

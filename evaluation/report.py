@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from paredown.evaluation.schema import SCHEMA, Calibration, EvalResult, Report, check_report
+from paredown.evaluation.schema import SCHEMA, Calibration, CalibrationText, EvalResult, Report, check_report
 from paredown.evaluation.tables import (
     BEFORE_AFTER,
     Rows,
@@ -131,6 +131,11 @@ def _facts(report: Report) -> list[str]:
 def _calibration(calibration: Calibration | None) -> str:
     if calibration is None:
         return "none, the method needs no data"
+    domain = calibration.get("domain")
+    return _windows(calibration) + (f"; gradients on {_windows(domain)}" if domain else "")
+
+
+def _windows(calibration: CalibrationText) -> str:
     source = base_name(calibration["source"])
     split = f" ({calibration['split']})" if calibration.get("split") else ""
     seed = f", seed {calibration['seed']}" if calibration.get("seed") is not None else ""

@@ -64,17 +64,21 @@ class Text(TypedDict):
 
 
 @_strict
-class Calibration(Text):
+class CalibrationText(Text):
+    """A text that the method measured the model on."""
+
+    source: Annotated[str, _about("Name of the corpus, or path of a text file.")]
+    sequences: Annotated[int, _about("Number of windows.")]
+    tokens: NotRequired[Annotated[int, _about("Tokens in all windows.")]]
+    seed: Annotated[int | None, _about("Seed of the random draw.")]
+
+
+@_strict
+class Calibration(CalibrationText):
     """The text that the method measured the model's activations on."""
 
-    source: str
-    """Name of the corpus, or path of a text file."""
-    sequences: int
-    """Number of windows."""
-    tokens: NotRequired[int]
-    """Tokens in all windows."""
-    seed: int | None
-    """Seed of the random draw."""
+    domain: NotRequired[CalibrationText]
+    """A second text, on which gradients of the loss were taken."""
 
 
 @_strict

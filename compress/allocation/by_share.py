@@ -7,7 +7,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from paredown.compress.allocation.base import ALLOCATIONS, Allocation, Budget, Options, capped, option_for
+from paredown.compress.allocation.base import ALLOCATIONS, Allocation, Budget, Options
+from paredown.compress.allocation.shares import capped, options_for
 from paredown.compress.errors import PareError
 
 
@@ -17,7 +18,7 @@ class Uniform(Allocation):
     """Each layer keeps the same share of its size."""
 
     def allocate(self, budget: Budget) -> Options:
-        return {layer.name: option_for(layer, budget.kept) for layer in budget.layers}
+        return options_for(budget, {layer.name: budget.kept for layer in budget.layers})
 
 
 @ALLOCATIONS.register("per_type")
@@ -30,8 +31,7 @@ class PerType(Allocation):
 
     def allocate(self, budget: Budget) -> Options:
         wanted = {layer.name: self._weight(layer.name) for layer in budget.layers}
-        shares = capped(budget.layers, wanted, budget.numbers)
-        return {layer.name: option_for(layer, shares[layer.name]) for layer in budget.layers}
+        return options_for(budget, capped(budget.layers, wanted, budget.numbers))
 
     def check(self, names: Sequence[str], asked: bool) -> None:
         """Each weight of a recipe must match a layer; of a method's default weights at least one."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from paredown.compress.allocation.base import ALLOCATIONS, Allocation, Budget, Options, option_for
+from paredown.compress.allocation.shares import options_for
 from paredown.compress.errors import PareError
 
 
@@ -11,7 +12,8 @@ from paredown.compress.errors import PareError
 class Sensitivity(Allocation):
     """Each layer takes its smallest measured share whose loss is at most one threshold.
 
-    The threshold is the lowest that meets the budget, of which a little may remain unspent.
+    The threshold is the lowest that meets the budget, of which a little may remain unspent; where any share can be kept,
+    all are raised in proportion to spend it.
     """
 
     reads = "sensitivities"
@@ -30,5 +32,5 @@ class Sensitivity(Allocation):
                 for layer in budget.layers
             )
             if stored <= budget.numbers:
-                return options
+                return options_for(budget, shares)
         raise PareError(f"no measured share of the layers leaves only {budget.kept:g} of them: ask for more with kept.")

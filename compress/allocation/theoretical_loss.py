@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from paredown.compress.allocation.base import ALLOCATIONS, Allocation, Budget, Layer, Options, capped, option_for
+from paredown.compress.allocation.base import ALLOCATIONS, Allocation, Budget, Layer, Options
+from paredown.compress.allocation.shares import capped, options_for
+from paredown.compress.numerics.moments import Need
 
 
 @ALLOCATIONS.register("theoretical_loss")
@@ -16,16 +18,16 @@ class TheoreticalLoss(Allocation):
     """
 
     reads = "losses"
+    needs = frozenset({Need.GRAM})
 
     def allocate(self, budget: Budget) -> Options:
         types: dict[str, list[Layer]] = {}
         for layer in budget.layers:
             types.setdefault(layer.name.rpartition(".")[2], []).append(layer)
-        options: Options = {}
+        shares: dict[str, float] = {}
         for members in types.values():
-            shares = _shares(members, budget)
-            options |= {layer.name: option_for(layer, shares[layer.name]) for layer in members}
-        return options
+            shares |= _shares(members, budget)
+        return options_for(budget, shares)
 
 
 def _shares(members: list[Layer], budget: Budget) -> dict[str, float]:

@@ -27,6 +27,7 @@ from paredown.compress.storage.spec import Spec
 # relative to the mean diagonal of H, to whose diagonal it is added
 Damping = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Shape = tuple[int, int]  # (out, in)
+Shares = Literal["any", "many", "few"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class WeightMethod(Method):
     strategy: ClassVar[str | None] = None  # the allocation, if the recipe names none; None: nothing to allocate
     type_weights: ClassVar[Mapping[str, float]] = {}  # the option `weights` of that allocation
     predicts: ClassVar[bool] = True  # the losses of its choices predict those of its edits
+    # those losses are weighed by moments of output gradients where the statistics hold some, else by inputs alone
+    weighs: ClassVar[bool] = False
 
     @abstractmethod
     def compress(self, weight: Tensor, stats: Stats) -> WeightEdit | None:
@@ -103,6 +106,11 @@ class WeightMethod(Method):
         The first is a weight of zeros. Losses are predicted if `weight` (out, in) and its statistics are given.
         """
         return []
+
+    @property
+    def shares(self) -> "Shares":
+        """Which shares of a weight it can keep: any, with the fraction removed as option, or those of its choices."""
+        return "many"
 
     def own_option(self, weight: Tensor, stats: Stats) -> Any:
         """The option that a weight's own data choose, where the budget is `by_data`; None leaves the weight as it is."""

@@ -29,6 +29,8 @@ class WeightEdit(ABC):
     fallback: str | None  # a numerical fallback, as the report words it
     shift: Tensor | None  # (out,) float64: to be added to the layer's output, by its bias
     keep: Tensor | None  # (out, in) bool: weights that need not be zero; None: all
+    # (out, in): what the edit stands for where that is not the original weight but one that makes up for earlier errors
+    aim: Tensor | None
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -64,12 +66,12 @@ class WeightEdit(ABC):
         """The same edit with trained numbers: the layer's `weight` (out, in), or the `parameters` of its module, by name."""
 
     def missed(self, original: Tensor, inputs: InputStats) -> float:
-        """The `relative_error` towards the weight that the edit aims at: by default the original one."""
-        return self.relative_error(original, inputs)
+        """The `relative_error` towards `aim`: its output, and not the original weight's, is what the layer should give."""
+        return self.relative_error(original if self.aim is None else self.aim, inputs)
 
+    @abstractmethod
     def final(self) -> "WeightEdit":
         """The same edit without what only `missed` needs."""
-        return self
 
     def relative_error(self, original: Tensor, inputs: InputStats) -> float:
         """`tr(D H D^T) / tr(W H W^T)` with D = original - edited: the output's squared error relative to its square.
@@ -92,6 +94,7 @@ class Masked(WeightEdit):
     sparsity: Sparsity
     damping: float | None = None
     fallback: str | None = None
+    aim: Tensor | None = field(default=None, repr=False)
     shift: None = field(default=None, init=False)
 
     def dense(self) -> Tensor:  # (out, in)
@@ -117,6 +120,9 @@ class Masked(WeightEdit):
     def module(self, old: nn.Module, layout: Layout, bias: Tensor | None) -> None:
         return None  # packed, a mask gives the same products bit for bit
 
+    def final(self) -> "Masked":
+        return replace(self, aim=None)
+
     def tuned(self, weight: Tensor, parameters: Mapping[str, Tensor]) -> "Masked":
         return replace(self, weight=weight)
 
@@ -133,7 +139,6 @@ class Factored(WeightEdit):
     loss: float | None = None  # in the method's own metric, relative to that of a weight of zeros
     damping: float | None = None
     fallback: str | None = None
-    # (out, in): what the parts stand for where that is not the original weight but one that makes up for earlier errors
     aim: Tensor | None = field(default=None, repr=False)
     keep: None = field(default=None, init=False)
 
@@ -166,10 +171,7 @@ class Factored(WeightEdit):
         return replace(self, aim=None)
 
     def missed(self, original: Tensor, inputs: InputStats) -> float:
-        """Towards `aim`: its output, and not the original weight's, is what the layer should give in the compressed model.
-
-        A shift gives that output's mean, so that only what varies around it is missed.
-        """
+        """A shift gives the mean of the output of `aim`, so that only what varies around it is missed."""
         if self.aim is None:
             return self.relative_error(original, inputs)
         error = replace(self, shift=None).relative_error(self.aim, inputs)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from einops import rearrange
 from pydantic import PlainValidator
@@ -105,15 +106,24 @@ def _keep_n_of_m(score: Tensor, pattern: NofM) -> Tensor:
         order = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
         keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
         return rearrange(keep, "out group m -> out (group m)")
-    columns = [groups[..., j].contiguous() for j in range(m)]  # each (out, group)
-    beaten = [torch.zeros(columns[0].shape, dtype=torch.uint8, device=score.device) for _ in range(m)]
-    for i in range(m):
-        for j in range(i + 1, m):
-            second_wins = columns[j] > columns[i]  # of equal scores the first stays
-            beaten[i] += second_wins
-            beaten[j] += ~second_wins
-    keep = torch.stack([b < n for b in beaten], dim=-1)  # (out, group, m)
-    return rearrange(keep, "out group m -> out (group m)")
+    removed = beaten_in_group(torch.stack([groups[..., j] for j in range(m)]), n)  # (m, out, group)
+    return rearrange(~removed, "m out group -> out (group m)")
+
+
+def beaten_in_group(scores: Tensor, n: int) -> Tensor:
+    """Which of m scores are not among the n highest; of equal scores the first counts as higher. (m, ...) bool.
+
+    scores (m, ...): they are compared along the first axis.
+    """
+    # as often each is beaten: by all before it, but for what the comparisons change
+    beaten = torch.arange(len(scores), dtype=torch.uint8, device=scores.device)
+    beaten = beaten.view(-1, *[1] * (scores.dim() - 1)).expand(scores.shape).contiguous()
+    for j in range(1, len(scores)):
+        wins = (scores[j] > scores[:j]).view(torch.uint8)  # (j, ...)
+        beaten[:j] += wins
+        for won in wins:
+            beaten[j] -= won
+    return beaten >= n
 
 
 def _keep_fraction(score: Tensor, sparsity: float) -> Tensor:
@@ -122,10 +132,18 @@ def _keep_fraction(score: Tensor, sparsity: float) -> Tensor:
     removed = round(sparsity * width)
     if removed == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    threshold = score.kthvalue(removed, dim=-1, keepdim=True).values  # (rows, 1): the highest removed score
+    threshold = _smallest(score, removed)  # (rows, 1): the highest removed score
     keep = score > threshold
     missing = (width - removed) - keep.sum(-1, keepdim=True)  # (rows, 1): how many of those at the threshold must stay
     if bool((missing > 0).any()):
         ties = score == threshold
         keep |= ties & (ties.cumsum(-1, dtype=torch.int32) <= missing)
     return keep
+
+
+def _smallest(score: Tensor, k: int) -> Tensor:
+    """The k-th smallest of each row, (rows, 1)."""
+    if score.device.type != "cpu" or score.dtype not in (torch.float32, torch.float64):
+        return score.kthvalue(k, dim=-1, keepdim=True).values
+    # the same number several times sooner: numpy partitions with the processor's vector instructions
+    return torch.from_numpy(np.partition(score.detach().numpy(), k - 1, axis=-1)[:, k - 1 : k].copy())

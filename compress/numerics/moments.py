@@ -34,6 +34,7 @@ class Need(StrEnum):
     FISHER = "fisher"
     FISHER_ROWS = "fisher_rows"
     FISHER_ROWS_PER_TOKEN = "fisher_rows_per_token"
+    WEIGHT_GRADIENT = "weight_gradient"
 
 
 INPUT_NEEDS = frozenset({Need.SECOND_MOMENT, Need.GRAM, Need.MEAN, Need.ABSOLUTE_MEAN})
@@ -45,6 +46,7 @@ GRADIENT_NEEDS = frozenset(
         Need.FISHER,
         Need.FISHER_ROWS,
         Need.FISHER_ROWS_PER_TOKEN,
+        Need.WEIGHT_GRADIENT,
     }
 )
 
@@ -253,6 +255,7 @@ def uniform_gradients(needs: frozenset[Need], weight: Tensor) -> dict[Need, Tens
         Need.FISHER: torch.ones_like(weight, dtype=torch.float64),
         Need.FISHER_ROWS: eye.diagonal(),
         Need.FISHER_ROWS_PER_TOKEN: eye.diagonal(),
+        Need.WEIGHT_GRADIENT: -weight.double(),  # every weight is worth its size: none should come nearer to zero
     }
     asked = needs | ({Need.OUTPUT_GRADIENT_DIAGONAL} if Need.OUTPUT_GRADIENT in needs else set())
     return {need: moments[need] for need in asked & GRADIENT_NEEDS}

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from paredown.compress.numerics.cholesky import InverseCholesky
-from paredown.compress.numerics.masks import NofM, Sparsity, check_width, keep_mask
+from paredown.compress.numerics.masks import SMALL_GROUP, NofM, Sparsity, beaten_in_group, check_width, keep_mask
 
 BLOCK = 128  # columns that are updated at once: errors reach the rest of the matrix as one product per block
+LEAF = 8  # columns within a block that are updated one by one
 
 
 @dataclass(frozen=True)
@@ -78,37 +79,75 @@ def sparsegpt_sweep(
     if fused is None:
         fused = weight.is_cuda and find_spec("triton") is not None
     sweep_block = _fused_block if fused else _block
-    work = weight.float().clone()  # (out, in)
-    work[:, inverse.dead] = 0.0
-    keep = torch.empty(work.shape, dtype=torch.bool, device=work.device)
+    # columns are rows here: each step then touches contiguous memory
+    work = torch.empty(size, len(weight), device=weight.device).copy_(weight.T)  # (in, out)
+    work[inverse.dead] = 0.0
+    keep = torch.empty(work.shape, dtype=torch.bool, device=work.device)  # (in, out)
     for begin in range(0, size, width):
         end = min(begin + width, size)
         local = factor[begin:end, begin:end].contiguous()  # (columns, columns)
-        # columns are rows here: each step then touches contiguous memory
-        block = work[:, begin:end].T.contiguous()  # (columns, out)
-        errors, stays = sweep_block(block, local, choose, begin)  # (columns, out)
-        work[:, begin:end], keep[:, begin:end] = block.T, stays.T
-        work[:, end:].addmm_(errors.T, factor[begin:end, end:], alpha=-1.0)
-    return work, keep
+        errors, keep[begin:end] = sweep_block(work[begin:end], local, choose, begin)  # (columns, out)
+        work[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1.0)
+    return work.T.contiguous(), keep.T.contiguous()
 
 
 def _block(block: Tensor, local: Tensor, choose: Choose, first: int) -> tuple[Tensor, Tensor]:
-    """Sweep a block (columns, out) in place, column by column. local (columns, columns): the block's part of U; first:
-    the number of its first column. Returns the errors, which the columns to the right make up for, and the mask.
+    """Sweep a block (columns, out) in place. local (columns, columns): the block's part of U; first: the number of its
+    first column. Returns the errors, which the columns to the right make up for, and the mask.
     """
-    scales = local.diagonal().tolist()
     errors = torch.empty_like(block)  # (columns, out)
-    stays = torch.empty_like(block, dtype=torch.bool)  # (columns, out)
-    chosen = 0
-    for i in range(len(block)):
-        if i == chosen:
-            mask = choose.next_columns(block[i:].T, local.diagonal()[i:], first + i)  # (out, columns)
-            chosen += mask.shape[1]
-            stays[i:chosen] = mask.T
-        torch.mul(block[i], ~stays[i], out=errors[i]).div_(scales[i])
-        block[i].mul_(stays[i])
-        block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1.0)
+    removed = torch.empty_like(block, dtype=torch.bool)  # (columns, out)
+    scales, pattern = local.diagonal()[:, None], choose.pattern  # (columns, 1)
+
+    def ask(i: int) -> int:
+        """Choose the mask of the next columns; `errors` becomes the share of each weight that is its error."""
+        if pattern and pattern.m <= SMALL_GROUP:  # as `next_columns` does, without turning a few rows around
+            end = i + pattern.m
+            removed[i:end] = beaten_in_group((block[i:end] / scales[i:end]).abs_(), pattern.n)
+        else:
+            mask = choose.next_columns(block[i:].T, scales[i:, 0], first + i)  # (out, columns)
+            end = i + mask.shape[1]
+            torch.logical_not(mask.T, out=removed[i:end])
+        torch.div(removed[i:end], scales[i:end], out=errors[i:end])
+        return end
+
+    def columns(begin: int, end: int) -> None:
+        if pattern:
+            ask(begin)
+        for i in range(begin, end):
+            errors[i].mul_(block[i])
+            block[i + 1 : end].addr_(local[i, i + 1 : end], errors[i], alpha=-1.0)
+
+    def carry(begin: int, middle: int, end: int) -> None:
+        block[middle:end].addmm_(local[begin:middle, middle:end].T, errors[begin:middle], alpha=-1.0)
+
+    if pattern:  # the mask of a group depends on its own columns alone: later ones can wait
+        _by_halves(0, len(block), pattern.m, columns, carry)
+    else:
+        i = 0
+        while i < len(block):
+            end = ask(i)
+            _by_halves(i, end, LEAF, columns, carry)
+            carry(i, end, len(block))
+            i = end
+    stays = ~removed
+    block.mul_(stays)
     return errors, stays
+
+
+def _by_halves(
+    begin: int, end: int, leaf: int, columns: Callable[[int, int], None], carry: Callable[[int, int, int], None]
+) -> None:
+    """Call `columns(begin, end)` for every `leaf` columns in order, and `carry(begin, middle, end)` between two halves of
+    any more: errors then pass on as products of matrices, which go over memory fewer times than single columns would.
+    """
+    if end - begin <= leaf:
+        columns(begin, end)
+        return
+    middle = begin + max((end - begin) // 2 // leaf, 1) * leaf
+    _by_halves(begin, middle, leaf, columns, carry)
+    carry(begin, middle, end)
+    _by_halves(middle, end, leaf, columns, carry)
 
 
 def _fused_block(block: Tensor, local: Tensor, choose: Choose, first: int) -> tuple[Tensor, Tensor]:

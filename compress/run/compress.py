@@ -74,7 +74,8 @@ def compress(
         text_tokenizer = load_tokenizer(source.folder)
         memory_base = resident_memory()  # libraries and a model without weights; the plan's memory comes on top
         with CheckpointWriter(out, resumable) as writer:
-            note(f"reading text: {', '.join([resolved.calibration.source, *resolved.evaluate.perplexity])}")
+            calibrating = [name for name in (resolved.calibration.source, resolved.calibration.domain) if name]
+            note(f"reading text: {', '.join([*calibrating, *resolved.evaluate.perplexity])}")
             windows, evaluations, warnings = read_texts(resolved, source, text_tokenizer)
             warnings += [*source.remarks, *check_companions(source.folder, text_tokenizer)]
             job = resolve_job(source, resolved, format)

@@ -199,7 +199,9 @@ def key_of(job: Job, texts: Sequence[Windows], versions: Mapping[str, str]) -> s
         "model": [source.id, source.revision, [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]],
         "recipe": recipe.to_dict(),
         "plugins": [hashlib.sha256(Path(plugin).expanduser().read_bytes()).hexdigest() for plugin in recipe.plugins],
-        "texts": [hashlib.sha256(w.ids.numpy().tobytes()).hexdigest() for w in texts],
+        "texts": [
+            hashlib.sha256(part.ids.numpy().tobytes()).hexdigest() for w in texts for part in (w, w.domain) if part
+        ],
         "run": [job.format, str(source.device), str(source.dtype), versions],
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

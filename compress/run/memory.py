@@ -7,7 +7,7 @@ from paredown.compress.checkpoint.writer import pending_bytes
 from paredown.compress.job import Job
 from paredown.compress.model.blocks import View
 from paredown.compress.model.stream import batch_bytes, hidden_bytes, outside_bytes
-from paredown.compress.numerics.moments import InputStats, Need
+from paredown.compress.numerics.moments import INPUT_NEEDS, InputStats, Need
 from paredown.compress.recovery.reconstruct import tuning_bytes
 
 
@@ -46,12 +46,14 @@ def peak(parts: dict[str, int]) -> int:
 
 def _statistics(job: Job, edited: Sequence[View]) -> int:
     """Bytes of the moments of a block: a set for each width of an input and each expert, and those of output gradients."""
-    needs = job.collected - {Need.CROSS}  # collected for one layer at a time: `working_bytes` counts it
+    # CROSS is collected for one layer at a time: `working_bytes` counts it
+    needs = (job.collected | job.surveyed & INPUT_NEEDS) - {Need.CROSS}
     # experts have inputs of their own
     widths = {(v.shape[1], None if v.expert is None else v.name) for v in edited}
     inputs = sum(InputStats.bytes(width, needs) for width, _ in widths)
     gradients = 4 * sum(min(v.shape) ** 2 for v in edited) if job.gradients else 0  # float32
-    return inputs + gradients
+    of_weights = job.surveyed & {Need.FISHER, Need.WEIGHT_GRADIENT}  # as large as the weight, float64
+    return inputs + gradients + 8 * len(of_weights) * sum(prod(v.shape) for v in edited)
 
 
 def _tuning(job: Job, edited: Sequence[View], calibration: int) -> int:

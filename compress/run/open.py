@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -100,17 +101,21 @@ def read_texts(recipe: Recipe, source: ModelSource, tokenizer: Any) -> tuple[Win
     Raises PareError if a text cannot be read or is too short, and if the tokenizer is not the model's.
     """
     spec, scored, longest = recipe.calibration, recipe.evaluate, max_length(source)
-    corpus = load_corpus(spec.source, "calibration")
-    windows = calibration_windows(corpus, tokenizer, spec.sequences, spec.length, spec.seed, longest, bos=recipe.bos)
-    check_ids(windows, source)
+    corpora = [load_corpus(name, "calibration") for name in (spec.source, spec.domain) if name is not None]
+    texts = [
+        calibration_windows(corpus, tokenizer, spec.sequences, spec.length, spec.seed, longest, bos=recipe.bos)
+        for corpus in corpora
+    ]
+    windows = texts[0] if spec.domain is None else replace(texts[0], domain=texts[1])
+    for text in texts:
+        check_ids(text, source)
     evaluations, warnings = [], []
     for name in scored.perplexity:
-        text = load_corpus(name, "evaluation")
-        cut = evaluation_windows(text, tokenizer, scored.length, longest, scored.windows, bos=recipe.bos)
+        scoring = load_corpus(name, "evaluation")
+        cut = evaluation_windows(scoring, tokenizer, scored.length, longest, scored.windows, bos=recipe.bos)
         check_ids(cut, source)
         evaluations.append(cut)
-        if warning := overlap(corpus, text):
-            warnings.append(warning)
+        warnings += [warning for corpus in corpora if (warning := overlap(corpus, scoring))]
     return windows, evaluations, warnings
 
 

@@ -23,7 +23,7 @@ from paredown.compress.run.journal import Journal, State
 from paredown.compress.run.result import Result
 from paredown.compress.run.streams import Streams, advance, evaluation_entry, probe_ids
 from paredown.compress.run.write import write_block, write_rest
-from paredown.compress.survey.collect import observe_alone, observe_both, shared_copy
+from paredown.compress.survey.collect import observe_alone, observe_both, observe_in_turn, shared_copy
 from paredown.compress.survey.survey import Survey, survey
 from paredown.compress.text.windows import Windows
 
@@ -63,7 +63,7 @@ class Run:
 
     def _editor(self, scratch: Path, result: Result, state: State | None) -> Editor:
         """Survey the dense model and allocate, or take over the survey of an interrupted run."""
-        job, ids = self.job, self.calibration.ids
+        job, ids = self.job, self.calibration.surveyed
         if state:
             self.progress.note(f"going on after {state.facts['blocks']} blocks")
             result.restore(state.facts["result"])
@@ -73,7 +73,9 @@ class Run:
                 measured = survey(job, ids, scratch, self.progress.note)
             result.fallbacks += [text for text in (job.method.remark, self._too_little_text()) if text]
         views = job.targets_within(measured.angles)
-        options = job.allocate(views, measured.choices or None, ids.numel(), measured.sensitivities)
+        options = job.allocate(
+            views, measured.choices or None, ids.numel(), measured.sensitivities, measured.scores or None
+        )
         return Editor(job, measured, options, frozenset(v.name for v in views), self.progress.doing)
 
     def _too_little_text(self) -> str | None:
@@ -101,19 +103,21 @@ class Run:
 
     def _block(self, block: Block, editor: Editor, streams: Streams, result: Result) -> None:
         """Read a block, compress it, run all streams through it and write it."""
-        source, doing = self.job.source, self.progress.doing
+        source, doing, independent = self.job.source, self.progress.doing, self.job.recipe.order == "independent"
         doing(f"reading {block.name} and running it")
         with ExitStack() as stack:
             with result.timed("read"):
                 stack.enter_context(source.loaded(block))
             edited = stack.enter_context(editor.editing(block))
+            twin = shared_copy(block) if streams.dense or independent else None  # stays dense
             with result.timed("evaluation"):
                 advance(streams.before, block)
-            tuned = self._compress(edited, editor, streams, result)
+            tuned = self._compress(edited, twin, editor, streams, result)
             doing(f"running {block.name} as compressed, and writing it")
             with result.timed("calibration"):
                 if block.index < len(self.job.blocks) - 1:
-                    streams.calibration.advance(block)
+                    streams.calibration.advance(twin if twin and independent else block)
+            del twin  # with the original weights
             with result.timed("evaluation"):
                 advance([*streams.after, streams.probe], block)
             with result.timed("write"):
@@ -121,10 +125,14 @@ class Run:
                 write_block(self.writer, source, block, change, self.job.format)
                 result.specs |= change.specs
 
-    def _compress(self, edited: EditedBlock, editor: Editor, streams: Streams, result: Result) -> bool:
-        """Edit the block's layers, advance the dense stream, and tune the block if asked; returns whether it was tuned."""
+    def _compress(
+        self, edited: EditedBlock, twin: Block | None, editor: Editor, streams: Streams, result: Result
+    ) -> bool:
+        """Edit the block's layers, advance the dense stream through its `twin`, and tune the block if asked.
+
+        Returns whether it was tuned.
+        """
         block = edited.block
-        twin = shared_copy(block) if streams.dense else None  # stays dense
         gradients = editor.survey.gradients(block, self.job.source.device)
         views = [v for v in edited.views if v.name in editor.targets]
         for group, stats in result.timing("calibration", self._observed(block, twin, views, streams)):
@@ -134,17 +142,20 @@ class Run:
                 for layer in editor.edit_group(edited, group, stats, gradients):
                     result.add(layer)
             del stats  # before the next ones are collected, and before the block is tuned
-        return twin is not None and self._follow_dense(edited, twin, streams, result)
+        return twin is not None and streams.dense is not None and self._follow_dense(edited, twin, streams, result)
 
     def _observed(
         self, block: Block, twin: Block | None, views: list[View], streams: Streams
     ) -> Iterator[tuple[list[View], dict[str, Stats]]]:
         """Groups of layers with their statistics, in the order in which the layers are edited."""
-        job = self.job
+        job, stream, recipe = self.job, streams.calibration, self.job.recipe
         if twin and streams.dense and job.paired:
             residual = Need.RESIDUAL in job.method.needs
-            return observe_both(streams.calibration, streams.dense, block, twin, views, job.collected, residual)
-        return observe_alone(streams.calibration, block, views, job.collected)
+            return observe_both(
+                stream, streams.dense, block, twin, views, job.collected, residual, recipe.router_weight
+            )
+        observe = observe_in_turn if recipe.order == "true_sequential" else observe_alone
+        return observe(stream, block, views, job.collected, recipe.router_weight)
 
     def _follow_dense(self, edited: EditedBlock, twin: Block, streams: Streams, result: Result) -> bool:
         """Advance the dense stream through `twin`, the block as it was, and tune the edited block towards its outputs.

@@ -163,19 +163,26 @@ def _sizes(job: Job, targets: Sequence[View]) -> _Sizes:
 def _worst_sizes(job: Job, targets: Sequence[View]) -> _Sizes:
     """The most that may be stored: the whole budget, and the index data of every layer."""
     size = sum(prod(v.shape) for v in targets)
-    kept = int(job.share_for(size) * size) if job.method.budget.shared else size
+    kept = size
+    if job.method.budget.shared:
+        kept = int(job.share_for(size) * size)
+        if job.method.shares == "any":  # where a mask compares within rows, one layer may keep a weight more in some
+            kept = min(kept + min(v.shape[0] for v in targets), size)
     index = sum(_index_bytes(job, view) for view in targets)
     saved = 0 if job.format == "dense" or kept == size else (size - kept) * job.element_size - index
     return _Sizes(kept, saved, [], True)
 
 
 def _index_bytes(job: Job, view: View) -> int:
-    """Bytes that a packed layer stores beside numbers of the model's dtype, such as PIFA's order of rows."""
+    """Bytes that a packed layer stores beside numbers of the model's dtype, such as a mask or PIFA's order of rows."""
     method = job.method_of(view)
     choices = method.choices(view.shape)
     if len(choices) < 2:
         return 0
-    spec = method.at(choices[1].option).expect(view.shape, job.element_size)  # the same for all choices
+    try:
+        spec = method.at(choices[1].option).expect(view.shape, job.element_size)  # the same for all choices
+    except PareError as fault:
+        raise PareError(f"{view.name}: {fault}") from fault
     return 0 if spec is None else stored_bytes(spec, job.element_size) - stored_numbers(spec) * job.element_size
 
 

@@ -40,7 +40,7 @@ def make_report(
     windows: of the calibration. `memory_base` is how many bytes the process held before the run; `command` is what was
     typed, if anything was.
     """
-    source, text = job.source, windows.provenance()
+    source = job.source
     report = {
         "schema": SCHEMA,
         "model": {
@@ -51,7 +51,7 @@ def make_report(
             "tokenizer_sha256": source.tokenizer_sha256(),
         },
         "recipe": job.recipe.to_dict(),
-        "calibration": {"source": text.pop("corpus"), **text},
+        "calibration": _calibration(windows.provenance()),
         "evaluation": result.evaluation,
         "tasks": tasks,
         "parameters": {"total": plan.parameters, "targeted": result.targeted, "kept": result.numbers},
@@ -70,6 +70,12 @@ def make_report(
     }
     check_report(report)
     return cast(Report, report)
+
+
+def _calibration(text: dict[str, Any]) -> dict[str, Any]:
+    """A calibration text, and the domain's beside it, under the names of the report."""
+    nested = {"domain": _calibration(text["domain"])} if "domain" in text else {}
+    return {"source": text.pop("corpus"), **text, **nested}
 
 
 def write_record(writer: CheckpointWriter, job: Job, result: Result, windows: Windows, tokenizer: Any = None) -> None:

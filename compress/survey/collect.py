@@ -6,6 +6,7 @@ streams: the compressed model's, through the block as it is edited, and the dens
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -13,16 +14,23 @@ from torch import Tensor, nn
 from paredown.compress.errors import PareError
 from paredown.compress.machine import return_freed_memory
 from paredown.compress.model.blocks import Block, View, by_owner
+from paredown.compress.model.routing import RouterWeights
 from paredown.compress.model.stream import Stream
 from paredown.compress.numerics.moments import InputStats, Need, Stats
 from paredown.compress.survey.products import InputObserver, input_of
 from paredown.compress.survey.residual import ResidualLayers, observe_residual
 
 
-def observe(stream: Stream, block: Block, views: list[View], needs: frozenset[Need]) -> dict[str, Stats]:
-    """Statistics of each view's input, by view name; without the views that no token reached."""
-    observer = InputObserver(views, needs, stream.device)
-    with observer:
+def observe(
+    stream: Stream, block: Block, views: list[View], needs: frozenset[Need], router_weight: bool = False
+) -> dict[str, Stats]:
+    """Statistics of each view's input, by view name; without the views that no token reached.
+
+    `router_weight`: those of experts weigh each token as the router does.
+    """
+    router = RouterWeights(views) if router_weight else None
+    observer = InputObserver(views, needs, stream.device, router)
+    with observer, router or nullcontext():
         for _ in stream.outputs(block):
             observer.next_batch()
     stream.seconds -= observer.seconds  # the time of collecting is not the model's own
@@ -30,10 +38,19 @@ def observe(stream: Stream, block: Block, views: list[View], needs: frozenset[Ne
 
 
 def observe_alone(
-    stream: Stream, block: Block, views: list[View], needs: frozenset[Need]
+    stream: Stream, block: Block, views: list[View], needs: frozenset[Need], router_weight: bool = False
 ) -> Iterator[tuple[list[View], dict[str, Stats]]]:
     """As `observe_both`, where only one stream is read: all views as a single group."""
-    yield views, observe(stream, block, views, needs)
+    yield views, observe(stream, block, views, needs, router_weight)
+
+
+def observe_in_turn(
+    stream: Stream, block: Block, views: list[View], needs: frozenset[Need], router_weight: bool = False
+) -> Iterator[tuple[list[View], dict[str, Stats]]]:
+    """As `observe_alone`, group after group: the input of each comes from the layers before it as they are by then."""
+    for group in fused_together(groups(stream, block, views)):
+        yield group, observe(stream, block, group, needs, router_weight)
+        return_freed_memory()
 
 
 def observe_both(
@@ -44,6 +61,7 @@ def observe_both(
     views: list[View],
     needs: frozenset[Need],
     residual: bool,
+    router_weight: bool = False,
 ) -> Iterator[tuple[list[View], dict[str, Stats]]]:
     """Each group of views, with statistics of both streams by view name, in the order in which the block calls them.
 
@@ -54,7 +72,7 @@ def observe_both(
     layers = ResidualLayers.of(stream, block, in_order) if residual else ResidualLayers([])
     for group in in_order:
         if group[0].expert is not None:  # the two models do not send the same tokens to an expert
-            yield group, observe(stream, block, group, needs - {Need.CROSS})
+            yield group, observe(stream, block, group, needs - {Need.CROSS}, router_weight)
             return_freed_memory()
             continue
         if group[0] in layers.views:

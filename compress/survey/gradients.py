@@ -38,6 +38,7 @@ def moments(
 
     output_gradient           G = delta^T delta (out, out); where out > in, W^T G W (in, in), which is all that a solver reads
     output_gradient_diagonal  diag G (out,)
+    weight_gradient           the gradient of the weight, with its sign (out, in)
     fisher                    the squared weight gradient of each sequence, summed over sequences (out, in)
     fisher_rows               the same, summed over inputs too (out,): FWSVD's importance
     fisher_rows_per_token     sum of delta^2 |x|^2 (out,): as if every token were a sequence
@@ -48,6 +49,8 @@ def moments(
         yield Need.OUTPUT_GRADIENT, folded.T @ folded
     if needs & {Need.OUTPUT_GRADIENT, Need.OUTPUT_GRADIENT_DIAGONAL}:
         yield Need.OUTPUT_GRADIENT_DIAGONAL, squares.sum(0)
+    if Need.WEIGHT_GRADIENT in needs:
+        yield Need.WEIGHT_GRADIENT, delta.T @ x
     if Need.FISHER_ROWS_PER_TOKEN in needs:
         yield Need.FISHER_ROWS_PER_TOKEN, x.square().sum(1) @ squares
     if needs & {Need.FISHER, Need.FISHER_ROWS}:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from paredown.compress.errors import PareError
 from paredown.compress.model.blocks import Block, View
+from paredown.compress.model.routing import RouterWeights
 from paredown.compress.model.stream import Stream
 from paredown.compress.numerics.moments import InputStats, Need
 
@@ -62,12 +63,19 @@ def routed(x: Tensor) -> Tensor:  # (rows,) bool
 class InputObserver(ProductMode):
     """Adds the input of each view's product to the view's InputStats. Call `next_batch` after each batch.
 
-    Views that get the same tensor (q/k/v; gate/up) share one InputStats. Raises PareError, naming the layer, for inputs
-    that are not finite.
+    Views that get the same tensor (q/k/v; gate/up) share one InputStats. With a `router` the inputs of experts are scaled
+    by its weights, as the errors of their outputs are. Raises PareError, naming the layer, for inputs that are not finite.
     """
 
-    def __init__(self, views: list[View], needs: frozenset[Need], device: torch.device) -> None:
+    def __init__(
+        self,
+        views: list[View],
+        needs: frozenset[Need],
+        device: torch.device,
+        router: RouterWeights | None = None,
+    ) -> None:
         super().__init__(views)
+        self._router = router
         self.stats: dict[str, InputStats] = {}  # by view name; without the views that no token reached
         self.seconds = 0.0  # time spent here
         self._needs, self._device = needs, device
@@ -85,8 +93,11 @@ class InputObserver(ProductMode):
         known, stats = self._inputs.get(x.data_ptr()), self.stats.get(view.name)
         if known is None or known[0].shape != x.shape or (stats is not None and stats is not known[1]):
             stats = stats or InputStats(view.shape[1], self._needs, self._device)
+            tokens = x.detach() if expert is None else x.detach()[routed(x)]
+            if self._router is not None and view.expert is not None:
+                tokens = tokens.float() * self._router.of(view, len(tokens))[:, None]
             try:
-                stats.update(x.detach() if expert is None else x.detach()[routed(x)])
+                stats.update(tokens)
             except PareError as error:
                 raise PareError(f"{view.name}: {error}") from error
             self._inputs[x.data_ptr()] = (x, stats)

@@ -6,11 +6,10 @@ the hidden states of all streams fit into memory.
 """
 
 from collections.abc import Mapping, Sequence
-from math import prod
 
 from torch import Tensor
 
-from paredown.compress.allocation.base import Layer, option_for
+from paredown.compress.allocation.base import option_for
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.job import Job
 from paredown.compress.model.blocks import Block, View, by_owner
@@ -53,8 +52,7 @@ class SensitivityProbe:
     ) -> None:
         """Compress one layer, or all experts of a fused weight, advance a new stream through the block, and undo it."""
         method, before = self._job.method_of(views[0]), []
-        choices = method.choices(views[0].shape)
-        option = option_for(Layer(owner, prod(views[0].shape), choices), share)
+        option = option_for(self._job.layer(owner, views[:1], method.choices(views[0].shape)), share)
         for view in views:
             weight, bias = view.weight if view.expert is None else view.weight.clone(), view.bias
             edit = method.at(option).compress(weight, stats[view.name])

@@ -1,4 +1,4 @@
-"""The first pass over the dense model: predicted losses of choices, output gradients, angles of the blocks.
+"""The first pass over the dense model: scores of blocks, predicted losses of choices, output gradients, angles of blocks.
 
 There is none for a job that needs none of them.
 """
@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paredown.compress.allocation.base import Sensitivities
+from paredown.compress.allocation.by_score import ByScore
 from paredown.compress.errors import PareError
 from paredown.compress.job import Job
 from paredown.compress.machine import return_freed_memory
 from paredown.compress.methods.base import Choice
-from paredown.compress.model.blocks import Block, by_owner
+from paredown.compress.model.blocks import Block, View, by_owner
 from paredown.compress.model.stream import start
-from paredown.compress.numerics.moments import INPUT_NEEDS, Need, Stats
+from paredown.compress.numerics.moments import GRADIENT_NEEDS, INPUT_NEEDS, InputStats, Need, Stats
 from paredown.compress.progress import ignore
 from paredown.compress.survey.gradients import backward
 from paredown.compress.survey.products import InputObserver
@@ -36,6 +37,7 @@ class Survey:
     choices: dict[str, list[Choice]] = field(default_factory=dict)
     angles: list[float] | None = None  # of each block, in units of pi: see `_angles`
     sensitivities: Sensitivities = field(default_factory=dict)  # nats per token, by layer and share
+    scores: dict[str, float] = field(default_factory=dict)  # by layer, of an allocation that reads scores
 
     def gradients(self, block: Block, device: torch.device) -> dict[str, dict[Need, Tensor]]:
         """Moments of output gradients, float32, by layer of the block and by need: shapes as in `gradients.moments`."""
@@ -68,6 +70,7 @@ class Survey:
             "choices": {name: [[c.numbers, c.option] for c in choices] for name, choices in self.choices.items()},
             "sensitivities": {name: list(losses.items()) for name, losses in self.sensitivities.items()},
             "angles": self.angles,
+            "scores": self.scores,
         }
         losses = {name: [c.loss for c in choices] for name, choices in self.choices.items()}
         return facts, {name: torch.tensor(values, dtype=torch.float64) for name, values in losses.items()}
@@ -80,7 +83,7 @@ class Survey:
             for name, pairs in facts["choices"].items()
         }
         sensitivities = {name: dict(pairs) for name, pairs in facts["sensitivities"].items()}
-        return cls(scratch, choices, facts["angles"], sensitivities)
+        return cls(scratch, choices, facts["angles"], sensitivities, facts["scores"])
 
     def _path(self, block: Block) -> Path:
         return self.scratch / f"gradients-{block.index}.safetensors"
@@ -96,42 +99,69 @@ def survey(job: Job, ids: Tensor, scratch: Path, note: Callable[[str], None] = i
     if job.method.surveys_angles:
         result.angles = _angles(job, ids, note)
     views = job.targets_within(result.angles)
-    reads = job.allocation.reads
-    if not job.gradients and reads == "shapes":
+    if not job.gradients and job.allocation.reads == "shapes":
         return result
     layers = {view.name for view in views}
-    probe = SensitivityProbe(job, ids, views) if reads == "sensitivities" else None
-    gradients = job.gradients
-    if Need.OUTPUT_GRADIENT in gradients:  # a solver reads the diagonal beside it
-        gradients = gradients | {Need.OUTPUT_GRADIENT_DIAGONAL}
-    for block, stats in _observed(job, ids, layers, gradients, scratch, note):
-        result.keep_gradients(block, stats, gradients)
-        if probe is not None:
-            probe.add(block, stats)
-        elif reads == "losses":
+    for block, stats in _observed(job, ids, layers, scratch, note):
+        result.keep_gradients(block, stats, job.gradients)
+        if job.allocation.reads == "losses":
             result.choices |= _choices(job, block, layers, stats, ids.numel())
+        elif isinstance(job.allocation, ByScore):
+            result.scores |= _scores(job.allocation, block, layers, stats)
         del stats  # free them before the next block's are collected
         return_freed_memory()
-    if probe is not None:
-        result.sensitivities = probe.losses()
+    if job.allocation.reads == "sensitivities":
+        result.sensitivities = _sensitivities(job, ids, views, result, note)
     return result
 
 
 def _observed(
-    job: Job, ids: Tensor, layers: set[str], gradients: frozenset[Need], scratch: Path, note: Callable[[str], None]
+    job: Job, ids: Tensor, layers: set[str], scratch: Path, note: Callable[[str], None]
 ) -> Iterator[tuple[Block, dict[str, Stats]]]:
     """Each block, in memory, with the statistics of its layers: from last to first where gradients are needed."""
-    needs = job.method.needs & INPUT_NEEDS
+    inputs, gradients = job.surveyed & INPUT_NEEDS, job.surveyed & GRADIENT_NEEDS
+    reads = job.allocation.reads
     if gradients:
-        return backward(job.source, start(job.source, ids), layers, needs, gradients, scratch, job.method.labels, note)
-    return _forward(job, ids, layers, needs, note)
+        inputs = frozenset() if reads == "sensitivities" else inputs
+        return backward(job.source, start(job.source, ids), layers, inputs, gradients, scratch, job.method.labels, note)
+    if reads == "sensitivities":
+        return iter(())  # they go through the model by themselves
+    if reads == "scores" and not inputs:
+        return _weights_alone(job, layers, note)
+    return _forward(job, ids, layers, inputs, note)
+
+
+def _sensitivities(
+    job: Job, ids: Tensor, views: Sequence[View], measured: Survey, note: Callable[[str], None]
+) -> Sensitivities:
+    """The losses of the model with one layer compressed, block by block, with gradients that were `measured` before."""
+    probe = SensitivityProbe(job, ids, views)
+    for block, stats in _forward(job, ids, {view.name for view in views}, job.surveyed & INPUT_NEEDS, note):
+        gradients = measured.gradients(block, job.source.device)
+        whole = {name: s.with_gradients(gradients.get(name, {})) for name, s in stats.items()}
+        probe.add(block, {name: s for name, s in whole.items() if job.gradients <= s.gradients.keys()})
+        del stats, whole
+        return_freed_memory()
+    return probe.losses()
+
+
+def _scores(allocation: ByScore, block: Block, layers: set[str], stats: Mapping[str, Stats]) -> dict[str, float]:
+    """The score of each layer of the block, those of its whole block or its own; without the layers not reached."""
+    owners = by_owner(v for v in block.views() if v.name in layers and v.name in stats)
+    together = [owners] if allocation.per == "block" else [{owner: members} for owner, members in owners.items()]
+    scores: dict[str, float] = {}
+    for group in filter(None, together):
+        score = allocation.score([(v.weight, stats[v.name]) for members in group.values() for v in members])
+        scores |= dict.fromkeys(group, score)
+    return scores
 
 
 def _choices(
     job: Job, block: Block, layers: set[str], stats: Mapping[str, Stats], tokens: int
 ) -> dict[str, list[Choice]]:
     """The method's choices for each of these layers of the block, with predicted losses; without those not measured."""
-    measured = {name: s for name, s in stats.items() if job.gradients <= s.gradients.keys()}
+    needed = job.surveyed & GRADIENT_NEEDS
+    measured = {name: s for name, s in stats.items() if needed <= s.gradients.keys()}
     choices = {}
     for owner, members in by_owner(v for v in block.views() if v.name in layers).items():
         if any(view.name in measured for view in members):
@@ -154,6 +184,15 @@ def _forward(
                 for _ in stream.advancing(block):
                     observer.next_batch()
             yield block, {name: Stats(inputs) for name, inputs in observer.stats.items()}
+        note(f"survey: block {block.index + 1} of {len(job.blocks)}")
+
+
+def _weights_alone(job: Job, layers: set[str], note: Callable[[str], None]) -> Iterator[tuple[Block, dict[str, Stats]]]:
+    """As `_forward`, where nothing of any input is needed: no text goes through the model."""
+    for block in job.blocks:
+        with job.source.loaded(block):
+            views = [v for v in block.views() if v.name in layers]
+            yield block, {v.name: Stats(InputStats(v.shape[1], frozenset(), job.source.device)) for v in views}
         note(f"survey: block {block.index + 1} of {len(job.blocks)}")
 
 

@@ -51,6 +51,12 @@ class Windows:
     capped_from: int | None = None  # the requested length, where the model allows less
     text_tokens: int | None = None  # of the whole text, where all of it was tokenised
     pieces: int | None = None  # into how many pieces a very long text was cut, after line breaks, to tokenise it
+    domain: "Windows | None" = None  # beside a calibration text: the one on which gradients are taken
+
+    @property
+    def surveyed(self) -> Tensor:  # (windows, length)
+        """The tokens on which the dense model is surveyed before the walk."""
+        return self.ids if self.domain is None else self.domain.ids
 
     @property
     def length(self) -> int:
@@ -70,6 +76,7 @@ class Windows:
             "split": self.split, "sha256": self.sha256, "revision": self.revision, "seed": self.seed,
             "sequences": len(self.ids), "length": self.length, "tokens": self.tokens, "text_tokens": self.text_tokens,
             "pieces": self.pieces, "sampling": self.sampling, "bos": self.bos, "capped_from": self.capped_from,
+            "domain": None if self.domain is None else self.domain.provenance(),
         }  # fmt: skip
         return {"corpus": self.corpus, **{k: v for k, v in fields.items() if v is not None}}
 

@@ -65,8 +65,10 @@ class Problem:
         return {
             Need.OUTPUT_GRADIENT: moment if out <= inner else self.wide.T @ moment @ self.wide,
             Need.OUTPUT_GRADIENT_DIAGONAL: moment.diagonal(),
+            Need.FISHER: fisher / tokens,
             Need.FISHER_ROWS: fisher.sum(1) / tokens,
             Need.FISHER_ROWS_PER_TOKEN: per_token.sum(1) / tokens,
+            Need.WEIGHT_GRADIENT: delta.T @ x / tokens,
         }
 
     def inputs(self, method):

@@ -114,11 +114,12 @@ def test_weights_of_an_allocation_that_would_go_unheard_are_refused(allocation, 
     assert job.allocate(job.targets).keys() == only
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude", "sparse_low_rank"])
 @pytest.mark.parametrize("strategy", ["uniform", "per_type", "global"])
-def test_an_allocation_of_ranks_goes_with_low_rank_methods_only(method, strategy, source):
-    with pytest.raises(PareError, match=r"goes with low-rank methods only. Leave it out"):
-        resolved(source, method, {}, {"strategy": strategy})
+def test_an_allocation_needs_a_method_with_choices(strategy, source):
+    with pytest.raises(
+        PareError, match=r"offers no choices, so that an allocation has nothing to spread. Leave it out"
+    ):
+        resolved(source, "sparse_low_rank", {}, {"strategy": strategy})
 
 
 @pytest.mark.parametrize("strategy", ["per_type", "theoretical_loss", "sensitivity", "global"])

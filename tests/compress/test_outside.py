@@ -20,6 +20,8 @@ HEAD = """
     import torch
 
     from paredown.compress.allocation.base import ALLOCATIONS, Allocation, option_for
+    from paredown.compress.allocation.by_score import ByScore
+    from paredown.compress.allocation.shares import capped
     from paredown.compress.methods import MASKS, UPDATES, Pruner, WeightMethod, register
     from paredown.compress.methods.lowrank.base import Factorized
     from paredown.compress.methods.pruning.base import NoUpdate
@@ -103,6 +105,27 @@ PLUGINS = {
         """,
         {"method": "svd", "options": {"kept": 0.6}, "allocation": {"strategy": "outside_downhill", "step": 0.01}},
     ),
+    "an allocation of sparsities by a score of each layer": (
+        """
+        @ALLOCATIONS.register("outside_spikes")
+        @dataclass(frozen=True)
+        class Spikes(ByScore):
+            power: float = 1.0
+
+            needs = frozenset({Need.ABSOLUTE_MEAN})
+
+            def score(self, layers):
+                return max(float(stats.inputs.absolute_mean.max()) for _, stats in layers) ** self.power
+
+            def shares(self, scores, budget):
+                return capped(budget.layers, scores, budget.numbers)
+        """,
+        {
+            "method": "masked",
+            "options": {"mask": "ria", "update": "sparsegpt", "sparsity": 0.6},
+            "allocation": {"strategy": "outside_spikes", "per": "layer", "power": 0.5},
+        },
+    ),
 }
 
 
@@ -129,7 +152,9 @@ def test_what_is_defined_outside_the_package_runs_from_a_recipe(what, tiny_model
         written = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.values"]
         kept = torch.arange(weight.shape[1]) % 4 >= 2  # the option moved the stripes
         assert torch.equal(written, weight[:, kept])
-    if what.startswith("an allocation"):
+    if what == "an allocation of sparsities by a score of each layer":
+        assert len({layer["sparsity"] for layer in report["layers"]}) > 2
+    elif what.startswith("an allocation"):
         assert len({layer["rank"] for layer in report["layers"] if layer["name"].endswith("q_proj")}) > 1
 
 

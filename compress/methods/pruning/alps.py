@@ -4,10 +4,12 @@ Meng et al. 2024, ALPS: Improved Optimization for Highly Sparse One-Shot Pruning
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from pydantic import Field
 from torch import Tensor
 
-from paredown.compress.methods.base import Damping, register
+from paredown.compress.methods.base import Damping, Shape, register
 from paredown.compress.methods.pruning.base import MASKS, Pruner
 from paredown.compress.methods.pruning.least_squares import Count, LeastSquaresUpdate
 from paredown.compress.numerics.admm import admm_mask
@@ -15,6 +17,8 @@ from paredown.compress.numerics.masked_least_squares import damped_gram
 from paredown.compress.numerics.masks import Sparsity, check_width
 from paredown.compress.numerics.moments import Need, Stats
 from paredown.compress.numerics.sweep import Choose, fixed_mask
+
+Penalty = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @MASKS.register("admm")
@@ -24,13 +28,14 @@ class ADMMMask:
 
     damping: Damping = 0.01  # relative to the mean diagonal of H
     steps: Count = 300  # at most; it ends once the support no longer changes
+    penalty: Penalty = 0.1  # the first rho; the larger, the sooner it settles
 
     needs = frozenset({Need.GRAM})
 
     def choose(self, weight: Tensor, stats: Stats, sparsity: Sparsity) -> Choose:
         check_width(weight.shape[1], sparsity)
         gram = damped_gram(stats.inputs.gram, self.damping)
-        return fixed_mask(admm_mask(weight.float(), gram, sparsity, self.steps))
+        return fixed_mask(admm_mask(weight.float(), gram, sparsity, self.steps, self.penalty))
 
 
 @register("alps")
@@ -42,3 +47,11 @@ class ALPS(Pruner):
 
     def pair(self) -> tuple[ADMMMask, LeastSquaresUpdate]:
         return ADMMMask(self.damping, self.steps), LeastSquaresUpdate(self.damping, self.iterations)
+
+    def working_bytes(self, shape: Shape) -> int:
+        return super().working_bytes(shape) + admm_bytes(shape)
+
+
+def admm_bytes(shape: Shape) -> int:
+    """Six float32 copies of a weight (out, in): the wanted one, its product, the sparse, free and dual one, a temporary."""
+    return 6 * 4 * shape[0] * shape[1]

@@ -9,14 +9,15 @@ from typing import Any, Self
 
 from paredown.compress.errors import PareError
 from paredown.compress.methods.base import register
-from paredown.compress.methods.pruning.base import MASKS, UPDATES, Mask, Pruner, Update
+from paredown.compress.methods.pruning.aim import Aimed
+from paredown.compress.methods.pruning.base import MASKS, UPDATES, Mask, Update
 from paredown.compress.registry import OwnOptions, Registry, option_fields, parse_options, unknown_options
 
 
 @register("masked")
 @dataclass(frozen=True)
-class MaskAndUpdate(Pruner, OwnOptions):
-    """Its options are `sparsity`, `mask`, `update`, and those of both parts, such as `damping` of SparseGPT's."""
+class MaskAndUpdate(Aimed, OwnOptions):
+    """Its options are those of `Aimed`, those below, and those of both parts, such as `damping` of SparseGPT's."""
 
     mask: str = "wanda"
     update: str = "sparsegpt"

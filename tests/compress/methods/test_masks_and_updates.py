@@ -110,7 +110,7 @@ def test_admm_is_its_slow_form():
             if changed == 0:
                 break
             rho, settled = rho * (1.3 if changed >= 0.1 else 1.2 if changed >= 0.005 else 1.1), keep
-    assert torch.equal(admm_mask(weight, gram, PATTERN, 60), keep)
+    assert torch.equal(admm_mask(weight, gram, PATTERN, 60, 0.1), keep)
 
 
 def test_ria_and_fisher_are_their_formulas():

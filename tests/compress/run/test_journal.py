@@ -31,6 +31,14 @@ RECIPES = {
     "masks": {"method": "sparsegpt", "options": {"sparsity": "2:4"}},
     "ours, tuned": {"method": "paredown_lowrank", "options": {"kept": 0.6}, "reconstruct": {"steps": 2}},
     "sensitivity": {"method": "asvd", "options": {"kept": 0.7}, "allocation": {"strategy": "sensitivity"}},
+    "by outliers": {"method": "owl_wanda"},
+    "dense beside 2:4": {
+        "method": "sparsegpt",
+        "options": {"sparsity": "2:4", "kept": 0.7},
+        "allocation": {"strategy": "database"},
+    },
+    "in turn": {"method": "wanda", "order": "true_sequential"},
+    "apart, tuned": {"method": "wanda", "order": "independent", "reconstruct": {"steps": 2}},
     "columns and rows": {"method": "cur", "options": {"kept": 0.8, "blocks": None}},
 }
 

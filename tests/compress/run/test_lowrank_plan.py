@@ -96,10 +96,9 @@ def test_layers_that_stay_dense_are_named(folder, save_model, tmp_path):
     [
         ({"method": "svd_llm", "reconstruct": {"steps": 1}}, "dense", "reconstruction tunes factors"),
         ({"method": "rom"}, "dense", "has no bias, and the affine form needs one"),
-        ({"method": "wanda", "allocation": {"strategy": "global"}}, "packed", "low-rank methods only"),
+        ({"method": "sparse_low_rank", "allocation": {"strategy": "global"}}, "packed", "offers no choices"),
         ({"method": "svd", "allocation": {"strategy": "per_type", "weights": {"w_proj": 2}}}, "packed", "'w_proj'"),
         ({"method": "svd", "options": {"rank": 3}, "allocation": {"strategy": "global"}}, "packed", "not rank or energy"),
-        ({"method": "fisher_svd", "allocation": {"strategy": "sensitivity"}}, "packed", "a method without gradients"),
         ({"method": "laser", "allocation": {"strategy": "global"}}, "packed", "ask by kept .*chooses each rank by itself"),
         ({"method": "cur", "allocation": {"strategy": "per_type"}}, "packed", "ask by kept .*chooses each rank by itself"),
         ({"method": "cur", "options": {"kept": 0.5}, "allocation": {"strategy": "global"}}, "packed", "take sensitivity"),

@@ -165,6 +165,7 @@ def test_moments_are_those_of_autograd_over_the_whole_model(family, source_of, s
             wide += 1
         close(found.gradient("output_gradient"), moment)
         close(found.gradient("output_gradient_diagonal"), delta.square().mean(0))
+        close(found.gradient("weight_gradient"), delta.T @ x / count)
         close(found.gradient("fisher_rows_per_token"), (delta.square() * x.square().sum(1, keepdim=True)).mean(0))
         close(found.inputs.gram, x.T @ x / count)
     assert wide and tall

@@ -14,6 +14,7 @@ from paredown.compress.job import resolve_job
 from paredown.compress.model.blocks import blocks
 from paredown.compress.model.stream import start
 from paredown.compress.numerics.metric import OUTPUT_DAMPING
+from paredown.compress.numerics.moments import InputStats, Need, Stats
 from paredown.compress.recipe import Recipe
 from paredown.compress.survey.gradients import backward
 from paredown.compress.survey.survey import survey
@@ -349,8 +350,21 @@ def test_measured_sensitivities_are_the_losses_of_the_model_with_one_layer_compr
                 parameter.copy_(vectors[:, :rank] @ vectors[:, :rank].T @ weight)
                 assert found == pytest.approx(float(model(IDS, labels=IDS, use_cache=False).loss), rel=1e-5)
                 parameter.copy_(weight)
-    with pytest.raises(PareError, match="choose a method without gradients"):
-        surveyed(source, scratch, "fisher_svd", {"kept": 0.6}, {"strategy": "sensitivity"})
+
+
+def test_a_method_with_gradients_is_probed_with_them(model, source, scratch):
+    job, made = surveyed(source, scratch, "fisher_svd", {"kept": 0.6}, {"strategy": "sensitivity"})
+    assert made.sensitivities.keys() == layers_of(source).keys()
+    name, block = "model.layers.2.mlp.down_proj", blocks(source)[2]
+    parameter, inputs = model.get_parameter(f"{name}.weight"), InputStats(48, frozenset({Need.GRAM}))
+    inputs.update(data_of(model)[name][0])
+    stats = Stats(inputs, made.gradients(block, torch.device("cpu"))[name])
+    weight = parameter.detach().clone()
+    for share, found in made.sensitivities[name].items():
+        rank = int(share * weight.numel() / sum(weight.shape) + 1e-9)
+        with torch.no_grad():
+            parameter.copy_(job.method.at(rank).compress(weight, stats).dense())
+            assert found == pytest.approx(float(model(IDS, labels=IDS, use_cache=False).loss), rel=1e-5)
 
 
 def test_measured_sensitivities_of_an_affine_method_count_its_bias(model, source, scratch):
