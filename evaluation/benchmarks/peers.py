@@ -1,6 +1,7 @@
-"""Our SparseGPT beside llm-compressor's: same model, same tokens, same number of threads, one after the other in turns.
+"""Our SparseGPT or Wanda beside llm-compressor's: same model, same tokens, same number of threads, in turns.
 
-python -m paredown.evaluation.benchmarks.peers --peer-python peers/bin/python [--model FOLDER] [--repeats 3]
+python -m paredown.evaluation.benchmarks.peers --peer-python peers/bin/python [--method wanda] [--model FOLDER]
+    [--calibration TEXT --text TEXT] [--repeats 3]
 """
 
 import argparse
@@ -43,6 +44,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", type=Path, help="interpreter of an environment with llmcompressor")
     parser.add_argument("--model", help="a model folder; default: the bundled model", default=None)
+    parser.add_argument("--method", default="sparsegpt", choices=["sparsegpt", "wanda"])
+    parser.add_argument("--calibration", default="stdlib", metavar="TEXT")
+    parser.add_argument("--text", default="stdlib", help="what scores")
     parser.add_argument("--blocks", type=int, help="instead: a random Llama of the 1B shape with so many blocks")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
@@ -63,10 +67,10 @@ def run(chosen: argparse.Namespace, work: Path) -> None:
     tokenizer = load_tokenizer(source.folder)
     longest = max_length(source)
     drawn = calibration_windows(
-        load_corpus("stdlib", "calibration"), tokenizer, chosen.sequences, chosen.length, 0, longest
+        load_corpus(chosen.calibration, "calibration"), tokenizer, chosen.sequences, chosen.length, 0, longest
     )
     save_file({"ids": drawn.ids}, work / "ids.safetensors")
-    scored = evaluation_windows(load_corpus("stdlib", "evaluation"), tokenizer, chosen.length, longest, 64)
+    scored = evaluation_windows(load_corpus(chosen.text, "evaluation"), tokenizer, chosen.length, longest, 64)
     taken: dict[str, list[tuple[float, float]]] = {"paredown": [], "llm-compressor": []}
     for repeat in range(chosen.repeats):
         for side in taken:  # in turns, so that a busy minute of the machine falls on both
@@ -74,17 +78,17 @@ def run(chosen: argparse.Namespace, work: Path) -> None:
             shutil.rmtree(out, ignore_errors=True)
             taken[side].append(_time(_command(side, chosen, model, work, out), chosen.threads, out))
             print(f"{side} {repeat + 1}/{chosen.repeats}: {taken[side][-1][0]:.1f} s", file=sys.stderr, flush=True)
-    Console().print(_table(taken, {side: _score(work / side, scored) for side in taken}))
+    Console().print(_table(f"{chosen.method} 2:4", taken, {side: _score(work / side, scored) for side in taken}))
 
 
 def _command(side: str, chosen: argparse.Namespace, model: str, work: Path, out: Path) -> list[str]:
     if side == "llm-compressor":
-        return [str(chosen.peer_python), str(PEER), model, str(work / "ids.safetensors"), str(out)]
+        return [str(chosen.peer_python), str(PEER), model, str(work / "ids.safetensors"), str(out), chosen.method]
     settings = [f"calibration.sequences={chosen.sequences}", f"calibration.length={chosen.length}"]
-    settings += ["evaluate.perplexity=[]"]
+    settings += [f"calibration.source={json.dumps(chosen.calibration)}", "evaluate.perplexity=[]"]
     changes = [part for setting in settings for part in ("--set", setting)]
     return [
-        sys.executable, "-m", "paredown.commands.app", "compress", model, "-r", "sparsegpt-2of4", "-o", str(out),
+        sys.executable, "-m", "paredown.commands.app", "compress", model, "-r", f"{chosen.method}-2of4", "-o", str(out),
         "--format", "dense", "--device", "cpu", *changes,
     ]  # fmt: skip
 
@@ -108,9 +112,9 @@ def _score(folder: Path, windows: Windows) -> dict[str, float]:
     return perplexity(score(source, [windows], lambda done, total: None)[0])
 
 
-def _table(taken: dict[str, list[tuple[float, float]]], scores: dict[str, Any]) -> Table:
+def _table(title: str, taken: dict[str, list[tuple[float, float]]], scores: dict[str, Any]) -> Table:
     table = Table(
-        "SparseGPT 2:4", "whole process, s", "load to saved, s", "perplexity",
+        title, "whole process, s", "load to saved, s", "perplexity",
         title=f"torch {torch.__version__}, medians (least to most)", title_justify="left",
     )  # fmt: skip
     for side, runs in taken.items():

@@ -6,11 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
-from paredown.evaluation.benchmarks import footprint, peers
+from paredown.compress.numerics.cholesky import inverse_cholesky
+from paredown.compress.numerics.masks import parse_sparsity
+from paredown.compress.numerics.sweep import adaptive_mask, block_columns, sparsegpt_sweep
+from paredown.evaluation.benchmarks import footprint, peers, solvers
+from paredown.evaluation.benchmarks.reference_sparsegpt import inverse_factor, reference_sweep
 
 
 def test_the_made_model_has_exactly_the_tensors_of_a_llama_of_its_shape(tmp_path):
@@ -39,3 +44,29 @@ def test_the_peers_side_imports_nothing_of_ours():
     named += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     assert "llmcompressor" in named
     assert not [name for name in named if name.startswith("paredown")]
+
+
+@pytest.mark.parametrize("sparsity", ["2:4", "4:8", 0.5, 0.7])
+def test_ours_gives_the_weights_of_the_papers_algorithm(sparsity):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 320, generator=generator)
+    data = torch.randn(640, 320, generator=generator) @ torch.randn(320, 320, generator=generator) / 18
+    hessian, sparsity = data.T @ data / 640, parse_sparsity(sparsity)
+    inverse = inverse_cholesky(hessian.double(), 1, 0.01)
+    reference = reference_sweep(weight, inverse_factor(hessian, 0.01), sparsity)
+    ours, keep = sparsegpt_sweep(
+        weight, inverse, adaptive_mask(sparsity, weight, lambda: inverse), block_columns(sparsity)
+    )
+    assert int(((reference != 0) != keep).sum()) < 0.01 * keep.numel()
+    losses = [float(((weight - pruned) @ hessian * (weight - pruned)).sum()) for pruned in (reference, ours)]
+    assert losses[1] / losses[0] == pytest.approx(1, abs=0.001)
+
+
+def test_the_solvers_table_shows_both_sides_and_their_ratio(monkeypatch, capsys):
+    arguments = ["--against", "reference", "--weights", "32x64", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["solvers", *arguments])
+    with pytest.raises(SystemExit) as left:
+        solvers.main()
+    printed = capsys.readouterr().out
+    assert left.value.code == 0
+    assert printed.count("reference / ours") == 2 and "layer loss" in printed

@@ -219,7 +219,7 @@ def _seconds(value: float | None) -> str:
 
 
 def solvers(log: str) -> Figures:
-    """Of `evaluation.benchmarks.solvers` and `evaluation.benchmarks.factorizers --speed`."""
+    """Of `evaluation.benchmarks.solvers` and `evaluation.benchmarks.factorizers`."""
     found = records(log)
     swept, profiles = ([one for one in found if key in one] for key in ("loop", "profile"))
     factored = [one for command, printed in sections(log) for one in _factored(command, printed)]

@@ -123,7 +123,7 @@ def whole(run: Setting) -> Part:
 
 def solvers(run: Setting) -> Part:
     of_block = f"--shape {run.sizes.shape}"
-    factoring = f"--speed --repeats 1 {of_block} --precision"
+    factoring = f"--repeats 1 {of_block} --precision"
     steps = (
         run.benchmark("solvers", of_block),
         *(run.benchmark("factorizers", f"{factoring} {precision}") for precision in ("float64", "float32")),
