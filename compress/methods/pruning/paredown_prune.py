@@ -20,7 +20,7 @@ class ParedownPrune(Aimed):
     damping: Damping = 0.01  # of mask and fit, relative to the mean diagonal of H
     steps: Count = 15  # of ADMM
     penalty: Penalty = 0.3  # its first rho
-    iterations: Count = 20  # of conjugate gradients
+    iterations: Count = 10  # of conjugate gradients
 
     def pair(self) -> tuple[ADMMMask, LeastSquaresUpdate]:
         return ADMMMask(self.damping, self.steps, self.penalty), LeastSquaresUpdate(self.damping, self.iterations)

@@ -170,6 +170,16 @@ def test_losses_stand_in_their_order(seed):
     wanda, fit, swaps = (pruned(stats, weight, "wanda", update) for update in ("none", "least_squares", "swaps"))
     losses = [loss(weight, edit.weight, gram) for edit in (swaps, fit, wanda)]
     assert optimum <= 1.001 * losses[0] and losses[0] <= 1.001 * losses[1] and losses[1] <= losses[2]
+    ours = build("paredown_prune", {"sparsity": "2:4"}).compress(weight, stats)
+    assert optimum <= 1.001 * loss(weight, ours.weight, gram)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ours_loses_less_than_sparsegpt_and_that_less_than_a_mask_alone(seed):
+    weight, stats = problem(32, 64, seed)
+    edits = [build(n, {"sparsity": "2:4"}).compress(weight, stats) for n in ("paredown_prune", "sparsegpt", "wanda")]
+    ours, sparsegpt, wanda = (loss(weight, edit.weight, gram_of(stats)) for edit in edits)
+    assert ours < 0.9 * sparsegpt and sparsegpt < 0.9 * wanda
 
 
 @pytest.mark.parametrize("sparsity", [PATTERN, 0.5])
