@@ -1,4 +1,4 @@
-"""Slow and plain forms that the low-rank tests compare with."""
+"""Slow and plain forms that tests compare with."""
 
 import torch
 
@@ -21,6 +21,23 @@ def close(edit, wanted, within=2e-5):
 
 def mean_square(rows):
     return float(rows.square().sum(1).mean())
+
+
+def data_of(model, ids):
+    """x (tokens, in) and dL/dy (tokens, out) of every Linear of the blocks, by autograd over the whole model."""
+    found, hooks = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+
+            def keep(module, args, out, name=name):
+                out.retain_grad()
+                found[name] = args[0].detach(), out
+
+            hooks.append(module.register_forward_hook(keep))
+    (model(ids, labels=ids, use_cache=False).loss * (len(ids) * (ids.shape[1] - 1))).backward()
+    for hook in hooks:
+        hook.remove()
+    return {name: (x.flatten(0, 1), out.grad.flatten(0, 1).double()) for name, (x, out) in found.items()}
 
 
 def rank_beside_a_bias(shape, rank, storage):

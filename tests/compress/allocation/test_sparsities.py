@@ -8,6 +8,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 import transformers as t
+from oracles import data_of
 
 from paredown.compress.allocation.alpha_pruning import eigenvalues, hill_exponent
 from paredown.compress.allocation.base import ALLOCATIONS, Budget, Grain, Layer, Sensitivities
@@ -120,21 +121,8 @@ def surveyed(folder, allocation, method="wanda", sparsity=0.6, **options):
     return job, made, options
 
 
-def data_of(model):
-    """x (tokens, in) and the gradient of the loss at the output (tokens, out) of every linear of the blocks."""
-    found, hooks = {}, []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-
-            def keep(module, args, out, name=name):
-                out.retain_grad()
-                found[name] = args[0].detach(), out
-
-            hooks.append(module.register_forward_hook(keep))
-    (model(IDS, labels=IDS, use_cache=False).loss * (len(IDS) * (IDS.shape[1] - 1))).backward()
-    for hook in hooks:
-        hook.remove()
-    return {name: (x.flatten(0, 1).double(), out.grad.flatten(0, 1).double()) for name, (x, out) in found.items()}
+def double(data):
+    return {name: (x.double(), delta) for name, (x, delta) in data.items()}
 
 
 def by_block(model, options):
@@ -151,7 +139,7 @@ def test_owl_is_its_formula(model, tmp_path):
             layer.mlp.up_proj.weight[: i + 1, ::7] *= 8  # so that blocks differ in outliers
     model.save_pretrained(tmp_path / "m")
     _, _, options = surveyed(tmp_path, {"strategy": "owl", "threshold": 4.0})
-    data, shares = data_of(model), []
+    data, shares = double(data_of(model, IDS)), []
     for block in by_block(model, options):
         scores = []
         for name, weight in block.items():
@@ -201,7 +189,7 @@ def test_farms_takes_windows_of_one_aspect_ratio_all_over_the_weight():
 
 def test_losses_of_masks_are_the_second_order_rise_in_nats(model, tmp_path):
     _, made, _ = surveyed(tmp_path, {"strategy": "global"}, method="sparsegpt")
-    data = data_of(model)
+    data = double(data_of(model, IDS))
     for name in ("model.layers.0.self_attn.k_proj", "model.layers.2.mlp.up_proj", "model.layers.1.mlp.down_proj"):
         x, delta = data[name]
         weight, inputs = model.get_parameter(f"{name}.weight").detach(), InputStats(x.shape[1], frozenset({Need.GRAM}))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as t
+from oracles import data_of
 from safetensors.torch import load_file
 
 from paredown.compress.checkpoint.source import ModelSource
@@ -70,23 +71,6 @@ class Sealed(ModelSource):
 
     def materialise(self, *args):
         pytest.fail("weights were read")
-
-
-def data_of(model, ids=IDS):
-    """x (tokens, in) and dL/dy (tokens, out) of every Linear of the blocks, by autograd over the whole model."""
-    found, hooks = {}, []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-
-            def keep(module, args, out, name=name):
-                out.retain_grad()
-                found[name] = args[0].detach(), out
-
-            hooks.append(module.register_forward_hook(keep))
-    (model(ids, labels=ids, use_cache=False).loss * (len(ids) * (ids.shape[1] - 1))).backward()
-    for hook in hooks:
-        hook.remove()
-    return {name: (x.flatten(0, 1), out.grad.flatten(0, 1).double()) for name, (x, out) in found.items()}
 
 
 def test_the_dense_model_is_not_read_where_nothing_is_to_be_known_beforehand(source, scratch):
@@ -258,7 +242,7 @@ def test_choices_have_the_losses_of_the_whole_models_own_data(
     allocation = {"strategy": strategy} if strategy else None
     job, made = surveyed(source, scratch, method, {"kept": 0.6, **options}, allocation)
     assert made.choices.keys() == layers_of(source).keys()
-    for name, (x, delta) in data_of(model).items():
+    for name, (x, delta) in data_of(model, IDS).items():
         weight = model.get_parameter(f"{name}.weight").detach()
         wanted = weighed_losses(weight, x, delta if two_sided else None, centred)
         choices, shape = made.choices[name], tuple(weight.shape)
@@ -339,7 +323,7 @@ def test_measured_sensitivities_are_the_losses_of_the_model_with_one_layer_compr
     job, made = surveyed(source, scratch, "svd_llm", {"kept": 0.6}, {"strategy": "sensitivity"})
     assert ranks_of(job, made).keys() == layers_of(source).keys()
     assert made.sensitivities.keys() == layers_of(source).keys()
-    data = data_of(model)
+    data = data_of(model, IDS)
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj", "model.layers.4.mlp.up_proj"):
         parameter, (x, _) = model.get_parameter(f"{name}.weight"), data[name]
         weight, moment = parameter.detach().clone(), (x.T @ x / len(x)).detach()
@@ -357,7 +341,7 @@ def test_a_method_with_gradients_is_probed_with_them(model, source, scratch):
     assert made.sensitivities.keys() == layers_of(source).keys()
     name, block = "model.layers.2.mlp.down_proj", blocks(source)[2]
     parameter, inputs = model.get_parameter(f"{name}.weight"), InputStats(48, frozenset({Need.GRAM}))
-    inputs.update(data_of(model)[name][0])
+    inputs.update(data_of(model, IDS)[name][0])
     stats = Stats(inputs, made.gradients(block, torch.device("cpu"))[name])
     weight = parameter.detach().clone()
     for share, found in made.sensitivities[name].items():
@@ -374,7 +358,7 @@ def test_measured_sensitivities_of_an_affine_method_count_its_bias(model, source
     model.save_pretrained(source.folder)
     job, made = surveyed(ModelSource(source.folder, "m"), scratch, "rom", {"kept": 0.6}, {"strategy": "sensitivity"})
     name = "model.layers.1.self_attn.v_proj"
-    x, weight, module = data_of(model)[name][0], model.get_parameter(f"{name}.weight"), model.get_submodule(name)
+    x, weight, module = data_of(model, IDS)[name][0], model.get_parameter(f"{name}.weight"), model.get_submodule(name)
     dense, mean = weight.detach().clone(), x.mean(0)
     spread = (x - mean) @ dense.T  # (tokens, out)
     for share, found in made.sensitivities[name].items():
