@@ -1,6 +1,7 @@
 """Cholesky factors, roots and eigenvectors of moments (n, n) that may be singular, float64."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,22 @@ from paredown.compress.errors import PareError
 # relative to the largest: smaller eigenvalues of an input moment, which may be singular, count as this much
 FLOOR = 1e-10
 UNFACTORED = "a moment of its data cannot be factored: raise damping, or calibrate on more text."
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A positive definite matrix A as `D V diag(values) V^T D`, whose middle has a diagonal of ones, float32."""
+
+    scale: Tensor  # the diagonal of D (n,), roots of that of A
+    values: Tensor  # (n,)
+    vectors: Tensor  # V, as columns (n, n)
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> "Spectrum":
+        """Of A (n, n), float32 or wider, decomposed in float32."""
+        scale = matrix.diagonal().sqrt()  # (n,)
+        values, vectors = decomposed(torch.linalg.eigh, (matrix / scale[:, None] / scale).float())
+        return cls(scale.float(), values, vectors)
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ from paredown.compress.methods.base import Damping, Shape, register
 from paredown.compress.methods.pruning.base import MASKS, Pruner
 from paredown.compress.methods.pruning.least_squares import Count, LeastSquaresUpdate
 from paredown.compress.numerics.admm import admm_mask
-from paredown.compress.numerics.masked_least_squares import damped_gram
 from paredown.compress.numerics.masks import Sparsity, check_width
 from paredown.compress.numerics.moments import Need, Stats
 from paredown.compress.numerics.sweep import Choose, fixed_mask
@@ -34,8 +33,8 @@ class ADMMMask:
 
     def choose(self, weight: Tensor, stats: Stats, sparsity: Sparsity) -> Choose:
         check_width(weight.shape[1], sparsity)
-        gram = damped_gram(stats.inputs.gram, self.damping)
-        return fixed_mask(admm_mask(weight.float(), gram, sparsity, self.steps, self.penalty))
+        spectrum = stats.inputs.spectrum(self.damping)
+        return fixed_mask(admm_mask(weight.float(), spectrum, sparsity, self.steps, self.penalty))
 
 
 @register("alps")

@@ -12,6 +12,7 @@ from paredown.compress.numerics.masked_least_squares import damped_gram, fitted,
 from paredown.compress.numerics.masks import NofM, keep_mask
 from paredown.compress.numerics.moments import GRADIENT_NEEDS, PAIRED_NEEDS, InputStats, Stats
 from paredown.compress.numerics.obs import obs_mask
+from paredown.compress.numerics.spectral import Spectrum
 from paredown.compress.numerics.swaps import _best_swaps, swapped
 from paredown.compress.survey.gradients import moments
 
@@ -110,7 +111,27 @@ def test_admm_is_its_slow_form():
             if changed == 0:
                 break
             rho, settled = rho * (1.3 if changed >= 0.1 else 1.2 if changed >= 0.005 else 1.1), keep
-    assert torch.equal(admm_mask(weight, gram, PATTERN, 60, 0.1), keep)
+    assert torch.equal(admm_mask(weight, Spectrum.of(gram), PATTERN, 60, 0.1, torch.float32), keep)
+
+
+def test_products_in_bf16_choose_a_mask_as_good():
+    weight, stats = problem(64, 128)
+    gram = damped_gram(stats.inputs.gram, 0.01)
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        keep = admm_mask(weight, stats.inputs.spectrum(0.01), PATTERN, 30, 0.3, dtype)
+        losses[dtype] = float(row_losses(weight, fitted(weight, keep, gram, 20), gram).sum())
+    assert losses[torch.bfloat16] < 1.01 * losses[torch.float32]
+
+
+def test_a_decomposition_serves_every_sparsity_until_more_tokens_come():
+    _, stats = problem()
+    first = stats.inputs.spectrum(0.01)
+    assert stats.inputs.spectrum(0.01) is first
+    rebuilt = (first.vectors * first.values) @ first.vectors.T * first.scale[:, None] * first.scale
+    torch.testing.assert_close(rebuilt, damped_gram(stats.inputs.gram, 0.01), rtol=1e-4, atol=1e-4)
+    stats.inputs.update(torch.randn(10, 16), torch.randn(10, 16))
+    assert stats.inputs.spectrum(0.01) is not first
 
 
 def test_ria_and_fisher_are_their_formulas():
