@@ -28,6 +28,7 @@ from paredown.compress.storage.spec import Spec
 Damping = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Shape = tuple[int, int]  # (out, in)
 Shares = Literal["any", "many", "few"]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -146,46 +147,90 @@ class Budget:
 
 @dataclass(frozen=True)
 class Part:
-    """Where the units of a group lie in one tensor: along dimension `dim` of `name`, `width` entries each."""
+    """Where the units of a group lie in one tensor: along dimension `dim`, `width` entries each, from entry `first` on."""
 
-    name: str
+    name: str  # of the parameter, in full: model.layers.0.mlp.gate_proj.weight
     dim: int
     width: int = 1
+    first: int = 0
 
 
 @dataclass(frozen=True)
 class Group:
     """Coupled units: each can only be removed from all parts at once."""
 
-    name: str
+    name: str  # of the module that holds them: model.layers.0.mlp
     kind: Literal["channels", "heads", "experts", "states"]
     units: int
     parts: tuple[Part, ...]
+    reader: str  # the view whose inputs the units are: model.layers.0.mlp.down_proj; "" of experts
     config_key: str  # of the number of units in config.json
 
 
 @dataclass(frozen=True)
+class Units:
+    """A group as a method reads it."""
+
+    group: Group
+    weight: Tensor  # of the reader (out, units * width): `width` columns for each unit
+    writers: Mapping[str, Tensor]  # the matrices whose rows the units are, by view name (units * width, in)
+    stats: Stats  # of the reader's input, and of the gradient at its output
+
+    @property
+    def width(self) -> int:
+        """How many columns of the reader a unit has."""
+        return self.weight.shape[1] // self.group.units
+
+
+@dataclass(frozen=True)
 class Sliced:
-    """Which units of a group stay, and new values of tensors that are not just sliced, by name."""
+    """Which units of a group stay, and what changes besides."""
 
     keep: Tensor  # (units,) bool
-    tensors: Mapping[str, Tensor]
+    weight: Tensor | None = None  # of the reader, for the columns that stay (out, kept); None: as they were
+    shift: Tensor | None = None  # what the reader's bias gains (out,)
 
 
+@dataclass(frozen=True)
 class GroupMethod(Method):
-    """Removes units of a group: channels, heads, experts, states."""
+    """Removes units of a group from every block: as many as its options say."""
+
+    kept: Share | None = None  # of the parameters of all blocks
+    units: Annotated[int, Field(ge=1)] | None = None  # of each group
+    multiple: Annotated[int, Field(ge=1)] = 32  # of which the number of units that stay is one
 
     @abstractmethod
-    def compress(self, group: Group, stats: Stats) -> Sliced | None:
-        """None leaves the group as it is."""
+    def compress(self, units: Units, keep: int) -> Sliced:
+        """The group with `keep` units left."""
+
+    def working_bytes(self, shape: Shape) -> int:
+        """Memory that `compress` takes besides a reader's weight of this shape (out, in) and its statistics."""
+        return 8 * shape[0] * shape[1]
 
 
+@dataclass(frozen=True)
+class Profile:
+    """What is measured of the dense model's blocks, for a choice among them. Lists are by block."""
+
+    similarity: Sequence[float] = ()  # mean cosine of a token's hidden states before and after the block
+    last: Tensor | None = None  # hidden states of each window's last token before each block, and at the end
+    # (windows, blocks + 1, hidden)
+    removals: Sequence[tuple[int, float]] = ()  # the best order of removal, and the divergence after each, in nats
+
+
+@dataclass(frozen=True)
 class BlockMethod(Method):
     """Removes whole blocks."""
 
+    reads: ClassVar[Literal["nothing", "states", "divergence"]] = "nothing"  # of the Profile: what is measured
+    refits: ClassVar[bool] = False  # layers that write to the residual stream are fitted to the dense one
+
+    kept: Share | None = None  # of the parameters of all blocks
+    blocks: Annotated[int, Field(ge=1)] | None = None  # how many stay
+
     @abstractmethod
-    def choose(self, angles: Sequence[float]) -> list[int]:
-        """Indices of the blocks to remove; `angles`, one per block in units of pi: how far each turns its input."""
+    def choose(self, profile: Profile, count: int, drop: int) -> list[int]:
+        """Which `drop` of `count` blocks go, in order."""
 
 
 def check_needs(name: str, owner: object) -> None:

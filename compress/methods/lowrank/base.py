@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from paredown.compress.errors import PareError
-from paredown.compress.methods.base import Budget, Choice, Shape, WeightMethod
+from paredown.compress.methods.base import Budget, Choice, Shape, Share, WeightMethod
 from paredown.compress.numerics.edits import Factored
 from paredown.compress.numerics.factorize import (
     Factors,
@@ -27,7 +27,6 @@ from paredown.compress.numerics.pifa import pivoted
 from paredown.compress.numerics.precision import narrowed
 from paredown.compress.storage.spec import Spec
 
-Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 ASKED = ("kept", "rank", "energy", "target_parameters")
 

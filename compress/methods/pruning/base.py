@@ -7,14 +7,13 @@ A paper's method is a named pair.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import nan
-from typing import Annotated, Protocol, Self
+from typing import Protocol, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from paredown.compress.errors import PareError
-from paredown.compress.methods.base import Budget, Choice, Shape, Shares, WeightMethod, check_needs
+from paredown.compress.methods.base import Budget, Choice, Shape, Share, Shares, WeightMethod, check_needs
 from paredown.compress.methods.pruning.curves import between, predicted_loss
 from paredown.compress.numerics.edits import Masked, mask_spec
 from paredown.compress.numerics.masks import NofM, Sparsity, check_width, kept_count, masked, parse_sparsity
@@ -76,7 +75,6 @@ class NoUpdate:
         return replace(edit, damping=inverse.damping, fallback=inverse.fallback)
 
 
-Share = Annotated[float, Field(gt=0, lt=1)]
 MEASURED = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # sparsities whose losses are measured for an allocation
 
 

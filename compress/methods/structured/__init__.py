@@ -1,0 +1,1 @@
+"""Methods that leave an ordinary smaller model: narrower MLPs, fewer heads, experts or blocks."""
