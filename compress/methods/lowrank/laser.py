@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from paredown.compress.methods.base import register
-from paredown.compress.methods.lowrank.base import Share
+from paredown.compress.methods.base import Share, register
 from paredown.compress.methods.lowrank.svd import SVD
 
 
