@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,31 @@ def test_ours_gives_the_weights_of_the_papers_algorithm(sparsity):
     assert int(((reference != 0) != keep).sum()) < 0.01 * keep.numel()
     losses = [float(((weight - pruned) @ hessian * (weight - pruned)).sum()) for pruned in (reference, ours)]
     assert losses[1] / losses[0] == pytest.approx(1, abs=0.001)
+
+
+PEER = """
+import torch
+from paredown.compress.numerics.masks import NofM
+from paredown.evaluation.benchmarks.reference_sparsegpt import inverse_factor, reference_sweep
+
+
+def sparsify_weight(module, hessians, sparsity, removed, m, block, damping, preserve):
+    pattern = NofM(m - removed, m) if m else sparsity
+    return 0.0, reference_sweep(module.weight, inverse_factor(hessians.pop(module), damping), pattern)
+"""
+
+
+def test_a_peers_own_code_is_timed_beside_ours(tmp_path, monkeypatch, capsys):
+    place = tmp_path / "llmcompressor" / "modifiers" / "pruning" / "sparsegpt" / "sgpt_sparsify.py"
+    place.parent.mkdir(parents=True)
+    place.write_text(PEER)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    arguments = ["--against", "llmcompressor", "--peer-python", sys.executable, "--weights", "32x64", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["solvers", *arguments])
+    with pytest.raises(SystemExit) as left:
+        solvers.main()
+    assert left.value.code == 0
+    assert capsys.readouterr().out.count("llmcompressor / ours") == 2
 
 
 def test_the_solvers_table_shows_both_sides_and_their_ratio(monkeypatch, capsys):
