@@ -70,16 +70,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def quick_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it by instructions of its own, several times as fast, else float32."""
-    if device.type == "cuda":
-        quick = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = torch.cpu.get_capabilities()
-        quick = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return torch.bfloat16 if quick else torch.float32
-
-
 def pick_dtype(name: str) -> torch.dtype | None:
     """The dtype called `bfloat16`, `float16` or `float32`; None for `auto`, which keeps what the checkpoint stores.
 

@@ -6,7 +6,6 @@ Meng et al. 2024, ALPS, algorithm 1 (arXiv 2406.07831).
 import torch
 from torch import Tensor
 
-from paredown.compress.machine import quick_dtype
 from paredown.compress.numerics.masks import Sparsity, keep_mask
 from paredown.compress.numerics.spectral import Spectrum
 
@@ -14,37 +13,25 @@ EVERY = 3  # iterations between two looks at how far the support has settled
 
 
 def admm_mask(
-    weight: Tensor,
-    spectrum: Spectrum,
-    sparsity: Sparsity,
-    iterations: int,
-    penalty: float,
-    dtype: torch.dtype | None = None,
+    weight: Tensor, spectrum: Spectrum, sparsity: Sparsity, iterations: int, penalty: float
 ) -> Tensor:  # (out, in) bool
     """Which weights stay: of `|W + V / rho|`, over the whole layer or in each group of m, once the support has settled.
 
     weight (out, in) float32; `spectrum` of the damped Gram matrix (in, in), whose inputs are scaled to unit moments.
-    `penalty` is the first rho: the larger, the sooner the support settles. `dtype` is that of the products, by default
-    bf16 where the device has an instruction for it: they choose a mask and compute no weight. The rest is float32.
+    `penalty` is the first rho: the larger, the sooner the support settles. float32.
     """
-    dtype = dtype or quick_dtype(weight.device)
-    vectors, values = spectrum.vectors.to(dtype), spectrum.values  # (in, in), (in,)
-
-    def filtered(rows: Tensor, by: Tensor) -> Tensor:  # (out, in)
-        """Each row's part along each eigenvector times `by` (in,)."""
-        parts = (rows.to(dtype) @ vectors).float().mul_(by)
-        return (parts.to(dtype) @ vectors.T).float()
-
+    vectors, values = spectrum.vectors, spectrum.values  # (in, in), (in,)
     wanted = weight * spectrum.scale  # (out, in)
-    pull = (wanted @ spectrum.vectors).mul_(values) @ spectrum.vectors.T
+    pull = (wanted @ vectors).mul_(values) @ vectors.T
     sparse, dual, rho = wanted, torch.zeros_like(wanted), penalty
     keep = settled = keep_mask(wanted.abs(), sparsity, within="layer")
     for i in range(1, iterations + 1):
-        free = filtered(torch.add(pull, sparse, alpha=rho).sub_(dual), 1 / (values + rho))
+        pulled = torch.add(pull, sparse, alpha=rho).sub_(dual)
+        free = (pulled @ vectors).div_(values + rho) @ vectors.T
         point = free.add_(dual, alpha=1 / rho)
         keep = keep_mask(point.abs(), sparsity, within="layer")
         sparse = point * keep
-        dual = torch.sub(point, sparse, out=dual).mul_(rho)  # what V + rho (free - sparse) comes to
+        torch.sub(point, sparse, out=dual).mul_(rho)  # what V + rho (free - sparse) comes to
         if i % EVERY == 0:
             changed = int((keep ^ settled).sum()) / max(int(keep.sum()), 1)
             if not changed:

@@ -111,17 +111,7 @@ def test_admm_is_its_slow_form():
             if changed == 0:
                 break
             rho, settled = rho * (1.3 if changed >= 0.1 else 1.2 if changed >= 0.005 else 1.1), keep
-    assert torch.equal(admm_mask(weight, Spectrum.of(gram), PATTERN, 60, 0.1, torch.float32), keep)
-
-
-def test_products_in_bf16_choose_a_mask_as_good():
-    weight, stats = problem(64, 128)
-    gram = damped_gram(stats.inputs.gram, 0.01)
-    losses = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        keep = admm_mask(weight, stats.inputs.spectrum(0.01), PATTERN, 30, 0.3, dtype)
-        losses[dtype] = float(row_losses(weight, fitted(weight, keep, gram, 20), gram).sum())
-    assert losses[torch.bfloat16] < 1.01 * losses[torch.float32]
+    assert torch.equal(admm_mask(weight, Spectrum.of(gram), PATTERN, 60, 0.1), keep)
 
 
 def test_a_decomposition_serves_every_sparsity_until_more_tokens_come():
