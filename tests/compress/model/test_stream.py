@@ -8,7 +8,7 @@ from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 from paredown.compress.model.blocks import blocks
 from paredown.compress.model.stream import next_token_nll, start
-from paredown.compress.run.pipeline import score
+from paredown.compress.run.scoring import score
 
 C = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
