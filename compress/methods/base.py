@@ -189,6 +189,8 @@ class Sliced:
     keep: Tensor  # (units,) bool
     weight: Tensor | None = None  # of the reader, for the columns that stay (out, kept); None: as they were
     shift: Tensor | None = None  # what the reader's bias gains (out,)
+    # of each unit the one that stays and into whose mean it goes, in all parts but the reader's (units,) int64
+    into: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,18 @@ class GroupMethod(Method):
 
     kept: Share | None = None  # of the parameters of all blocks
     units: Annotated[int, Field(ge=1)] | None = None  # of each group
-    multiple: Annotated[int, Field(ge=1)] = 32  # of which the number of units that stay is one
+    multiple: Annotated[int, Field(ge=1)] = 32  # of which the number of units that stay is one, unless it is given
+
+    def __post_init__(self) -> None:
+        if self.kept is None and self.units is None:
+            raise PareError("how many units stay is not said: give kept, a share such as 0.8, or units, their number.")
+        if self.kept is not None and self.units is not None:
+            raise PareError("kept and units say how many units stay in different ways: give one of them.")
+
+    @property
+    def shifts(self) -> bool:
+        """Whether the reader's bias gains something."""
+        return False
 
     @abstractmethod
     def compress(self, units: Units, keep: int) -> Sliced:
@@ -227,6 +240,24 @@ class BlockMethod(Method):
 
     kept: Share | None = None  # of the parameters of all blocks
     blocks: Annotated[int, Field(ge=1)] | None = None  # how many stay
+
+    def __post_init__(self) -> None:
+        if self.kept is None and self.blocks is None:
+            raise PareError(
+                "how many blocks stay is not said: give kept, a share such as 0.8, or blocks, their number."
+            )
+        if self.kept is not None and self.blocks is not None:
+            raise PareError("kept and blocks say how many blocks stay in different ways: give one of them.")
+
+    @property
+    def windows(self) -> int:
+        """On how many windows the divergences are measured."""
+        return 8
+
+    @property
+    def damping(self) -> float:
+        """Of the fit, relative to the mean square of a layer's input."""
+        return 0.1
 
     @abstractmethod
     def choose(self, profile: Profile, count: int, drop: int) -> list[int]:

@@ -28,6 +28,9 @@ class Need(StrEnum):
     GRAM = "gram"  # E[x x^T] (in, in); holds the second moment too
     MEAN = "mean"  # E[x] (in,)
     ABSOLUTE_MEAN = "absolute_mean"  # E|x| (in,)
+    # of each window's tokens first, then over windows, each of which weighs as many as it has tokens
+    WINDOW_MEAN = "window_mean"  # E[(mean |x|)^2] (in,)
+    WINDOW_NORM = "window_norm"  # E[(mean x^2)^(1/2)] (in,)
     CROSS = "cross"  # E[x y^T] (in, in) of the dense model's input x and the compressed one's y, and E[x]
     RESIDUAL = "residual"  # of layers that write to the residual stream: see Residual
     # moments of the gradient of the loss at the layer's output: see survey/gradients.py
@@ -39,7 +42,9 @@ class Need(StrEnum):
     WEIGHT_GRADIENT = "weight_gradient"
 
 
-INPUT_NEEDS = frozenset({Need.SECOND_MOMENT, Need.GRAM, Need.MEAN, Need.ABSOLUTE_MEAN})
+INPUT_NEEDS = frozenset(
+    {Need.SECOND_MOMENT, Need.GRAM, Need.MEAN, Need.ABSOLUTE_MEAN, Need.WINDOW_MEAN, Need.WINDOW_NORM}
+)
 PAIRED_NEEDS = INPUT_NEEDS | {Need.CROSS}
 GRADIENT_NEEDS = frozenset(
     {
@@ -51,6 +56,12 @@ GRADIENT_NEEDS = frozenset(
         Need.WEIGHT_GRADIENT,
     }
 )
+
+
+def gradients_read(needs: frozenset[Need]) -> frozenset[Need]:
+    """Which moments of output gradients are collected for these needs: a solver reads the diagonal beside the whole."""
+    read = needs & GRADIENT_NEEDS
+    return read | {Need.OUTPUT_GRADIENT_DIAGONAL} if Need.OUTPUT_GRADIENT in read else read
 
 
 class NotCollected(RuntimeError):
@@ -86,7 +97,7 @@ class InputStats:
         for name, total in stats._sums.items():
             if total.dim() == 2:
                 total.fill_diagonal_(1.0)
-            elif name in (Need.SECOND_MOMENT, Need.ABSOLUTE_MEAN):
+            elif name in INPUT_NEEDS - {Need.MEAN}:
                 total.fill_(1.0)
         return stats
 
@@ -110,8 +121,9 @@ class InputStats:
     def update(self, x: Tensor, dense: Tensor | None = None) -> None:
         """Add a batch (..., in); `dense` (..., in) are the dense model's inputs of this layer for the same tokens.
 
-        Raises PareError if the batch holds NaN or infinite values.
+        Of a batch (..., tokens, in) each (tokens, in) is a window. Raises PareError for NaN and infinite values.
         """
+        tokens = x.shape[-2] if x.dim() > 1 else 1  # of a window
         x = x.reshape(-1, self.in_features)  # (tokens, in)
         if not len(x):
             return
@@ -129,6 +141,10 @@ class InputStats:
                 total += x.float().sum(0)
             elif name == Need.ABSOLUTE_MEAN:
                 total += x.float().abs().sum(0)
+            elif name == Need.WINDOW_MEAN:
+                total += tokens * x.float().abs().unflatten(0, (-1, tokens)).mean(1).square().sum(0)
+            elif name == Need.WINDOW_NORM:
+                total += tokens * x.float().square().unflatten(0, (-1, tokens)).mean(1).sqrt().sum(0)
             else:
                 self._add_dense(name, total, x, dense)
         self.count += len(x)
@@ -177,6 +193,16 @@ class InputStats:
     def absolute_mean(self) -> Tensor:  # (in,)
         """E|x|, float64."""
         return self._mean(Need.ABSOLUTE_MEAN)
+
+    @property
+    def window_mean(self) -> Tensor:  # (in,)
+        """E[(mean |x|)^2], the mean over a window's tokens and the expectation over windows, float64."""
+        return self._mean(Need.WINDOW_MEAN)
+
+    @property
+    def window_norm(self) -> Tensor:  # (in,)
+        """E[(mean x^2)^(1/2)], the mean over a window's tokens and the expectation over windows, float64."""
+        return self._mean(Need.WINDOW_NORM)
 
     @property
     def cross(self) -> Tensor:  # (in, in)

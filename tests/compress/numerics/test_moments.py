@@ -28,6 +28,30 @@ def test_moments_are_those_of_float64_however_batches_are_cut(dtype):
         torch.testing.assert_close(stats.rms, exact.square().mean(0).sqrt(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_windows_count_by_their_tokens_however_they_are_cut_into_batches(dtype):
+    x = torch.randn(7, 43, 17, generator=torch.Generator().manual_seed(0)).to(dtype)
+    short, exact = x[0, :11], x.double()
+    mean, norm = exact.abs().mean(1).square(), exact.square().mean(1).sqrt()  # (windows, 17)
+    for stats in (gathered(x), gathered(x, 1, 3)):
+        torch.testing.assert_close(stats.window_mean, mean.mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stats.window_norm, norm.mean(0), rtol=1e-5, atol=1e-6)
+        stats.update(short)  # two dimensions are one window
+        alone = short.double().abs().mean(0).square(), short.double().square().mean(0).sqrt()
+        both = [(43 * of.sum(0) + 11 * one) / (43 * 7 + 11) for of, one in zip((mean, norm), alone, strict=True)]
+        torch.testing.assert_close(stats.window_mean, both[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stats.window_norm, both[1], rtol=1e-5, atol=1e-6)
+
+
+def test_of_one_token_a_window_the_moments_of_windows_are_those_of_tokens():
+    stats = gathered(torch.randn(30, 1, 5, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(stats.window_mean, stats.second_moment_diagonal, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats.window_norm, stats.absolute_mean, rtol=1e-5, atol=1e-6)
+    one = InputStats(5, INPUT_NEEDS)
+    one.update(torch.ones(5))
+    assert one.count == 1 and torch.equal(one.window_mean, torch.ones(5).double())
+
+
 def test_what_was_not_asked_for_is_not_there():
     stats = gathered(torch.randn(4, 3), needs={"mean"})
     with pytest.raises(RuntimeError, match=r"'gram' was not collected: .*`needs`"):

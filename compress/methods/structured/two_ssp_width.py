@@ -1,0 +1,21 @@
+"""The first of 2SSP's two stages: channels with large activations stay. Sandri et al. 2025 (arXiv 2501.17771).
+
+s_j = mean over windows of |a_j|_2, the norm over the window's tokens. The second stage removes attention sublayers.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from paredown.compress.methods.base import Units, register
+from paredown.compress.methods.structured.width import Scored
+from paredown.compress.numerics.moments import Need
+
+
+@register("two_ssp_width")
+@dataclass(frozen=True)
+class TwoSSPWidth(Scored):
+    reads = frozenset({Need.WINDOW_NORM})
+
+    def scores(self, units: Units) -> Tensor:
+        return units.stats.inputs.window_norm
