@@ -29,7 +29,7 @@ def observe(
     `router_weight`: those of experts weigh each token as the router does.
     """
     router = RouterWeights(views) if router_weight else None
-    observer = InputObserver(views, needs, stream.device, router)
+    observer = InputObserver(views, needs, stream.device, router, stream.ids[0].shape[1])
     with observer, router or nullcontext():
         for _ in stream.outputs(block):
             observer.next_batch()

@@ -64,7 +64,8 @@ class InputObserver(ProductMode):
     """Adds the input of each view's product to the view's InputStats. Call `next_batch` after each batch.
 
     Views that get the same tensor (q/k/v; gate/up) share one InputStats. With a `router` the inputs of experts are scaled
-    by its weights, as the errors of their outputs are. Raises PareError, naming the layer, for inputs that are not finite.
+    by its weights, as the errors of their outputs are. `length` is how many tokens a window has: some blocks hand all
+    windows of a batch to a layer as one. Raises PareError, naming the layer, for inputs that are not finite.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class InputObserver(ProductMode):
         needs: frozenset[Need],
         device: torch.device,
         router: RouterWeights | None = None,
+        length: int | None = None,
     ) -> None:
         super().__init__(views)
-        self._router = router
+        self._router, self._length = router, length
         self.stats: dict[str, InputStats] = {}  # by view name; without the views that no token reached
         self.seconds = 0.0  # time spent here
         self._needs, self._device = needs, device
@@ -97,7 +99,7 @@ class InputObserver(ProductMode):
             if self._router is not None and view.expert is not None:
                 tokens = tokens.float() * self._router.of(view, len(tokens))[:, None]
             try:
-                stats.update(tokens)
+                stats.update(self._windows(view, tokens))
             except PareError as error:
                 raise PareError(f"{view.name}: {error}") from error
             self._inputs[x.data_ptr()] = (x, stats)
@@ -105,6 +107,12 @@ class InputObserver(ProductMode):
             stats = known[1]
         self.stats[view.name] = stats
         self.seconds += perf_counter() - began
+
+    def _windows(self, view: View, tokens: Tensor) -> Tensor:  # (..., tokens, in)
+        """The same inputs, window by window. An expert gets tokens of some of them, which count as one."""
+        if self._length is None or tokens.dim() != 2 or view.expert is not None or len(tokens) % self._length:
+            return tokens
+        return tokens.view(-1, self._length, tokens.shape[-1])
 
     def groups(self) -> list[list[str]]:
         """Names of the views that share an input, in the order in which the block calls them."""

@@ -179,7 +179,8 @@ def _forward(
     source, stream = job.source, start(job.source, ids)
     for block in job.blocks:
         with source.loaded(block):
-            observer = InputObserver([v for v in block.views() if v.name in layers], needs, source.device)
+            views = [v for v in block.views() if v.name in layers]
+            observer = InputObserver(views, needs, source.device, length=ids.shape[1])
             with observer:
                 for _ in stream.advancing(block):
                     observer.next_batch()

@@ -20,7 +20,7 @@ CONFIGS = {
     "gpt2": t.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64),
     "mamba": t.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, state_size=8),
 }
-NEEDS = frozenset({"gram", "mean", "absolute_mean"})
+NEEDS = frozenset({"gram", "mean", "absolute_mean", "window_mean", "window_norm"})
 
 
 def observed(folder, windows, batch_tokens=None):
@@ -43,6 +43,13 @@ def test_moments_are_those_of_every_layers_input(family, batch_tokens, tmp_path,
         model(windows.ids, use_cache=False)
     assert stats.keys() == inputs.keys() and stats
     for name, x in inputs.items():
+        windowed = x.double().view(*windows.ids.shape, -1)
+        torch.testing.assert_close(
+            stats[name].window_mean, windowed.abs().mean(1).square().mean(0), rtol=1e-3, atol=1e-6
+        )
+        torch.testing.assert_close(
+            stats[name].window_norm, windowed.square().mean(1).sqrt().mean(0), rtol=1e-3, atol=1e-6
+        )
         x = x.double().flatten(0, -2)  # (tokens, in)
         assert stats[name].count == len(x) == windows.tokens
         torch.testing.assert_close(stats[name].gram, x.T @ x / len(x), rtol=1e-3, atol=1e-6)

@@ -1,0 +1,176 @@
+"""What a choice among the blocks reads: how little each changes, or by how much the model departs without it.
+
+One block's weights are in memory at a time; hidden states are in host memory.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from paredown.compress.checkpoint.source import ModelSource
+from paredown.compress.errors import PareError
+from paredown.compress.methods.base import BlockMethod, Profile
+from paredown.compress.model.blocks import Block
+from paredown.compress.model.calls import Recorder, recorders
+from paredown.compress.model.removal import check_removable
+from paredown.compress.model.rest import materialised_rest
+from paredown.compress.model.stream import Stream, hidden_bytes, start
+from paredown.compress.progress import ignore
+
+STEP = 4  # of how many positions one prediction is compared
+SHORTLIST = 12  # blocks that are tried again after all were
+
+
+def profile(
+    source: ModelSource,
+    all_blocks: Sequence[Block],
+    ids: Tensor,
+    method: BlockMethod,
+    drop: int,
+    note: Callable[[str], None] = ignore,
+    doing: Callable[[str], None] = ignore,
+) -> Profile:
+    """Measure what the method `reads` of the dense model's blocks, `drop` of which are to go.
+
+    ids (windows, length) is the calibration text; `note` is told each step, `doing` what is under way. Raises PareError
+    for a model whose blocks cannot be removed.
+    """
+    check_removable(source, all_blocks)
+    if method.reads == "states":
+        return _states(source, all_blocks, ids, note)
+    if method.reads == "divergence":
+        return Profile(removals=list(_removals(source, all_blocks, ids[: method.windows], drop, note, doing)))
+    return Profile()
+
+
+def profile_bytes(source: ModelSource, method: BlockMethod, count: int, windows: int, length: int) -> int:
+    """Bytes of the hidden states that `profile` has in memory at once, for a model of `count` blocks.
+
+    Divergences take a copy of those of the method's windows for each block, besides the dense model's.
+    """
+    if method.reads == "divergence":
+        return (count + 2) * hidden_bytes(source, min(method.windows, windows) * length)
+    return 2 * hidden_bytes(source, windows * length) if method.reads == "states" else 0
+
+
+@torch.no_grad()
+def _states(source: ModelSource, all_blocks: Sequence[Block], ids: Tensor, note: Callable[[str], None]) -> Profile:
+    """How alike a block's input and output are, and the last tokens' hidden states before each block and at the end."""
+    stream = start(source, ids)
+    similarity, last = [], [_last(stream)]
+    for block in all_blocks:
+        before = stream.hidden.copy()
+        with source.loaded(block):
+            stream.advance(block)
+        similarity.append(_mean_cosine(before, stream.hidden))
+        last.append(_last(stream))
+        note(f"survey, depth: block {block.index + 1} of {len(all_blocks)}")
+    return Profile(similarity, torch.stack(last, 1))
+
+
+def _last(stream: Stream) -> Tensor:  # (windows, hidden)
+    return torch.cat([hidden[:, -1].float() for hidden in stream.hidden])
+
+
+def _mean_cosine(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Mean over tokens of the cosine between hidden states (batch, length, hidden)."""
+    cosines = [
+        torch.cosine_similarity(x.float(), y.float(), dim=-1).double() for x, y in zip(before, after, strict=True)
+    ]
+    return float(torch.cat(cosines).mean())
+
+
+@torch.no_grad()
+def _removals(
+    source: ModelSource,
+    all_blocks: Sequence[Block],
+    ids: Tensor,
+    drop: int,
+    note: Callable[[str], None],
+    doing: Callable[[str], None],
+) -> Iterator[tuple[int, float]]:
+    """Remove the block whose absence raises KL(dense || model) least, again and again: yields it, and the KL after it.
+
+    In each round all blocks are loaded once: every trial goes through a block while it is in memory. After a round the
+    SHORTLIST best are tried again, and all that are left once few of those are left.
+    """
+    first = start(source, ids)
+    kept, tried, dense = list(all_blocks), {block.index for block in all_blocks}, None
+    for n in range(1, drop + 1):
+        whole, trials = _try_each(source, kept, first, tried, doing, f"depth, choice {n} of {drop}")
+        dense = dense or whole
+        found = dict(zip(trials, divergences(source, dense, list(trials.values())), strict=True))
+        del trials  # before the next ones are there
+        best = min(found, key=found.__getitem__)
+        if not math.isfinite(found[best]):
+            raise PareError("whichever block is removed, the model's logits overflow: try --dtype bfloat16 or float32.")
+        kept = [block for block in kept if block.index != best]
+        tried = _worth_trying(found, {block.index for block in kept})
+        note(f"survey, depth: {n} of {drop} blocks chosen, the last one {best}, KL {found[best]:.3g}")
+        yield best, found[best]
+    doing("")
+
+
+def _worth_trying(found: Mapping[int, float], left: set[int]) -> set[int]:
+    """The next candidates, after a round that found these divergences."""
+    shortlist = sorted(left & found.keys(), key=found.__getitem__)[:SHORTLIST]
+    return set(shortlist) if len(shortlist) >= SHORTLIST // 2 else left
+
+
+def _try_each(
+    source: ModelSource,
+    kept: Sequence[Block],
+    first: Stream,
+    tried: Collection[int],
+    doing: Callable[[str], None],
+    what: str,
+) -> tuple[Stream, dict[int, Stream]]:
+    """The stream that went through all `kept` blocks, and those that went through all but one of the `tried`, by it.
+
+    `first` stands before the first block. A trial begins as a copy before its block, so that what leads there is run once.
+    """
+    whole = first.copy()
+    trials: dict[int, Stream] = {}
+    for i, block in enumerate(kept):
+        doing(f"{what}: block {i + 1} of {len(kept)}")
+        with source.loaded(block):
+            for trial in trials.values():
+                trial.advance(block)
+            if block.index in tried:
+                trials[block.index] = whole.copy()
+            whole.advance(block)
+    return whole, trials
+
+
+@torch.no_grad()
+def divergences(source: ModelSource, dense: Stream, streams: Sequence[Stream], step: int = STEP) -> list[float]:
+    """KL(dense || model) of next-token predictions, in nats per token: the mean over every `step`-th position.
+
+    All stand behind the last block, of the same windows; the model's own final norm and head read them. A stream with
+    logits that overflow has infinite divergence.
+    """
+    totals = torch.zeros(len(streams), dtype=torch.float64)
+    count = 0
+    with materialised_rest(source, embedding=False), recorders(source) as layers:
+        for i, ids in enumerate(dense.ids):
+            # two distributions of each position are in memory at once
+            at_once = max(1, dense.head_tokens // (2 * len(ids)))
+            for positions in torch.arange(0, ids.shape[1] - 1, step, device=source.device).split(at_once):
+                wanted = _log_probabilities(source, layers[-1], dense, i, positions)
+                for n, stream in enumerate(streams):
+                    got = _log_probabilities(source, layers[-1], stream, i, positions)
+                    totals[n] += (wanted.exp() * (wanted - got)).sum(-1).double().sum().cpu()
+                count += wanted.shape[:2].numel()
+    return [kl if math.isfinite(kl) else math.inf for kl in (totals / count).tolist()]
+
+
+def _log_probabilities(source: ModelSource, last: Recorder, stream: Stream, i: int, positions: Tensor) -> Tensor:
+    """Of the next token behind these positions of batch `i` (batch, positions, vocabulary), float32."""
+    last.output = stream.hidden[i].to(stream.device, copy=True)
+    ids = stream.ids[i].to(stream.device)
+    logits: Tensor = source.model(ids, use_cache=False, logits_to_keep=positions).logits
+    if logits.shape[1] != len(positions):  # a class that gives all of them
+        logits = logits[:, positions]
+    return logits.float().log_softmax(-1)
