@@ -20,13 +20,13 @@ from paredown.compress.allocation.base import (
 )
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
-from paredown.compress.methods.base import Choice, Method, WeightMethod
+from paredown.compress.methods.base import Choice, WeightMethod
 from paredown.compress.model.blocks import Block, View, blocks, by_owner
 from paredown.compress.model.rest import name_of
 from paredown.compress.model.routing import is_told_weights
 from paredown.compress.model.stream import check_walkable, element_size
 from paredown.compress.model.targets import select
-from paredown.compress.numerics.moments import GRADIENT_NEEDS, INPUT_NEEDS, PAIRED_NEEDS, Need, Stats
+from paredown.compress.numerics.moments import GRADIENT_NEEDS, INPUT_NEEDS, PAIRED_NEEDS, Need, Stats, gradients_read
 from paredown.compress.recipe import Recipe
 
 Format = Literal["packed", "dense"]
@@ -55,9 +55,7 @@ class Job:
     @property
     def gradients(self) -> frozenset[Need]:
         """Which moments of output gradients the method reads."""
-        needs = self.method.needs & GRADIENT_NEEDS
-        # a solver reads the diagonal beside the whole
-        return needs | {Need.OUTPUT_GRADIENT_DIAGONAL} if Need.OUTPUT_GRADIENT in needs else needs
+        return gradients_read(self.method.needs)
 
     @property
     def surveyed(self) -> frozenset[Need]:
@@ -173,7 +171,8 @@ class Job:
 
 def resolve_job(source: ModelSource, recipe: Recipe, format: Format = "packed") -> Job:
     """Raises PareError for a pattern that matches nothing, and where parts of the recipe, or recipe and format, clash."""
-    method = _weight_method(recipe.build(), recipe.method)
+    method = recipe.build()
+    assert isinstance(method, WeightMethod)
     all_blocks = blocks(source)
     check_walkable(source)
     views = [view for block in all_blocks for view in block.views()]
@@ -187,12 +186,6 @@ def resolve_job(source: ModelSource, recipe: Recipe, format: Format = "packed") 
     job = Job(source, recipe, method, format, strategy, allocation, all_blocks, targets, left_out)
     _check_text(job)
     return job
-
-
-def _weight_method(method: Method, name: str) -> WeightMethod:
-    if not isinstance(method, WeightMethod):
-        raise PareError(f"{name} removes whole units or blocks, which this version cannot do yet.")
-    return method
 
 
 def _check_text(job: Job) -> None:

@@ -17,6 +17,7 @@ from paredown.compress.registry import load_plugin
 from paredown.compress.text.windows import Bos
 
 MOST_BYTES = 1 << 18  # of a recipe's file
+STAGES = "stages"  # stands for a method where a recipe has several
 
 Count = Annotated[int, Field(strict=True, le=1 << 40)]  # a bool or "3" is no count
 # Through what the calibration text has come when a layer's statistics are taken: the edited blocks before, or the edited
@@ -68,24 +69,42 @@ class ReconstructSpec(_Strict):
     batch: Count = Field(8, ge=1)
 
 
-class Recipe(_Strict):
-    """One method with its options, targets, calibration and evaluation."""
+class _About(_Strict):
+    """What a recipe says of itself."""
 
     name: str | None = None
     description: str | None = None
     citation: str | None = None
+
+
+class Stage(_Strict):
+    """One method with its options and targets."""
+
     method: str
     options: dict[str, Any] = {}
     targets: Targets = Targets()
-    calibration: CalibrationSpec = CalibrationSpec()
-    evaluate: EvaluateSpec = EvaluateSpec()
-    bos: Bos = "auto"  # every window and task begins with a BOS if the tokenizer adds one; none: the papers' protocol
     idle: Literal["data_free", "dense"] = "data_free"  # what becomes of a layer that no calibration token reached
     order: Order = "block"
     router_weight: bool = Field(False, strict=True)  # each token counts in an expert's statistics as in its output
     allocation: AllocationSpec | None = None  # of ranks or sparsities; None: as the method does by itself
     reconstruct: ReconstructSpec | None = None
+
+
+class Recipe(Stage, _About):
+    """One method, or several as `stages` one after another, with calibration and evaluation."""
+
+    method: str = STAGES
+    calibration: CalibrationSpec = CalibrationSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    bos: Bos = "auto"  # every window and task begins with a BOS if the tokenizer adds one; none: the papers' protocol
+    stages: tuple[Stage, ...] = ()  # each works on what the one before left; then there is no method beside them
     plugins: tuple[str, ...] = ()  # Python files that register methods, masks, updates or allocations; they are run
+
+    @property
+    def each_stage(self) -> "list[Recipe]":
+        """A recipe for each stage; calibration and evaluation are those of the whole."""
+        common = {key: value for key, value in self.to_dict().items() if key not in {*Stage.model_fields, "stages"}}
+        return [Recipe.model_validate({**common, **stage.model_dump(exclude_none=True)}) for stage in self.stages]
 
     def build(self) -> Method:
         """The method with its options. Raises PareError listing every fault of theirs."""
@@ -93,7 +112,9 @@ class Recipe(_Strict):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `parse` takes."""
-        return self.model_dump(mode="json", exclude_none=True, exclude={"plugins"} if not self.plugins else None)
+        unsaid = {key for key in ("plugins", "stages") if not getattr(self, key)}
+        unsaid |= set(Stage.model_fields) if self.stages else set()
+        return self.model_dump(mode="json", exclude_none=True, exclude=unsaid)
 
     @classmethod
     def parse(cls, raw: Any, origin: str = "recipe", overrides: Sequence[str] = ()) -> "Recipe":
@@ -115,12 +136,14 @@ class Recipe(_Strict):
             recipe = cls.model_validate(raw)
         except ValidationError as fault:
             faults += [_sentence(error) for error in fault.errors()]
-        method, options = raw.get("method"), raw.get("options") or {}
-        if isinstance(method, str) and isinstance(options, dict):
-            faults += _faults_of(lambda: build(method, options))
-        allocation = raw.get("allocation")
-        if isinstance(allocation, dict) and isinstance(allocation.get("strategy"), str):
-            faults += _faults_of(lambda: AllocationSpec.model_validate(allocation).build())
+        stages = raw.get("stages") or ()
+        if stages and (beside := [key for key in Stage.model_fields if key in raw]):
+            faults.append(f"{' and '.join(beside)} beside stages: write them in each stage.")
+        elif "method" not in raw and not stages:
+            faults.append("method: this key is required.")
+        for i, stage in enumerate(stages if isinstance(stages, list | tuple) else ()):
+            faults += [f"stages.{i}: {fault}" for fault in _option_faults(stage)]
+        faults += [] if stages else _option_faults(raw)
         if faults or recipe is None:
             raise PareError(f"{origin}: " + ("\n  ".join(["", *faults]) if len(faults) > 1 else faults[0]))
         return recipe
@@ -196,11 +219,16 @@ def _override(raw: dict[str, Any], override: str) -> None:
     path = key.split(".")
     if len(path) == 1 and path[0] not in Recipe.model_fields:
         path = ["options", *path]
-    node = raw
+    node: Any = raw
     for part in path[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
+        if isinstance(node, list) and part.isdigit() and int(part) < len(node):  # a stage
+            node = node[int(part)]
+        else:
+            node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict | list):
             raise PareError(f"--set {shown(override)}: {part!r} holds a value, not keys.")
+    if not isinstance(node, dict):
+        raise PareError(f"--set {shown(override)}: name a stage by its number, as in stages.0.options.kept=0.8.")
     # on the command line nobody quotes 2:4, which YAML would read as a number to the base of 60
     pattern = text.replace(":", "").strip().isdigit() and ":" in text
     try:
@@ -218,6 +246,19 @@ def _run_plugin(name: str) -> None:
         load_plugin(Path(name))
     except OSError as fault:
         raise PareError(f"the plugin {shown(name)} cannot be read: {fault.strerror}.") from fault
+
+
+def _option_faults(raw: Any) -> list[str]:
+    """What is wrong with the options of a stage's method and allocation."""
+    if not isinstance(raw, dict):
+        return []
+    faults: list[str] = []
+    method, options, allocation = raw.get("method"), raw.get("options") or {}, raw.get("allocation")
+    if isinstance(method, str) and isinstance(options, dict):
+        faults += _faults_of(lambda: build(method, options))
+    if isinstance(allocation, dict) and isinstance(allocation.get("strategy"), str):
+        faults += _faults_of(lambda: AllocationSpec.model_validate(allocation).build())
+    return faults
 
 
 def _faults_of(build: Callable[[], object]) -> list[str]:

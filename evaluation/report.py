@@ -124,8 +124,19 @@ def _facts(report: Report) -> list[str]:
         f"Peak memory: {memory or 'not measured'}",
     ]
     lines += [f"Versions: {versions}"] if versions else []
+    lines += [f"Shape: {shape_words(report)}"] if "structure" in report else []
     uncompressed = {"Left dense": report.get("left_dense"), "Seen by no method": report.get("unsupported")}
     return lines + [f"{title}: {len(names)} ({kinds_text(names)})" for title, names in uncompressed.items() if names]
+
+
+def shape_words(report: Report) -> str:
+    """What was removed whole: `24 of 30 blocks, without 21, 22`, `intermediate_size 1120 in place of 1536`."""
+    structure = report["structure"]
+    before, stay = structure["blocks_before"], structure["blocks"]
+    words = [f"{key} {after} in place of {size}" for key, (size, after) in structure["units"].items()]
+    if gone := [str(i) for i in range(before) if i not in stay]:
+        words.insert(0, f"{len(stay)} of {before} blocks, without {', '.join(gone)}")
+    return "; ".join(words)
 
 
 def _calibration(calibration: Calibration | None) -> str:

@@ -225,6 +225,18 @@ class Layer(TypedDict):
 
 
 @_strict
+class Structure(TypedDict):
+    """What was removed whole: an ordinary smaller model remains."""
+
+    blocks: list[int]
+    """The blocks that stay, by their numbers in the model that was read."""
+    blocks_before: int
+    """How many blocks that model has."""
+    units: dict[str, list[int]]
+    """Units of a group, such as the channels of an MLP, before and after, by their key of config.json."""
+
+
+@_strict
 class Seconds(TypedDict):
     """Wall time by step, in seconds."""
 
@@ -298,6 +310,8 @@ class Report(TypedDict):
     """What a reader of the figures should know: a sentence each."""
     memory_base_bytes: NotRequired[int]
     """Resident memory before any weight was read: the libraries. The plan's estimate comes on top of it."""
+    structure: NotRequired[Structure]
+    """What was removed whole; missing where the model has its shape still."""
     left_dense: NotRequired[list[str]]
     """Names of linear layers that the recipe's targets leave as they are."""
     unsupported: NotRequired[list[str]]

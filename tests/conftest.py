@@ -88,11 +88,12 @@ def prune(windows):
     """`prune(folder, out, ...)`: the pipeline and the whole record, without report, card and the process that verifies."""
     from paredown.compress.checkpoint.source import ModelSource
     from paredown.compress.checkpoint.writer import CheckpointWriter
-    from paredown.compress.job import resolve_job
     from paredown.compress.progress import Progress, ignore
     from paredown.compress.recipe import Recipe
     from paredown.compress.run.pipeline import Run
     from paredown.compress.run.record import write_record
+    from paredown.compress.run.smaller import SmallerRun
+    from paredown.compress.shape_job import ShapeJob, resolve
 
     def run(
         folder,
@@ -106,9 +107,10 @@ def prune(windows):
         **changes,
     ):
         recipe = Recipe.parse({"method": method, "options": {"sparsity": sparsity}, **changes})
-        job = resolve_job(ModelSource(folder, folder.name), recipe, format)
+        job = resolve(ModelSource(folder, folder.name), recipe, format)
+        walk = SmallerRun if isinstance(job, ShapeJob) else Run
         with CheckpointWriter(out) as writer:
-            result = Run(job, text, [windows], writer, Progress(progress, doing=doing)).run()
+            result = walk(job, text, [windows], writer, Progress(progress, doing=doing)).run()
             write_record(writer, job, result, windows)
             writer.commit()
         return result, writer
@@ -120,7 +122,7 @@ def prune(windows):
 def verified_here(monkeypatch):
     """A run verifies its checkpoint in this process: a new one takes seconds to import transformers."""
     from paredown.compress.errors import PareError
-    from paredown.compress.run import compress as module
+    from paredown.compress.run import once as module
     from paredown.compress.run.verify import verify
 
     def check(folder, note):

@@ -29,10 +29,11 @@ from paredown.compress.job import resolve_job
 from paredown.compress.model.blocks import blocks
 from paredown.compress.recipe import Recipe
 from paredown.compress.run.export import export_source
-from paredown.compress.run.pipeline import Run, score
+from paredown.compress.run.pipeline import Run
 from paredown.compress.run.plan import make_plan
 from paredown.compress.run.record import write_record
 from paredown.compress.run.result import Result
+from paredown.compress.run.scoring import score
 from paredown.compress.text.windows import Windows
 
 IDS = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))

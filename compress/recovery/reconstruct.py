@@ -34,17 +34,18 @@ def reconstruct(
     inputs: Stream,
     dense: list[Tensor],
     targets: list[Tensor],
-    edits: Mapping[str, WeightEdit],
+    edits: Mapping[str, WeightEdit | None],
     spec: ReconstructSpec,
     seed: int,
     progress: Callable[[int], None] = ignore,
 ) -> Reconstructed:
     """Train the block in place, by `spec`, with random draws from `seed`; `progress` is called with the number of each step.
 
-    `inputs` are the compressed model's hidden states before the block; `dense` and `targets` are the dense block's inputs
-    and outputs (batch, length, hidden), in the same batches. `edits` are by full layer name. Each step takes every
-    window's input from `interpolated`, because calibration text is short and the block would otherwise fit it too closely.
-    If the error is no lower afterwards, the parameters are put back. Raises PareError if the training diverges.
+    `inputs` are the compressed model's hidden states before the block; `dense` and `targets` are the dense block's
+    inputs and outputs (batch, length, hidden), in the same batches. `edits` are by full layer name; None: the whole
+    weight is trained. Each step takes every window's input from `interpolated`, because calibration text is short and
+    the block would otherwise fit it too closely. If the error is no lower afterwards, the parameters are put back.
+    Raises PareError if the training diverges.
     """
     masks = _masks(block, edits)
     trained = {
@@ -94,7 +95,7 @@ def interpolated(compressed: Tensor, dense: Tensor, generator: torch.Generator) 
     return torch.lerp(compressed.float(), dense.float(), share).to(compressed.dtype)
 
 
-def _is_trained(name: str, parameter: nn.Parameter, block: Block, edits: Mapping[str, WeightEdit]) -> bool:
+def _is_trained(name: str, parameter: nn.Parameter, block: Block, edits: Mapping[str, WeightEdit | None]) -> bool:
     """Vectors, and whatever an edit stores."""
     layer = block.prefix + name.rpartition(".")[0]
     if block.prefix + name in block.shared:  # what one block learns would be lost for the others
@@ -102,7 +103,7 @@ def _is_trained(name: str, parameter: nn.Parameter, block: Block, edits: Mapping
     return parameter.is_floating_point() and (parameter.dim() == 1 or layer in edits)
 
 
-def _masks(block: Block, edits: Mapping[str, WeightEdit]) -> dict[str, Tensor]:
+def _masks(block: Block, edits: Mapping[str, WeightEdit | None]) -> dict[str, Tensor]:
     """The mask (bool) of each masked parameter, in the layout of its module; by parameter name within the block."""
     masks: dict[str, Tensor] = {}
     for view in block.views():

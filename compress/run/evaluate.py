@@ -13,7 +13,7 @@ from paredown.compress.errors import PareError
 from paredown.compress.numerics.perplexity import paired_delta, perplexity
 from paredown.compress.progress import logger
 from paredown.compress.run.open import check_ids, max_length, open_source
-from paredown.compress.run.pipeline import score
+from paredown.compress.run.scoring import score
 from paredown.compress.text.corpora import load_corpus
 from paredown.compress.text.windows import Bos, evaluation_windows
 from paredown.evaluation.lm_tasks import TaskScores, check_tasks, compare_tasks, run_tasks

@@ -15,7 +15,6 @@ from paredown.compress.checkpoint.disk import save_tensors, sync, system_fault
 from paredown.compress.checkpoint.out_folder import SCRATCH, STATE
 from paredown.compress.checkpoint.tensor_files import sha256
 from paredown.compress.checkpoint.writer import CheckpointWriter, Damaged
-from paredown.compress.job import Job
 from paredown.compress.model.carried import unshared
 from paredown.compress.model.stream import Stream
 from paredown.compress.progress import ignore
@@ -190,7 +189,7 @@ def _file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def key_of(job: Job, texts: Sequence[Windows], versions: Mapping[str, str]) -> str:
+def key_of(job: Any, texts: Sequence[Windows], versions: Mapping[str, str]) -> str:
     """A hash of all that a run depends on: model files, recipe, plugins, tokens, format, device, dtype and versions."""
     source, recipe = job.source, job.recipe
     # an output in the model's folder has its lock there

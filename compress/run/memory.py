@@ -5,10 +5,12 @@ from math import prod
 
 from paredown.compress.checkpoint.writer import pending_bytes
 from paredown.compress.job import Job
+from paredown.compress.methods.base import GroupMethod
 from paredown.compress.model.blocks import View
-from paredown.compress.model.stream import batch_bytes, hidden_bytes, outside_bytes
+from paredown.compress.model.stream import batch_bytes, element_size, hidden_bytes, outside_bytes
 from paredown.compress.numerics.moments import INPUT_NEEDS, InputStats, Need
 from paredown.compress.recovery.reconstruct import tuning_bytes
+from paredown.compress.shape_job import ShapeJob, block_numbers
 
 
 def memory_parts(job: Job, targets: Sequence[View], calibration: int, evaluations: Sequence[int]) -> dict[str, int]:
@@ -34,6 +36,34 @@ def memory_parts(job: Job, targets: Sequence[View], calibration: int, evaluation
         "batch": batch_bytes(source, widest),
         "tuning": _tuning(job, edited, calibration) if job.recipe.reconstruct else 0,
         # needed at the start and at the end, when no block is in memory
+        "outside": outside_bytes(source),
+    }
+
+
+def smaller_parts(job: ShapeJob, calibration: int, evaluations: Sequence[int]) -> dict[str, int]:
+    """As `memory_parts`, where blocks or units are removed."""
+    source, element = job.source, element_size(job.source)
+    weights = max(block_numbers(block) for block in job.blocks)
+    readers = {v.name: v.shape for block in job.blocks for v in block.views()}
+    shapes = [readers[group.reader] for group in job.all_groups]
+    solver = 0
+    if isinstance(job.method, GroupMethod) and shapes:
+        widest = max(shapes, key=lambda shape: shape[1])
+        solver = InputStats.bytes(widest[1], job.collected) + job.method.working_bytes(widest)
+        solver += 4 * min(widest) ** 2 if job.gradients else 0
+    elif job.refits:
+        out, inner = max((v.shape for block in job.blocks for v in block.views()), key=lambda shape: shape[1])
+        solver = 8 * (4 * inner * inner + 3 * out * inner)
+    texts = calibration * (2 if job.follows_dense else 1) + 2 * sum(evaluations)
+    return {
+        "block": 2 * element * weights,  # the dense one, and the one that is made of it
+        "pending": pending_bytes(element * weights),
+        "solver": solver,
+        "activations": hidden_bytes(source, texts),
+        "batch": batch_bytes(source, max((shape[0] for shape in readers.values()), default=0)),
+        "tuning": tuning_bytes(source, weights, 4 * weights // 1000) + hidden_bytes(source, calibration)
+        if job.recipe.reconstruct
+        else 0,
         "outside": outside_bytes(source),
     }
 

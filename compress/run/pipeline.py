@@ -1,43 +1,33 @@
 """The walk over the blocks: read one, observe it, edit it, let it feed the next, write it, free it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
 import torch
-from torch import Tensor
 
-from paredown.compress.checkpoint.source import ModelSource
-from paredown.compress.checkpoint.writer import CheckpointWriter
 from paredown.compress.job import Job
-from paredown.compress.machine import peak_memory, return_freed_memory
-from paredown.compress.model.blocks import Block, View, blocks, known
-from paredown.compress.model.stream import start
+from paredown.compress.machine import return_freed_memory
+from paredown.compress.model.blocks import Block, View
 from paredown.compress.numerics.moments import Need, Stats
-from paredown.compress.progress import BlockDone, Progress
 from paredown.compress.recovery.reconstruct import reconstruct
 from paredown.compress.run.editor import EditedBlock, Editor
-from paredown.compress.run.journal import Journal, State
+from paredown.compress.run.journal import State
 from paredown.compress.run.result import Result
-from paredown.compress.run.streams import Streams, advance, evaluation_entry, probe_ids
+from paredown.compress.run.streams import Streams, advance
+from paredown.compress.run.walk import Walk, summary
 from paredown.compress.run.write import write_block, write_rest
 from paredown.compress.survey.collect import observe_alone, observe_both, observe_in_turn, shared_copy
 from paredown.compress.survey.survey import Survey, survey
-from paredown.compress.text.windows import Windows
 
 
 @dataclass
-class Run:
-    """One compression: what is done, on which text, and where it goes."""
+class Run(Walk):
+    """A walk that edits single weights."""
 
     job: Job
-    calibration: Windows
-    evaluations: list[Windows]
-    writer: CheckpointWriter
-    progress: Progress = field(default_factory=Progress)
-    journal: Journal | None = None
 
     @torch.no_grad()
     def run(self) -> Result:
@@ -46,8 +36,7 @@ class Run:
         Raises PareError if a layer cannot be compressed as the recipe asks, or if activations are not finite.
         """
         job, result, state = self.job, Result(), self.journal.state if self.journal else None
-        if not known(job.source):
-            result.fallbacks.append(f"family {job.source.family!r} is not one we test: blocks were found by structure")
+        self.remark_on_family(result)
         with self.writer.scratch() as scratch:
             editor = self._editor(scratch, result, state)
             streams = Streams.start(job, self.calibration.ids, self.evaluations, result)
@@ -55,7 +44,7 @@ class Run:
                 state.restore(streams.named())
             self._walk(editor, streams, result, state.facts["blocks"] if state else 0)
             with result.timed("evaluation"):
-                self._score(streams, result)
+                self.score(streams, result)
         with result.timed("write"):
             write_rest(self.writer, job.source, job.blocks, job.format)
         result.seconds["forward"] = sum(s.seconds for s in streams.named().values())
@@ -93,12 +82,12 @@ class Run:
         """Compress all blocks but the first `done`, saving the state between them."""
         total = len(self.job.blocks)
         for block in self.job.blocks[done:]:
-            self._save(block.index, streams, editor.survey, result)
+            self.save(block.index, total, streams, result, editor.survey.state)
             began = perf_counter()
             self._block(block, editor, streams, result)
             return_freed_memory()
-            self.progress.block(_summary(block, total, result, perf_counter() - began))
-        self._save(total, streams, editor.survey, result)
+            self.progress.block(summary(block, total, result, perf_counter() - began))
+        self.save(total, total, streams, result, editor.survey.state)
         self.progress.doing("")
 
     def _block(self, block: Block, editor: Editor, streams: Streams, result: Result) -> None:
@@ -182,47 +171,3 @@ class Run:
             )
         self.progress.note(f"reconstructed {block.name}: error {error.before:.2e} -> {error.after:.2e}")
         return True
-
-    def _score(self, streams: Streams, result: Result) -> None:
-        """The losses of all texts behind the last block."""
-        source = self.job.source
-        result.evaluation = [
-            evaluation_entry(windows, before.nll(source), after.nll(source))
-            for windows, before, after in zip(self.evaluations, streams.before, streams.after, strict=True)
-        ]
-        ids = probe_ids(self.calibration.ids)
-        result.probe = {"ids": ids[0].tolist(), "nll": streams.probe.nll(source)[0].tolist()}
-
-    def _save(self, done: int, streams: Streams, measured: Survey, result: Result) -> None:
-        """Save the state after `done` blocks, if the journal says that it is time."""
-        last = done == len(self.job.blocks)
-        if self.journal is None or not self.journal.due(last):
-            return
-        self.progress.doing("saving what is done so far")
-        state = result.state()
-        state["seconds"]["total"] = state["seconds"].get("total", 0.0) + self.journal.seconds
-        facts, losses = measured.state()
-        tensors = {f"survey/{name}": values for name, values in losses.items()}
-        self.journal.save({"blocks": done, "survey": facts, "result": state}, streams.named(), tensors, last)
-
-
-@torch.no_grad()
-def score(source: ModelSource, evaluations: Sequence[Windows], progress: Callable[[int, int], None]) -> list[Tensor]:
-    """Loss per token of each text, in nats (windows, length - 1), with one block in memory at a time.
-
-    `progress` is called with (blocks done, blocks).
-    """
-    streams = [start(source, windows.ids) for windows in evaluations]
-    all_blocks = blocks(source)
-    for block in all_blocks:
-        with source.loaded(block):
-            advance(streams, block)
-        progress(block.index + 1, len(all_blocks))
-    return [stream.nll(source) for stream in streams]
-
-
-def _summary(block: Block, total: int, result: Result, seconds: float) -> BlockDone:
-    """What a display shows of a block that is done."""
-    layers = [layer for layer in result.layers if layer["name"].startswith(block.prefix)]
-    kept, error = (sum(layer[key] for layer in layers) / max(len(layers), 1) for key in ("kept", "relative_error"))
-    return BlockDone(block.index, total, block.name, kept if layers else 1.0, error, seconds, peak_memory()["host"])

@@ -9,14 +9,16 @@ from typing import Any
 
 from paredown.compress.allocation.base import Options
 from paredown.compress.errors import PareError
-from paredown.compress.job import Format, Job, resolve_job
+from paredown.compress.job import Format, Job
 from paredown.compress.machine import available_memory
 from paredown.compress.methods.base import WeightMethod
 from paredown.compress.model.blocks import View, known
+from paredown.compress.model.stream import element_size
 from paredown.compress.recipe import Recipe
 from paredown.compress.run.biases import dense_export
-from paredown.compress.run.memory import memory_parts, peak
+from paredown.compress.run.memory import memory_parts, peak, smaller_parts
 from paredown.compress.run.open import max_length, open_source, resolve_recipe
+from paredown.compress.shape_job import ShapeJob, resolve
 from paredown.compress.storage.kinds import stored_bytes, stored_numbers
 from paredown.compress.storage.spec import Spec
 
@@ -75,19 +77,21 @@ def plan(
     """
     resolved = resolve_recipe(recipe, overrides, plugins=plugins)
     source = open_source(str(model), revision, device, dtype)
-    job, longest = resolve_job(source, resolved, format), max_length(source)
+    job, longest = resolve(source, resolved, format), max_length(source)
     spec, scored = resolved.calibration, resolved.evaluate
     tokens = spec.sequences * min(spec.length, longest)
     texts = [(scored.windows or EVALUATION_WINDOWS) * min(scored.length, longest) for _ in scored.perplexity]
     return make_plan(job, tokens, texts)
 
 
-def make_plan(job: Job, calibration: int, evaluations: Sequence[int]) -> Plan:
+def make_plan(job: Job | ShapeJob, calibration: int, evaluations: Sequence[int]) -> Plan:
     """The plan of a job. `calibration` and `evaluations` are numbers of tokens: of the calibration and of each text.
 
     Raises PareError if a layer cannot be compressed as the recipe asks.
     """
     source = job.source
+    if isinstance(job, ShapeJob):
+        return _smaller(job, calibration, evaluations)
     targets = job.targets_within()
     sizes = _sizes(job, targets)
     before = sum(entry.bytes for entry in source.files.entries.values())
@@ -111,6 +115,31 @@ def make_plan(job: Job, calibration: int, evaluations: Sequence[int]) -> Plan:
         remarks=source.remarks,
         untargeted=_untargeted(job, targets),
         dense_export=dense_export(job, targets) if job.format == "packed" else "",
+    )
+
+
+def _smaller(job: ShapeJob, calibration: int, evaluations: Sequence[int]) -> Plan:
+    """The plan of a job that removes blocks or units."""
+    source = job.source
+    before = sum(entry.bytes for entry in source.files.entries.values())
+    removed = (job.numbers - job.kept_numbers) * element_size(source)
+    parts = smaller_parts(job, calibration, evaluations)
+    groups = [group.name for group in job.all_groups]
+    return Plan(
+        family=source.family,
+        known_family=known(source),
+        blocks=len(job.blocks),
+        targeted=groups or [block.name for block in job.blocks],
+        left_out=[],
+        unsupported=[],
+        parameters=sum(t.numel() for t in source.parameters.values()),
+        targeted_parameters=job.numbers,
+        kept_parameters=job.kept_numbers,
+        bytes_before=before,
+        bytes_after=before - removed - source.bytes_left,
+        memory=peak(parts),
+        memory_parts=parts,
+        remarks=[*source.remarks, f"what comes out: an ordinary {source.family} checkpoint with {job.form}"],
     )
 
 

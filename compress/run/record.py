@@ -9,12 +9,14 @@ from paredown.compress.checkpoint.config_file import write_config_file
 from paredown.compress.checkpoint.hub import load_tokenizer
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.writer import CheckpointWriter
-from paredown.compress.job import Format, Job
+from paredown.compress.job import Format
 from paredown.compress.machine import peak_memory
 from paredown.compress.run.plan import Plan
 from paredown.compress.run.result import Result
 from paredown.compress.run.tokens import probe_tokens
+from paredown.compress.run.walk import Task
 from paredown.compress.run.write import names_in_files
+from paredown.compress.shape_job import ShapeJob
 from paredown.compress.storage.spec import Spec
 from paredown.compress.text.windows import Windows
 from paredown.evaluation.schema import SCHEMA, Report, check_report
@@ -24,7 +26,7 @@ RECORDED = ("kept", "sparsity", "kind", "rank", "relative_error")  # of each lay
 
 
 def make_report(
-    job: Job,
+    job: Task,
     plan: Plan,
     result: Result,
     windows: Windows,
@@ -67,9 +69,18 @@ def make_report(
         "command": command,
         "warnings": list(warnings),
         "memory_base_bytes": memory_base,
+        **structure_of(job, result),
     }
     check_report(report)
     return cast(Report, report)
+
+
+def structure_of(job: Task, result: Result) -> dict[str, Any]:
+    """What was removed, under the key of the report; nothing where the model has its shape still."""
+    if not isinstance(job, ShapeJob) or result.smaller is None:
+        return {}
+    units = {group.config_key: [group.units, job.units[group.config_key]] for group in job.all_groups}
+    return {"structure": {"blocks": list(result.smaller.kept), "blocks_before": len(job.blocks), "units": units}}
 
 
 def _calibration(text: dict[str, Any]) -> dict[str, Any]:
@@ -78,12 +89,12 @@ def _calibration(text: dict[str, Any]) -> dict[str, Any]:
     return {"source": text.pop("corpus"), **text, **nested}
 
 
-def write_record(writer: CheckpointWriter, job: Job, result: Result, windows: Windows, tokenizer: Any = None) -> None:
+def write_record(writer: CheckpointWriter, job: Task, result: Result, windows: Windows, tokenizer: Any = None) -> None:
     """Write what makes the tensors a checkpoint: paredown.json, config.json, and the model's tokenizer and other files.
 
     `tokenizer`: the model's; None reads it from the model's folder.
     """
-    source = job.source
+    source, small = job.source, result.smaller
     with result.timed("write"):
         record = {
             "recipe": job.recipe.to_dict(),
@@ -91,14 +102,15 @@ def write_record(writer: CheckpointWriter, job: Job, result: Result, windows: Wi
             "calibration": windows.provenance(),
             "format": job.format,
             "tied": source.tied,
-            "verbatim": source.verbatim,
-            **names_in_files(source),
+            "verbatim": source.verbatim if small is None else [],
+            **(names_in_files(source) if small is None else {}),
+            **structure_of(job, result),
             "layers": {layer["name"]: {key: layer[key] for key in RECORDED if key in layer} for layer in result.layers},
             "probe": result.probe,
             "tokenizer": probe_tokens(load_tokenizer(source.folder) if tokenizer is None else tokenizer),
             "versions": versions(),
         }
-        finish(writer, source, job.format, result.specs, record)
+        finish(writer, source, job.format, result.specs, record, small.config if small else None)
 
 
 def finish(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from paredown.compress.model.reshape import Reshaped
 from paredown.compress.storage.spec import Spec
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ class Result:
     zeros: int = 0  # how many of these are zero
     probe: dict[str, Any] = field(default_factory=dict)  # tokens and their losses, which `verify` compares
     seconds: dict[str, float] = field(default_factory=dict)  # by step of the run
+    smaller: Reshaped | None = None  # the smaller model, where blocks or units were removed
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:

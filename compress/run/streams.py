@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from paredown.compress.job import Job
 from paredown.compress.model.blocks import Block
 from paredown.compress.model.stream import Stream, start
 from paredown.compress.numerics.perplexity import paired_delta, perplexity
@@ -29,7 +28,7 @@ class Streams:
     probe: Stream  # the tokens that `verify` reads again, through the compressed blocks
 
     @classmethod
-    def start(cls, job: Job, calibration: Tensor, evaluations: Sequence[Windows], result: Result) -> "Streams":
+    def start(cls, job: Any, calibration: Tensor, evaluations: Sequence[Windows], result: Result) -> "Streams":
         """All streams before the first block; calibration (windows, length)."""
         source = job.source
         with result.timed("calibration"):

@@ -15,8 +15,8 @@ from paredown.compress.model.blocks import Block, View, blocks
 from paredown.compress.numerics.masks import NofM, parse_sparsity
 from paredown.compress.progress import logger
 from paredown.compress.run.loaded import CannotLoad, NoRoom, loaded_losses
-from paredown.compress.run.pipeline import score
 from paredown.compress.run.recorded import Record, read_record
+from paredown.compress.run.scoring import score
 from paredown.compress.run.tokens import token_faults
 from paredown.compress.storage.kinds import stored_numbers
 from paredown.compress.storage.modules import PACKED

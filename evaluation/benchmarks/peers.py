@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from paredown.compress.checkpoint.hub import load_tokenizer
 from paredown.compress.numerics.perplexity import perplexity
 from paredown.compress.run.open import max_length, open_source
-from paredown.compress.run.pipeline import score
+from paredown.compress.run.scoring import score
 from paredown.compress.text.corpora import load_corpus
 from paredown.compress.text.windows import Windows, calibration_windows, evaluation_windows
 from paredown.evaluation.benchmarks.footprint import make_model

@@ -9,7 +9,7 @@ model's folder or hub id. Rows:
 ROWS
 Each row is a run of `compress()`, packed and verified as always. What it wrote is then read back and scored window by window
 beside the dense model, which is scored once. Errors are of a paired bootstrap over windows, ratios and their errors against
-the row --baseline, by default SparseGPT (or SVD-LLM) at the same sparsity (or share kept). With several seeds of the
+the row --baseline, by default SparseGPT, SVD-LLM or Minitron at the same sparsity or share kept. With several seeds of the
 calibration each is a run: the table gives the mean, and the smallest and largest. Results are kept in --json after each run,
 and the same command goes on from there; a row is known by model, recipe, texts and sizes, not by its label.
 """
@@ -146,9 +146,9 @@ def table_of(rows: Sequence[Row], found: dict[str, list[Entry]], setting: Settin
 
 
 def _baseline(members: Sequence[Row]) -> Row | None:
-    """Plain SparseGPT or SVD-LLM among rows of one group."""
+    """Plain SparseGPT, SVD-LLM or Minitron among rows of one group."""
     plain = (row for row in members if row.recipe.allocation is None and row.recipe.reconstruct is None)
-    return next((row for row in plain if row.recipe.method in ("sparsegpt", "svd_llm")), None)
+    return next((row for row in plain if row.recipe.method in ("sparsegpt", "svd_llm", "minitron")), None)
 
 
 def _rises(row: Row, entries: Sequence[Entry], setting: Setting) -> dict[str, list[list[float]]]:

@@ -2,6 +2,7 @@
 
     2:4  4:8  50  60  70       the pruners at this sparsity: a pattern, or the percentage removed
     pruning                    the same at all five
+    structured                 methods that leave an ordinary smaller model; structured@0.8: at one share kept
     lowrank  ablations         low-rank methods, and what each part of ours is worth; lowrank@0.6: at one share kept
     NAME@AMOUNT                one row of these, or any method: wanda@2:4, sparsegpt@60, svd_llm@0.8
     RECIPE                     a shipped recipe, or a YAML file
@@ -73,9 +74,23 @@ ABLATIONS: dict[str, Raw] = {
     "ours without PIFA": {**OURS, "options": {"storage": "factors"}},
     "ours without global allocation": {**OURS, "allocation": {"strategy": "uniform"}},
 }
+STRUCTURED: dict[str, Raw] = {
+    "tail": {"method": "tail"},
+    "ShortGPT": {"method": "shortgpt"},
+    "angular": {"method": "angular"},
+    "greedy depth": {"method": "greedy_depth"},
+    "our depth": {"method": "paredown_depth"},
+    "Wanda-sp": {"method": "wanda_sp"},
+    "Minitron": {"method": "minitron"},
+    "FLAP": {"method": "flap"},
+    "LLM-Pruner (Taylor)": {"method": "taylor"},
+    "Minitron + least squares": {"method": "minitron", "options": {"refit": True}},
+    "our width": {"method": "paredown_width"},
+}
 # set -> its rows, and the amounts at which they stand in it
 SETS: dict[str, tuple[dict[str, Raw], tuple[str, ...]]] = {
     "pruning": (PRUNERS, (*PATTERNS, *FRACTIONS)),
+    "structured": (STRUCTURED, ("0.9", "0.8", "0.7")),
     "lowrank": (LOWRANK, ("0.9", "0.8", "0.6", "0.4")),
     "ablations": (ABLATIONS, ("0.8", "0.6")),
 }

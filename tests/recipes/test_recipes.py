@@ -8,11 +8,13 @@ import torch
 import transformers
 import yaml
 
-from paredown.compress.methods import METHODS
+from paredown.compress.checkpoint.source import ModelSource
+from paredown.compress.methods import METHODS, BlockMethod, GroupMethod
 from paredown.compress.numerics.edits import Factored, Masked
 from paredown.compress.numerics.masks import NofM
 from paredown.compress.numerics.moments import GRADIENT_NEEDS, PAIRED_NEEDS, InputStats, Need, Stats
 from paredown.compress.recipe import Recipe, shipped_recipes
+from paredown.compress.registry import option_fields
 from paredown.compress.survey.gradients import moments
 
 FILES = {f.name.removesuffix(".yaml"): f for f in files("paredown.recipes").iterdir() if f.name.endswith(".yaml")}
@@ -24,6 +26,10 @@ PAPERS = {
     "sparse_low_rank": ["2409.13652", "2410.09615"], "ria": [], "alps": ["2406.07831"], "obc": ["2208.11580"],
     "dsnot": ["2310.08915"], "owl_wanda": ["2310.05175"], "alpha_sparsegpt": ["2410.10912"],
     "d_pruner": ["2405.06275"], "paredown_prune": ["2406.07831"],
+    "minitron": ["2407.14679"], "flap": ["2312.11983"], "wanda_sp": ["2312.11983"], "taylor": ["2305.11627"],
+    "two_ssp_width": ["2501.17771"], "random": [], "fold": ["2502.10216"], "paredown_width": ["1503.05671"],
+    "shortgpt": ["2403.03853"], "angular": ["2403.17887"], "tail": ["2403.17887"],
+    "greedy_depth": ["2402.02834", "2402.09025"], "paredown_depth": ["2402.09025"],
 }  # fmt: skip
 MASKS = {
     "magnitude", "wanda", "sparsegpt", "masked", "ria", "alps", "obc", "dsnot", "d_pruner", "owl_wanda", "alpha_sparsegpt",
@@ -35,7 +41,7 @@ KEYS = [
     "name", "description", "citation", "method", "options", "allocation", "reconstruct", "targets", "calibration",
     "evaluate",
 ]  # fmt: skip
-OPTIONAL = {"allocation", "reconstruct"}
+OPTIONAL = {"allocation", "reconstruct", "targets"}
 SHAPES = [(48, 64), (64, 48), (40, 40)]
 
 
@@ -43,13 +49,20 @@ def is_mask(name):
     return shipped_recipes()[name].method in MASKS
 
 
+def removes_whole(name):
+    """Whether units or blocks go, and not single weights."""
+    return isinstance(shipped_recipes()[name].build(), GroupMethod | BlockMethod)
+
+
 def named(*groups):
     return pytest.mark.parametrize("name", [name for name in sorted(FILES) if any(group(name) for group in groups)])
 
 
 every = named(lambda name: True)
+weights = named(lambda name: not removes_whole(name))
+whole = named(removes_whole)
 masks = named(is_mask)
-shares = named(lambda name: not is_mask(name) and name not in UNNUMBERED)
+shares = named(lambda name: not (is_mask(name) or removes_whole(name) or name in UNNUMBERED))
 shapes = pytest.mark.parametrize("shape", SHAPES)
 
 
@@ -173,6 +186,11 @@ def test_a_recipe_asks_for_no_statistics_that_do_not_exist(name):
     assert Recipe.load(name).build().needs <= set(Need)
 
 
+@whole
+def test_what_removes_units_or_blocks_keeps_the_share_of_its_name(name):
+    assert Recipe.load(name).build().kept == promised(name)
+
+
 @every
 def test_a_recipe_calibrates_and_scores_without_a_network_and_leaves_the_head(name):
     recipe = Recipe.load(name)
@@ -185,11 +203,12 @@ def test_a_recipe_calibrates_and_scores_without_a_network_and_leaves_the_head(na
 def test_a_file_writes_out_every_default_it_stands_on(name):
     raw = yaml.safe_load(FILES[name].read_text())
     assert list(raw) == [key for key in KEYS if key not in OPTIONAL or key in raw]
+    assert ("targets" in raw) != removes_whole(name)
     assert set(raw["calibration"]) == {"source", "sequences", "length", "seed"}
     assert UNNUMBERED.get(name, {"sparsity"} if is_mask(name) else {"kept"}) <= set(raw["options"])
 
 
-@every
+@weights
 def test_ranks_are_spread_as_the_method_does_by_itself_and_the_file_says_so(name):
     """A method whose own way is not uniform writes it out, with its weights."""
     recipe = Recipe.load(name)
@@ -225,7 +244,18 @@ def four_blocks(tmp_path_factory, save_model):
     return folder
 
 
-@every
+@whole
+def test_a_recipe_that_removes_units_or_blocks_leaves_about_the_share_of_its_name(name, four_blocks, tmp_path, prune):
+    raw = Recipe.load(name).to_dict()
+    raw.pop("targets")
+    if "multiple" in option_fields(METHODS.get(raw["method"])):
+        raw["options"]["multiple"] = 4  # of this small model's 80 channels
+    result, _ = prune(four_blocks, tmp_path / "out", **raw)
+    assert abs(result.numbers / result.targeted - promised(name)) < 0.06 and not result.fallbacks
+    assert ModelSource(tmp_path / "out", "out").config.model_type == "llama"
+
+
+@weights
 def test_a_recipe_runs_stores_fewer_numbers_and_tells_what_it_leaves(name, four_blocks, tmp_path, prune):
     raw = Recipe.load(name).to_dict()
     if name == "sparse-low-rank":

@@ -259,12 +259,12 @@ def test_a_damaged_shard_is_made_again(run, tmp_path):
 
 
 def test_the_same_command_puts_a_finished_checkpoint_in_its_place(tiny_model, text_file, tmp_path, monkeypatch):
-    module = importlib.import_module("paredown.compress.run.compress")
+    module = importlib.import_module("paredown.compress.run.once")
     monkeypatch.setattr(module, "_verify", lambda *arguments: (tmp_path / "out").write_text("in the way"))
     notes, changes = [], ["calibration.sequences=2", "calibration.length=16", "evaluate.perplexity=[]"]
 
     def again(**named):
-        return module.compress(
+        return importlib.import_module("paredown.compress.run.compress").compress(
             tiny_model, "magnitude-50", tmp_path / "out", overrides=changes, calibration=str(text_file), note=notes.append, **named
         )  # fmt: skip
 

@@ -9,13 +9,14 @@ from safetensors.torch import load_file, save_file
 from paredown.compress.checkpoint.hub import load_tokenizer
 from paredown.compress.errors import PareError
 from paredown.compress.run import compress as run
+from paredown.compress.run import once
 from paredown.compress.run.result import PRUNED, Result
 from paredown.compress.run.tokens import check_companions, probe_tokens, token_faults
 from paredown.compress.run.verify import verify
 
 
 def test_a_run_tells_of_an_adapter_and_of_zeros_and_takes_licences_along(tiny_model, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "_verify", lambda folder, note: note(str(verify(folder))))  # in this process
+    monkeypatch.setattr(once, "_verify", lambda folder, note: note(str(verify(folder))))  # in this process
     weights = load_file(tiny_model / "model.safetensors")
     for name, weight in weights.items():
         if "_proj" in name:
@@ -98,10 +99,10 @@ def test_what_does_not_pass_verification_is_kept_and_the_next_run_begins_anew(
     def fail(folder, note):
         raise PareError("the loss differs")
 
-    monkeypatch.setattr(run, "_verify", fail)
+    monkeypatch.setattr(once, "_verify", fail)
     with pytest.raises(PareError, match="the loss differs"):
         go()
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "paredown.json").exists()
-    monkeypatch.setattr(run, "_verify", lambda folder, note: None)
+    monkeypatch.setattr(once, "_verify", lambda folder, note: None)
     go()
     assert verify(tmp_path / "out") == [] and not (tmp_path / "out.partial").exists()

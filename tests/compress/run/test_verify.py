@@ -15,7 +15,7 @@ from paredown.compress.checkpoint.tensor_files import sha256
 from paredown.compress.errors import PareError
 from paredown.compress.run import loaded
 from paredown.compress.run.export import export
-from paredown.compress.run.pipeline import score
+from paredown.compress.run.scoring import score
 from paredown.compress.run.verify import PROBE_TOLERANCE, verify
 from paredown.compress.text.windows import Windows
 

@@ -1,0 +1,164 @@
+"""One method on one model: check everything, walk the model, score the tasks, write report and card, verify, commit."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from paredown.compress.checkpoint.hub import load_tokenizer
+from paredown.compress.checkpoint.source import ModelSource
+from paredown.compress.checkpoint.writer import CheckpointWriter
+from paredown.compress.errors import PareError
+from paredown.compress.job import Format, Job
+from paredown.compress.machine import resident_memory, return_freed_memory
+from paredown.compress.progress import Progress
+from paredown.compress.recipe import Recipe
+from paredown.compress.run.evaluate import score_tasks
+from paredown.compress.run.journal import SAVE_EVERY, Journal, key_of
+from paredown.compress.run.open import opened, read_texts
+from paredown.compress.run.pipeline import Run
+from paredown.compress.run.plan import Plan, check_room, make_plan
+from paredown.compress.run.record import make_report, write_record
+from paredown.compress.run.smaller import SmallerRun
+from paredown.compress.run.tokens import check_companions
+from paredown.compress.run.walk import Task
+from paredown.compress.shape_job import ShapeJob, resolve
+from paredown.compress.text.windows import Windows
+from paredown.evaluation.lm_tasks import compare_tasks
+from paredown.evaluation.report import model_card
+from paredown.evaluation.schema import Report
+from paredown.evaluation.surroundings import versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class How:
+    """What a caller says of a run besides model, recipe and output: see `compress`."""
+
+    task_folder: Path | None = None
+    format: Format = "packed"
+    device: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+    progress: Progress = Progress()  # noqa: RUF009 - it is frozen
+    save_every: float = SAVE_EVERY
+    command: str | None = None
+
+
+class Earlier(Protocol):
+    """The stages before this one."""
+
+    def source(self, like: ModelSource) -> ModelSource:
+        """The dense model, which scores are compared with, on the device and in the dtype of another."""
+        ...
+
+    def merged(self, report: Report) -> Report:
+        """The report of all stages together; `report` is of the last."""
+        ...
+
+
+def compress_once(
+    model: "str | Path | PreTrainedModel",
+    recipe: Recipe,
+    out: Path,
+    how: How,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    earlier: Earlier | None = None,
+) -> Report:
+    """`compress` by a recipe of one method."""
+    began, resumable, note = perf_counter(), isinstance(model, str | Path), how.progress.note
+    with opened(model, tokenizer, how.revision, how.device, how.dtype) as source:
+        text_tokenizer = load_tokenizer(source.folder)
+        memory_base = resident_memory()  # libraries and a model without weights; the plan's memory comes on top
+        with CheckpointWriter(out, resumable) as writer:
+            calibrating = [name for name in (recipe.calibration.source, recipe.calibration.domain) if name]
+            note(f"reading text: {', '.join([*calibrating, *recipe.evaluate.perplexity])}")
+            windows, evaluations, warnings = read_texts(recipe, source, text_tokenizer)
+            warnings += [*source.remarks, *check_companions(source.folder, text_tokenizer)]
+            job = resolve(source, recipe, how.format)
+            plan = _checked_plan(job, windows, evaluations, out, writer.left)
+            return_freed_memory()  # of tokenising
+            key = key_of(job, [windows, *evaluations], versions())
+            if resumable and writer.commit_finished(key):
+                note(f"the checkpoint was finished before, and stands at {out} now")
+                return cast(Report, json.loads((out / "report.json").read_text(encoding="utf-8")))
+            journal = Journal(writer, key, note, how.save_every) if resumable else None
+            dense = earlier.source(source) if earlier else None
+            if isinstance(job, ShapeJob):
+                result = SmallerRun(job, windows, evaluations, writer, how.progress, journal, dense).run()
+            else:
+                result = Run(job, windows, evaluations, writer, how.progress, journal, dense).run()
+            write_record(writer, job, result, windows, text_tokenizer)
+            with result.timed("tasks"):
+                scores, remarks = _tasks(job, dense or source, writer.folder, text_tokenizer, how)
+            warnings += [*remarks, *result.pruned_before()]
+            if writer.bytes >= plan.bytes_before and job.format == "packed":
+                warnings.append("the packed checkpoint is not smaller than the dense one: nothing was gained on disk")
+            result.seconds["total"] = result.seconds.get("total", 0.0) + perf_counter() - began
+            report = make_report(
+                job,
+                plan,
+                result,
+                windows,
+                scores,
+                writer.bytes,
+                command=how.command,
+                warnings=warnings,
+                memory_base=memory_base,
+            )
+            report = earlier.merged(report) if earlier else report
+            writer.write_json("report.json", report)
+            writer.write_text("README.md", model_card(report))
+            note("verifying what was written, in a new process")
+            try:
+                _verify(writer.folder, note)
+            except PareError:
+                writer.keep = True
+                raise
+            writer.commit()
+    return report
+
+
+def _checked_plan(
+    job: Job | ShapeJob, windows: Windows, evaluations: Sequence[Windows], out: Path, written: int
+) -> Plan:
+    """The plan of a run on these texts. Raises PareError if there is nothing to compress, or no room for it.
+
+    written: bytes that a stopped run has left.
+    """
+    plan = make_plan(job, windows.tokens, [w.tokens for w in evaluations])
+    if not plan.targeted:
+        raise PareError("the targets of the recipe leave no layer to compress. Change targets.include or targets.skip.")
+    check_room(plan, out, written)
+    return plan
+
+
+def _tasks(job: Task, dense: ModelSource, written: Path, tokenizer: Any, how: How) -> tuple[dict[str, Any], list[str]]:
+    """Scores of the recipe's tasks by the dense model and by what was written, and lm-eval's remarks."""
+    names, source, folder = job.recipe.evaluate.tasks, job.source, how.task_folder
+    if not names:
+        return {}, []
+    how.progress.note(f"scoring tasks before and after: {', '.join(names)}")
+    before = score_tasks(dense.folder, source, tokenizer, names, folder, job.recipe.bos)
+    after = score_tasks(written, source, tokenizer, names, folder, job.recipe.bos)
+    return compare_tasks(before, after), list(dict.fromkeys([*before.notes, *after.notes]))
+
+
+def _verify(folder: Path, note: Callable[[str], None]) -> None:
+    """Reload and check what was written, in a process that has seen nothing of the run; `note` gets what it remarks."""
+    done = subprocess.run(
+        [sys.executable, "-m", "paredown.commands.app", "verify", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise PareError(
+            f"what was written did not pass verification, and is left in {folder}:\n{done.stderr.strip()}\n"
+            "This is a fault of paredown or of the disk: please report it with the lines above."
+        )
+    for remark in done.stdout.splitlines()[:-1]:  # the last line says that it is sound
+        note(remark)
