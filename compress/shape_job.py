@@ -139,7 +139,8 @@ def _blocks_to_drop(method: BlockMethod, count: int) -> int:
 def find_groups(source: ModelSource, all_blocks: Sequence[Block]) -> dict[int, list[Group]]:
     """The groups of each block that has some, found in the first block of each kind: blocks of the same shapes are alike.
 
-    Raises PareError if no block has one, or if no setting of the config says how many units a group has.
+    Those whose number of units no setting of the config says are left out, such as shared experts that are a multiple of
+    another width. Raises PareError if none is left.
     """
     ids = torch.arange(min(PROBE, int(source.config.get_text_config().vocab_size)))[None]
     stream, groups = start(source, ids), dict[int, list[Group]]()
@@ -162,12 +163,14 @@ def find_groups(source: ModelSource, all_blocks: Sequence[Block]) -> dict[int, l
             f"no block of this {source.family} model has channels that can be removed: each must be written by linear "
             "layers, and read by one. Remove blocks (paredown_depth), or use a low-rank method."
         )
-    if unnamed := next((g for found in groups.values() for g in found if not g.config_key), None):
+    named = {i: own for i, found in groups.items() if (own := [group for group in found if group.config_key])}
+    if not named:
+        group = next(iter(groups.values()))[0]
         raise PareError(
-            f"{unnamed.name} has {unnamed.units} channels, and no setting of a {source.family} config says so, so that an "
+            f"{group.name} has {group.units} {group.kind}, and no setting of a {source.family} config says so, so that an "
             "ordinary checkpoint cannot have fewer. Remove blocks (paredown_depth), or use a low-rank method."
         )
-    return groups
+    return named
 
 
 def _renamed(group: Group, old: str, new: str) -> Group:

@@ -125,9 +125,8 @@ class _Search:
         source, text = self.source, self.source.config.get_text_config()
         self.old = blocks(source)
         self.within = list_of_blocks(source)
-        dense = skeleton(
-            only_logits(source.config), {}, self.dtype
-        )  # a new one: a forward pass may leave marks in its model
+        # not the source's own: a forward pass may have left marks in it
+        dense = skeleton(only_logits(source.config), {}, self.dtype)
         self.before = [described(layer) for layer in _layers(dense, self.within, len(self.old))]
         self.outside = described(dense, self.within)
         self.base = source.config

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from paredown.compress.checkpoint.configs import first_line
 from paredown.compress.checkpoint.source import ModelSource, set_tensor
+from paredown.compress.errors import PareError
 from paredown.compress.model.blocks import Block, blocks
 from paredown.compress.model.calls import Call, calls_of, recorders
 from paredown.compress.model.carried import FromBlock, Shared
@@ -31,6 +32,9 @@ def faults(source: ModelSource, config: Any, model: Any, layers: Sequence[Block]
     calls, hidden, ids = _calls(source)
     try:
         after, _, _ = _calls(_as_source(source, config, model))
+    except PareError as fault:
+        yield str(fault)
+        return
     except Exception as fault:  # whatever a class does with a config that it did not expect
         yield f"its forward pass fails ({type(fault).__name__}: {first_line(fault)})"
         return

@@ -22,7 +22,7 @@ def workplace(tmp_path_factory, save_model, text_file):
 
     folder = tmp_path_factory.mktemp("readme")
     config = transformers.LlamaConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=256, eos_token_id=256,
     )  # fmt: skip
     save_model(folder / "my-model", config)

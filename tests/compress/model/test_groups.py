@@ -1,14 +1,18 @@
 """Coupled units are found by trying, whatever a family calls them, and what is no MLP is not taken for one."""
 
+import families as tiny
 import pytest
 import torch
 from torch import nn
 
+from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.methods.base import Part
-from paredown.compress.model.blocks import Block
+from paredown.compress.model.blocks import Block, blocks
 from paredown.compress.model.calls import Call
+from paredown.compress.model.families import FAMILIES
 from paredown.compress.model.groups import channel_groups, sliced
-from paredown.compress.model.stream import Stream
+from paredown.compress.model.reshape_keys import with_keys, with_units
+from paredown.compress.model.stream import Stream, start
 
 D, M, TOKENS = 12, 20, 8  # hidden size, channels, tokens
 
@@ -119,6 +123,14 @@ class TwoReaders(Mlp):
     def forward(self, x):
         channels = self.between(self, self.up(x))
         return self.down(channels) + self.other(channels)
+
+
+class Elsewhere(Residual):
+    """A block that uses a weight of its MLP a second time."""
+
+    def forward(self, hidden_states):
+        used = (hidden_states @ self.parts[0].up.weight.T).cumsum(-1)
+        return super().forward(hidden_states) + used[..., :D]
 
 
 def relu(module, x):
@@ -257,6 +269,13 @@ def test_channels_are_found_in_a_block_without_parts(norm):
     assert (group.name, group.reader) == ("model.layers.0", "model.layers.0.down")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_the_block_uses_elsewhere_too_is_in_no_group(dtype):
+    torch.manual_seed(0)
+    block = Block(0, "model.layers.0.", Elsewhere(Mlp(relu)).to(dtype).eval().requires_grad_(False))
+    assert channel_groups(stream_of(dtype=dtype), block) == []
+
+
 def test_nothing_of_a_block_is_changed_and_no_hook_is_left():
     block = block_of(lambda: Mlp(relu), lambda: Attention(3, 4))
     before = {name: tensor.clone() for name, tensor in block.module.state_dict().items()}
@@ -271,3 +290,161 @@ def test_entries_outside_of_all_parts_stay():
     assert sliced(tensor, parts, keep)[:, 0].tolist() == [0, 2, 4, 10, 12]
     both = [*parts, Part("x", 1)]
     assert sliced(tensor, both, keep).tolist() == [[0], [2], [4], [10], [12]]
+
+
+# The readers of each family's channels within a block, with their keys in the config; "" where it has none.
+FOUND = {
+    "mlp.down_proj=intermediate_size": """
+        apertus arcee axk1 aya_vision beam bitnet cohere cohere2 cohere2_vision cohere_compass cohere_compass_text
+        cosmos3_omni cwm deepseek_vl deepseek_vl_hybrid diffllama doge emu3 ernie4_5 exaone4 exaone4_5 flint gemma
+        gemma2 gemma3 gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text glm glm4 glm46v
+        glm4v glm_ocr glmasr glmga got_ocr2 granite granite_docling granite_swa helium hunyuan_v1_dense hyperclovax
+        hyperclovax_vision_v2 idefics3 internlm3 internvl iquestcoder jais2 lighton_ocr llama llava llava_next
+        llava_next_video llava_onevision mimo_v2_flash minicpm3 minicpm_ocr minicpmv4_6 minicpmv4_7 ministral
+        ministral3 mistral mistral3 mllama moss_transcribe_diarize nemotron olmo olmo2 olmo3 olmo_hybrid ovis2
+        paddleocr_vl paligemma phi3 phi4_multimodal pp_chart2table qianfan_ocr qwen2 qwen2_5_omni_thinker qwen2_5_vl
+        qwen2_audio qwen2_vl qwen3 qwen3_5 qwen3_5_text qwen3_asr qwen3_vl seed_oss smollm3 smolvlm stablelm
+        vaultgemma video_llama_3 video_llava vipllava voxtral youtu
+    """,
+    "": """
+        dbrx falcon_mamba flex_olmo gpt_oss granitemoe inkling_mm_model inkling_text jetmoe mamba mamba2 mellum
+        minimax minimax_m2 mixtral olmoe phimoe qwen3_moe qwen3_omni_moe_thinker qwen3_vl_moe zamba zamba2 zaya
+    """,
+    "mlp.down_proj=intermediate_size mlp.shared_experts.down_proj=": """
+        afmoe axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe glm4_moe
+        glm4_moe_lite glm4v_moe glm_moe_dsa hy_v3 hy_v4 kimi_k25 kimi_linear mistral4 mistral_large4 unlimited_ocr
+    """,
+    "output.dense=intermediate_size": """
+        bert bert-generation big_bird camembert data2vec-text electra ernie git megatron-bert rembert roberta
+        roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl
+    """,
+    "fc2=decoder_ffn_dim": """
+        bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart trocr whisper
+    """,
+    "mlp.shared_expert.down_proj=shared_expert_intermediate_size": """
+        qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_next qwen4_exp qwen4_exp_text
+    """,
+    "mlp.shared_experts.down_proj=": "aria aria_text deepseek_v4 solar_open",
+    "feed_forward.w2=intermediate_size": "lfm2_moe lfm3 lfm3_vl",
+    "mlp.c_proj=n_inner": "gpt-sw3 gpt2 gpt_bigcode",
+    "mlp.dense_4h_to_h=intermediate_size": "fuyu gpt_neox persimmon",
+    "shared_mlp.output_linear=shared_intermediate_size": "granitemoe_swa granitemoehybrid granitemoeshared",
+    "fc2=ffn_dim": "opt xglm",
+    "feed_forward.down_proj=intermediate_size": "bamba falcon_h1",
+    "feed_forward.down_proj=intermediate_size_mlp feed_forward.shared_expert.down_proj=": "llama4 llama4_text",
+    "feed_forward.w2=": "lfm2 lfm2_vl",
+    "mlp.c_proj=intermediate_size": "gpt_neo starcoder2",
+    "mlp.dense_4h_to_h=": "bloom gpt_neox_japanese",
+    "mlp.down_proj=": "blt idefics2",
+    "mlp.down_proj=dense_intermediate_size mlp.shared_experts.down_proj=shared_intermediate_size": """
+        minimax_m3_vl minimax_m3_vl_text
+    """,
+    "mlp.down_proj=intermediate_size mlp.shared_experts.down_proj=shared_experts_intermediate_size": """
+        dots3_note dots3_note_text
+    """,
+    "mlp.fc2=intermediate_size": "nanochat phi",
+    "mlp.fc_out=n_inner": "codegen gptj",
+    "fc2=intermediate_size": "biogpt",
+    "feed_forward.down_proj=": "jamba",
+    "feed_forward.output=decoder_ffn_dim": "prophetnet",
+    "feed_forward.value=intermediate_size": "rwkv",
+    "ffn.2=dff": "ctrl",
+    "ffn.down_proj=": "mpt",
+    "ffn.fc2=ffn_dim": "kosmos-2.5",
+    "ffn.ffn.w_out=dim_ff": "cpmant",
+    "mixer.down_proj=intermediate_size mixer.shared_experts.down_proj=moe_shared_expert_intermediate_size": """
+        nemotron_h
+    """,
+    "mlp.Wo=intermediate_size": "modernbert-decoder",
+    "mlp.c_proj=": "openai-gpt",
+    "mlp.dense_4h_to_h=ffn_hidden_size": "falcon",
+    "mlp.down_proj=intermediate_size mlp.shared_experts.down_proj=share_expert_dim": "step3p7",
+    "mlp.down_proj=intermediate_size mlp.shared_experts.down_proj=shared_expert_intermediate_size": "laguna",
+    "mlp.down_proj=prefix_dense_intermediate_size mlp.shared_experts.down_proj=": "cohere2_moe",
+    "mlp.fc2=": "moshi",
+    "mlp.shared_experts.down_proj=shared_expert_intermediate_size": "kolibri1",
+    "mlp.shared_mlp.down_proj=": "hunyuan_v1_moe",
+    "mlp_block.down_proj=": "recurrent_gemma",
+    "mlps.0.down_proj=ffn_hidden_size mlps.1.down_proj=ffn_hidden_size": "longcat_flash",
+}
+_DAILY = """
+llama qwen2 gemma2 gemma3 phi3 gpt2 gpt_neox opt falcon olmo2 starcoder2 granite cohere2 stablelm glm4 bert bart
+rwkv bitnet gemma3n_text longcat_flash nemotron_h granitemoehybrid qwen3_next laguna minimax_m3_vl_text lfm2
+deepseek_v3 jamba bloom axk2 mixtral jetmoe mamba2 zamba2
+"""
+DAILY = _DAILY.split()
+RARE = [pytest.param(f, marks=pytest.mark.all_families) for f in sorted(FAMILIES - set(DAILY))]
+# where channels depend on all others of their token, by a norm or a threshold
+TOGETHER = {"bitnet", "gemma3n_text", "kosmos-2.5"}
+
+
+@torch.no_grad()
+def groups_of(source):
+    stream, found = start(source, tiny.IDS[:1]), {}
+    for block in blocks(source):
+        with source.loaded(block):
+            found[block.index] = channel_groups(stream, block)
+            stream.advance(block)
+    return with_keys(source, found)
+
+
+@pytest.mark.parametrize("family", [*DAILY, *RARE])
+def test_the_channels_of_a_family_are_found_and_a_smaller_config_fits_them(family, tmp_path):
+    expected = next(readers for readers, names in FOUND.items() if family in names.split())
+    model = tiny.build(family)
+    model.save_pretrained(tmp_path)
+    source = ModelSource(tmp_path, family)
+    groups = groups_of(source)
+    within = {(blocks(source)[i].prefix, g) for i, found in groups.items() for g in found}
+    assert {f"{g.reader.removeprefix(prefix)}={g.config_key}" for prefix, g in within} == set(expected.split())
+    named = [g for _, g in within if g.config_key]
+    if named and family not in TOGETHER:
+        check_smaller(family, model, named)
+
+
+@torch.no_grad()
+def check_smaller(family, model, groups):
+    """Transformers' own model of the smaller config, with the weights that stay, is the large one with the rest silent."""
+    config, weights, silent = model.config, model.state_dict(), dict(model.state_dict())
+    for group in groups:
+        keep = torch.randperm(group.units, generator=torch.Generator().manual_seed(0)) < group.units // 2
+        for name in {p.name for p in group.parts}:
+            weights[name] = sliced(weights[name], [p for p in group.parts if p.name == name], keep)
+        last = group.parts[-1]
+        silent[last.name] = silent[last.name] * (keep if last.dim == 1 else keep[:, None])
+        config = with_units(config, group.config_key, group.units // 2)
+    small = tiny.class_of(family)._from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
+    small.load_state_dict(weights)
+    model.load_state_dict(silent)
+    torch.testing.assert_close(tiny.logits_of(small), tiny.logits_of(model), rtol=1e-4, atol=1e-4)
+
+
+def test_every_family_is_in_the_table_once():
+    assert sorted(name for names in FOUND.values() for name in names.split()) == sorted(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "key"),
+    [
+        ("gpt2", {"n_inner": None}, "n_inner"),  # four times the hidden size
+        ("gemma3n_text", {"intermediate_size": [96, 96, 96, 80]}, ""),  # one number for all of them is not enough
+        (
+            "llama",
+            {"intermediate_size": 64, "max_position_embeddings": 64},
+            "intermediate_size",
+        ),  # as large as other things
+    ],
+)
+def test_a_key_is_one_that_changes_the_groups_and_nothing_else(family, changes, key, tmp_path):
+    torch.manual_seed(0)
+    model = tiny.class_of(family)._from_config(tiny.tiny_config(family, **changes), dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    groups = [g for found in groups_of(ModelSource(tmp_path, family)).values() for g in found]
+    assert groups and {g.config_key for g in groups} == {key}
+
+
+def test_a_smaller_config_leaves_the_one_it_comes_from_alone_and_keeps_lists():
+    config = tiny.tiny_config("gemma3n_text")
+    assert with_units(config, "intermediate_size", 8).intermediate_size == [8] * 4
+    assert config.intermediate_size == [96] * 4
+    assert with_units(tiny.tiny_config("gemma3"), "intermediate_size", 8).text_config.intermediate_size == 8
