@@ -212,6 +212,11 @@ class GroupMethod(Method):
         """Whether the reader's bias gains something."""
         return False
 
+    @property
+    def gradient_windows(self) -> int | None:
+        """On how many calibration windows gradients are taken; None: on all."""
+        return None
+
     @abstractmethod
     def compress(self, units: Units, keep: int) -> Sliced:
         """The group with `keep` units left."""

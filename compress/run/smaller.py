@@ -85,7 +85,7 @@ class SmallerRun(Walk):
             return measured, dropped
         if job.gradients:
             readers = {group.reader for group in job.all_groups}
-            text = start(job.source, ids)
+            text = start(job.source, ids[: method.gradient_windows])
             passing = backward(job.source, text, readers, frozenset(), job.gradients, scratch, method.labels, note)
             for block, stats in passing:
                 measured.keep_gradients(block, stats, job.gradients)

@@ -8,8 +8,10 @@ Optimal brain surgeon: Hassibi & Stork 1992. The metric of both sides: Martens &
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from paredown.compress.methods.base import Damping, GroupMethod, Shape, Sliced, Units, register
 from paredown.compress.methods.structured.width import check_count, made_up
@@ -23,6 +25,7 @@ class PareDownWidth(GroupMethod):
     damping: Damping = 0.01  # of H, for the order and the refit
     output_damping: Damping = 0.5  # of G
     refit: bool = True
+    gradient_windows: Annotated[int, Field(ge=1)] = 16  # of the calibration text, on which G is taken
 
     needs = frozenset({Need.GRAM, Need.OUTPUT_GRADIENT, Need.OUTPUT_GRADIENT_DIAGONAL})
 
