@@ -108,9 +108,11 @@ def _layouts(module: Module32, writers: Sequence[View], reader: View) -> Iterato
     last = Part(_own(module, reader)[0], 0 if reader.layout == "conv1d" else 1)
     known = {name for v in [*writers, reader] for name in _own(module, v)}
     others = [
-        _halves(name, 0, units, tensor.shape[0])
+        _copies(name, 0, units, tensor.shape[0])
         for name, tensor in module.tensors.items()
-        if tensor.dim() == 1 and name not in known and tensor.shape[0] in range(units, FUSED * units + 1, units)
+        if name in module.parameters - known
+        and tensor.dim() == 1
+        and tensor.shape[0] in range(units, FUSED * units + 1, units)
     ]
     further = [(), tuple(part for parts in others for part in parts), *(others if len(others) > 1 else ())]
     for more in further if others else further[:1]:
@@ -124,11 +126,11 @@ def _written(module: Module32, writer: View, units: int) -> list[tuple[Part, ...
     weight, bias = _own(module, writer)
     dims = {weight: 1 if writer.layout == "conv1d" else 0, bias: 0}
     dims = {name: dim for name, dim in dims.items() if name in module.tensors}
-    ways = [tuple(p for name, dim in dims.items() for p in _halves(name, dim, units, writer.shape[0]))]
+    ways = [tuple(p for name, dim in dims.items() for p in _copies(name, dim, units, writer.shape[0]))]
     return ways + [tuple(Part(name, dim, copies) for name, dim in dims.items())] * (copies > 1)
 
 
-def _halves(name: str, dim: int, units: int, size: int) -> tuple[Part, ...]:
+def _copies(name: str, dim: int, units: int, size: int) -> tuple[Part, ...]:
     return tuple(Part(name, dim, first=first) for first in range(0, size, units))
 
 

@@ -11,6 +11,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from paredown.compress.checkpoint.configs import first_line
+from paredown.compress.errors import PareError
 from paredown.compress.model.blocks import Block, View
 from paredown.compress.model.calls import Call
 from paredown.compress.model.stream import Stream
@@ -135,18 +137,26 @@ class Module32:
     def __init__(self, trial: Trial, path: str) -> None:
         self.trial, self.path = trial, path
         module = trial.block.module.get_submodule(path)
+        self.parameters = set(dict(module.named_parameters()))
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         generator = torch.Generator().manual_seed(SEED)
         self.tensors = {
-            name: _uneven(t.float(), generator) if isinstance(t, nn.Parameter) and t.dim() == 1 else t.float()
+            name: _uneven(t.float(), generator) if name in self.parameters and t.dim() == 1 else t.float()
             for name, t in tensors.items()
             if t.is_floating_point()
         }
         self.call = trial.calls[path].mapped(lambda leaf: leaf.float() if _floating(leaf) else leaf)
 
     def output(self, changed: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The module's output, with tensors `changed` by their name within the module."""
-        return self.trial.run(self.path, self.call, {**self.tensors, **(changed or {})}).float()
+        """The module's output, with tensors `changed` by their name within the module. Raises PareError if it fails."""
+        try:
+            return self.trial.run(self.path, self.call, {**self.tensors, **(changed or {})}).float()
+        except (RuntimeError, TypeError, IndexError) as fault:
+            name = (self.trial.block.prefix + self.path).rstrip(".")
+            raise PareError(
+                f"{name} cannot be run in float32, in which its units are told apart: {type(fault).__name__}: "
+                f"{first_line(fault)} Remove blocks instead (paredown_depth), or use a low-rank method."
+            ) from fault
 
 
 def rows(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from paredown.compress.checkpoint.source import ModelSource
+from paredown.compress.errors import PareError
 from paredown.compress.methods.base import Part
 from paredown.compress.model.blocks import Block, blocks
 from paredown.compress.model.calls import Call
@@ -274,6 +275,13 @@ def test_a_weight_that_the_block_uses_elsewhere_too_is_in_no_group(dtype):
     torch.manual_seed(0)
     block = Block(0, "model.layers.0.", Elsewhere(Mlp(relu)).to(dtype).eval().requires_grad_(False))
     assert channel_groups(stream_of(dtype=dtype), block) == []
+
+
+def test_a_module_that_cannot_be_run_in_float32_is_refused_by_name():
+    block = block_of(lambda: Mlp(lambda m, x: (x @ torch.eye(M, dtype=torch.bfloat16)).relu()))
+    block.module.bfloat16()
+    with pytest.raises(PareError, match=r"layers.0.parts.0 cannot be run in float32.*paredown_depth"):
+        channel_groups(stream_of(dtype=torch.bfloat16), block)
 
 
 def test_nothing_of_a_block_is_changed_and_no_hook_is_left():
