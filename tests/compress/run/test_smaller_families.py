@@ -37,7 +37,7 @@ for folder, generates in json.loads(sys.argv[1]).items():
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     probe = json.load(open(folder + "/paredown.json"))["probe"]
     ids = torch.tensor([probe["ids"]])
-    nll = -model(ids).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    nll = -model(ids, use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     errors[folder] = float((nll - torch.tensor(probe["nll"])).abs().max())
     assert not generates or model.generate(ids[:, :4], max_new_tokens=2, do_sample=False).shape[1] == 6
 assert not [name for name in sys.modules if name.startswith("paredown")]
