@@ -5,12 +5,13 @@ from math import prod
 
 from paredown.compress.checkpoint.writer import pending_bytes
 from paredown.compress.job import Job
-from paredown.compress.methods.base import GroupMethod
+from paredown.compress.methods.base import BlockMethod, GroupMethod
 from paredown.compress.model.blocks import View
 from paredown.compress.model.stream import batch_bytes, element_size, hidden_bytes, outside_bytes
 from paredown.compress.numerics.moments import INPUT_NEEDS, InputStats, Need
 from paredown.compress.recovery.reconstruct import tuning_bytes
 from paredown.compress.shape_job import ShapeJob, block_numbers
+from paredown.compress.survey.depth import profile_bytes
 
 
 def memory_parts(job: Job, targets: Sequence[View], calibration: int, evaluations: Sequence[int]) -> dict[str, int]:
@@ -55,11 +56,15 @@ def smaller_parts(job: ShapeJob, calibration: int, evaluations: Sequence[int]) -
         out, inner = max((v.shape for block in job.blocks for v in block.views()), key=lambda shape: shape[1])
         solver = 8 * (4 * inner * inner + 3 * out * inner)
     texts = calibration * (2 if job.follows_dense else 1) + 2 * sum(evaluations)
+    surveyed = 0  # before the texts are there
+    if isinstance(job.method, BlockMethod):
+        windows = job.recipe.calibration.sequences
+        surveyed = profile_bytes(source, job.method, len(job.blocks), windows, calibration // windows)
     return {
         "block": 2 * element * weights,  # the dense one, and the one that is made of it
         "pending": pending_bytes(element * weights),
         "solver": solver,
-        "activations": hidden_bytes(source, texts),
+        "activations": max(hidden_bytes(source, texts), surveyed),
         "batch": batch_bytes(source, max((shape[0] for shape in readers.values()), default=0)),
         "tuning": tuning_bytes(source, weights, 4 * weights // 1000) + hidden_bytes(source, calibration)
         if job.recipe.reconstruct

@@ -22,6 +22,7 @@ from paredown.compress.shape_job import ShapeJob, resolve
 from paredown.compress.storage.kinds import stored_bytes, stored_numbers
 from paredown.compress.storage.spec import Spec
 
+OUTSIDE = "embeddings, head and others outside the blocks"
 EVALUATION_WINDOWS = 64  # a plan's guess for each evaluation text if the recipe sets no limit
 
 
@@ -125,6 +126,7 @@ def _smaller(job: ShapeJob, calibration: int, evaluations: Sequence[int]) -> Pla
     removed = (job.numbers - job.kept_numbers) * element_size(source)
     parts = smaller_parts(job, calibration, evaluations)
     groups = [group.name for group in job.all_groups]
+    parameters = sum(t.numel() for t in source.parameters.values())
     return Plan(
         family=source.family,
         known_family=known(source),
@@ -132,13 +134,14 @@ def _smaller(job: ShapeJob, calibration: int, evaluations: Sequence[int]) -> Pla
         targeted=groups or [block.name for block in job.blocks],
         left_out=[],
         unsupported=[],
-        parameters=sum(t.numel() for t in source.parameters.values()),
+        parameters=parameters,
         targeted_parameters=job.numbers,
         kept_parameters=job.kept_numbers,
         bytes_before=before,
         bytes_after=before - removed - source.bytes_left,
         memory=peak(parts),
         memory_parts=parts,
+        untargeted={OUTSIDE: parameters - job.numbers},
         remarks=[*source.remarks, f"what comes out: an ordinary {source.family} checkpoint with {job.form}"],
     )
 
@@ -234,9 +237,7 @@ def _untargeted(job: Job, targets: Sequence[View]) -> dict[str, int]:
     unseen = [name for block in job.blocks for name in block.others() if name in sizes]
     experts = sum(sizes[name] for name in unseen if "expert" in name and not name.endswith("bias"))
     counts = {
-        "embeddings, head and others outside the blocks": sum(
-            n for name, n in sizes.items() if not name.startswith(inside)
-        ),
+        OUTSIDE: sum(n for name, n in sizes.items() if not name.startswith(inside)),
         "in blocks that the method leaves out": sum(prod(v.shape) for v in job.targets if v.name not in targeted),
         "left out by targets": sum(prod(v.shape) for v in job.left_out if v.control is None),
         "routers, gates and the like": sum(prod(v.shape) for v in job.left_out if v.control is not None),
