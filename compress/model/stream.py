@@ -275,11 +275,11 @@ def batch_bytes(source: ModelSource, widest: int) -> int:
     return element_size(source) * BATCH_TOKENS[source.device.type] * (4 * hidden_size(source) + 3 * widest)
 
 
-def outside_bytes(source: ModelSource) -> int:
-    """Bytes of the largest weight outside the blocks and of the logits of HEAD_TOKENS positions."""
+def outside_bytes(source: ModelSource, backward: bool = False) -> int:
+    """Bytes of the largest weight outside the blocks and of the logits of HEAD_TOKENS positions, and of their gradients."""
     rest = [source.parameters[name].numel() for name in names_outside(source)]
     vocabulary = int(source.config.get_text_config().vocab_size)
-    return element_size(source) * max(rest, default=0) + 12 * HEAD_TOKENS * vocabulary
+    return element_size(source) * max(rest, default=0) + (20 if backward else 12) * HEAD_TOKENS * vocabulary
 
 
 def element_size(source: ModelSource) -> int:

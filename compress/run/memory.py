@@ -69,7 +69,7 @@ def smaller_parts(job: ShapeJob, calibration: int, evaluations: Sequence[int]) -
         "tuning": tuning_bytes(source, weights, 4 * weights // 1000) + hidden_bytes(source, calibration)
         if job.recipe.reconstruct
         else 0,
-        "outside": outside_bytes(source),
+        "outside": outside_bytes(source, isinstance(job.method, GroupMethod) and bool(job.gradients)),
     }
 
 
