@@ -76,13 +76,17 @@ def plan(
 
     Arguments are those of `compress`. Raises PareError as it does.
     """
-    resolved = resolve_recipe(recipe, overrides, plugins=plugins)
+    resolved, later = resolve_recipe(recipe, overrides, plugins=plugins), ""
     source = open_source(str(model), revision, device, dtype)
+    if resolved.stages:
+        later = f"this is the first of {len(resolved.stages)} stages; then {', '.join(s.method for s in resolved.stages[1:])}"
+        resolved, format = resolved.each_stage[0], "packed" if len(resolved.stages) == 1 else "dense"
     job, longest = resolve(source, resolved, format), max_length(source)
     spec, scored = resolved.calibration, resolved.evaluate
     tokens = spec.sequences * min(spec.length, longest)
     texts = [(scored.windows or EVALUATION_WINDOWS) * min(scored.length, longest) for _ in scored.perplexity]
-    return make_plan(job, tokens, texts)
+    result = make_plan(job, tokens, texts)
+    return replace(result, remarks=[*result.remarks, later]) if later else result
 
 
 def make_plan(job: Job | ShapeJob, calibration: int, evaluations: Sequence[int]) -> Plan:

@@ -36,6 +36,8 @@ def compress_stages(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PareError(f"{out} exists. Remove it, or name another output with -o.")
     *first, last = recipe.each_stage
+    if not first:
+        return compress_once(model, last, out, how)
     place, reports, read = out.with_name(f"{out.name}.stages"), list[Report](), str(model)
     note = how.progress.note
     silent: dict[str, Any] = {"evaluate": {"perplexity": [], "tasks": []}}

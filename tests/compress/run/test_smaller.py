@@ -200,6 +200,23 @@ def test_three_stages_are_one_run_with_one_report(model, run, tmp_path):
     assert load_tokenizer(tmp_path / "out")
 
 
+def test_a_plan_of_stages_is_of_the_first_and_names_the_others(model, tmp_path):
+    path = tmp_path / "stages.yaml"
+    path.write_text(yaml.safe_dump({"stages": STAGES}))
+    planned = plan(model, str(path))
+    assert planned.remarks[-1] == "this is the first of 3 stages; then paredown_width, magnitude"
+    assert planned.kept_parameters * 2 == planned.targeted_parameters
+
+
+def test_a_setting_of_one_stage_is_changed_by_its_number(model, tmp_path):
+    path = tmp_path / "stages.yaml"
+    path.write_text(yaml.safe_dump({"stages": STAGES}))
+    planned = plan(model, str(path), overrides=["stages.0.options.blocks=3"])
+    assert planned.kept_parameters * 4 == planned.targeted_parameters * 3
+    with pytest.raises(PareError, match="name a stage by its number"):
+        plan(model, str(path), overrides=["stages.blocks=3"])
+
+
 def test_stages_go_on_where_they_were_stopped(model, run, tmp_path):
     run(model, {"stages": STAGES}, "whole")
     calls = []
