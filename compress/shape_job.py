@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +13,7 @@ from paredown.compress.job import Format, Job, resolve_job
 from paredown.compress.methods.base import BlockMethod, Group, GroupMethod
 from paredown.compress.model.blocks import Block, blocks
 from paredown.compress.model.carried import FromBlock, Shared
+from paredown.compress.model.expert_groups import check_chosen, check_experts, expert_groups
 from paredown.compress.model.groups import channel_groups
 from paredown.compress.model.reshape_keys import with_keys
 from paredown.compress.model.stream import check_walkable, start
@@ -20,6 +21,14 @@ from paredown.compress.numerics.moments import INPUT_NEEDS, Need, gradients_read
 from paredown.compress.recipe import Recipe
 
 PROBE = 16  # tokens that groups are found with
+FINDERS = {"channels": channel_groups, "experts": expert_groups}
+# by kind of unit: what a block must have to lose some, and what to do instead
+WANTED = {
+    "channels": "each must be written by linear layers, and read by one. Remove blocks (paredown_depth), or use a low-rank "
+    "method.",
+    "experts": "a router must choose among experts whose weights lie in one parameter. Remove channels (paredown_width) or "
+    "blocks (paredown_depth).",
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ def resolve_shapes(source: ModelSource, recipe: Recipe, method: GroupMethod | Bl
     all_blocks = blocks(source)
     if isinstance(method, BlockMethod):
         return ShapeJob(source, recipe, method, all_blocks, _blocks_to_drop(method, len(all_blocks)))
-    groups = find_groups(source, all_blocks)
+    groups = find_groups(source, all_blocks, method.kind)
     units = _units_to_keep(source, method, sum(map(block_numbers, all_blocks)), groups)
     return ShapeJob(source, recipe, method, all_blocks, groups=groups, units=units)
 
@@ -136,33 +145,35 @@ def _blocks_to_drop(method: BlockMethod, count: int) -> int:
 
 
 @torch.no_grad()
-def find_groups(source: ModelSource, all_blocks: Sequence[Block]) -> dict[int, list[Group]]:
-    """The groups of each block that has some, found in the first block of each kind: blocks of the same shapes are alike.
+def find_groups(
+    source: ModelSource, all_blocks: Sequence[Block], kind: Literal["channels", "experts"] = "channels"
+) -> dict[int, list[Group]]:
+    """The groups of each block that has some, with this `kind` of unit.
 
-    Those whose number of units no setting of the config says are left out, such as shared experts that are a multiple of
-    another width. Raises PareError if none is left.
+    They are found in the first block of each kind: blocks of the same shapes are alike. Those whose number of units no
+    setting of the config says are left out, such as shared experts that are a multiple of another width. Raises PareError if
+    none is left.
     """
+    if kind == "experts":
+        check_experts(source.config, source.family)
     ids = torch.arange(min(PROBE, int(source.config.get_text_config().vocab_size)))[None]
     stream, groups = start(source, ids), dict[int, list[Group]]()
     kinds: dict[Any, tuple[str, list[Group]]] = {}  # the prefix of the first block of a kind, and its groups
     leaves = [leaf for call in stream.calls[0] for leaf in call.leaves()]
     hands_on = any(isinstance(leaf, FromBlock | Shared) for leaf in leaves)  # blocks cannot run before earlier ones
     for block in all_blocks:
-        kind = tuple((name, tensor.shape) for name, tensor in block.module.state_dict().items())
-        if kind not in kinds or hands_on:
+        shape = tuple((name, tensor.shape) for name, tensor in block.module.state_dict().items())
+        if shape not in kinds or hands_on:
             with source.loaded(block):
-                kinds[kind] = kinds.get(kind) or (block.prefix, channel_groups(stream, block))
+                kinds[shape] = kinds.get(shape) or (block.prefix, FINDERS[kind](stream, block))
                 if hands_on:
                     stream.advance(block)
-        prefix, found = kinds[kind]
+        prefix, found = kinds[shape]
         if found:
             groups[block.index] = [_renamed(group, prefix, block.prefix) for group in found]
     groups = with_keys(source, groups)
     if not groups:
-        raise PareError(
-            f"no block of this {source.family} model has channels that can be removed: each must be written by linear "
-            "layers, and read by one. Remove blocks (paredown_depth), or use a low-rank method."
-        )
+        raise PareError(f"no block of this {source.family} model has {kind} that can be removed: {WANTED[kind]}")
     named = {i: own for i, found in groups.items() if (own := [group for group in found if group.config_key])}
     if not named:
         group = next(iter(groups.values()))[0]
@@ -180,7 +191,7 @@ def _renamed(group: Group, old: str, new: str) -> Group:
         return (new + f"{name}.".removeprefix(old)).rstrip(".")  # a group may lie in the block itself
 
     parts = tuple(replace(part, name=renamed(part.name)) for part in group.parts)
-    return replace(group, name=renamed(group.name), parts=parts, reader=renamed(group.reader))
+    return replace(group, name=renamed(group.name), parts=parts, reader=group.reader and renamed(group.reader))
 
 
 def _units_to_keep(
@@ -195,6 +206,8 @@ def _units_to_keep(
     largest = max(sizes.values())
     if method.units is not None:
         share = method.units / largest
+    elif method.of_units:
+        share = method.kept or 1.0
     else:
         in_groups = sum(group.units * unit_numbers(source, group) for group in members)
         share = 1 - numbers * (1 - (method.kept or 1.0)) / in_groups
@@ -206,4 +219,7 @@ def _units_to_keep(
             f"of the {sizes[bad]} units of {bad} {max(units[bad], 0)} would stay (a multiple of {method.multiple}): ask for "
             "another kept or units, or for a smaller multiple (--set multiple=8)."
         )
+    if method.kind == "experts":
+        for key, count in units.items():
+            check_chosen(source.config, key, count)
     return units

@@ -197,6 +197,9 @@ class Sliced:
 class GroupMethod(Method):
     """Removes units of a group from every block: as many as its options say."""
 
+    kind: ClassVar[Literal["channels", "experts"]] = "channels"  # of the groups
+    of_units: ClassVar[bool] = False  # `kept` is a share of the units, not of the parameters of all blocks
+
     kept: Share | None = None  # of the parameters of all blocks
     units: Annotated[int, Field(ge=1)] | None = None  # of each group
     multiple: Annotated[int, Field(ge=1)] = 32  # of which the number of units that stay is one, unless it is given

@@ -35,7 +35,7 @@ def channel_groups(stream: Stream, block: Block) -> list[Group]:
     ordinary = {trial.path(v): v for v in block.views() if v.expert is None and v.control is None}
     views = [ordinary[path] for path in trial.outputs if path in ordinary]  # in the order in which they are called
     found = (_group_of(trial, views[:i], reader) for i, reader in enumerate(views))
-    return [group for group in found if group is not None and _holds(stream, block, group)]
+    return [group for group in found if group is not None and holds(stream, block, group)]
 
 
 def sliced(tensor: Tensor, parts: Sequence[Part], keep: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def _group_of(trial: Trial, before: Sequence[View], reader: View) -> Group | Non
             module = Module32(trial, path)
             if _factors(module, writers, reader):
                 return None
-            parts = next((p for p in _layouts(module, writers, reader) if _coupled(module, p, reader.shape[1])), None)
+            parts = next((p for p in _layouts(module, writers, reader) if coupled(module, p, reader.shape[1])), None)
             if parts is None:
                 return None
             named = tuple(replace(part, name=trial.block.prefix + _joined(path, part.name)) for part in parts)
@@ -134,14 +134,14 @@ def _copies(name: str, dim: int, units: int, size: int) -> tuple[Part, ...]:
     return tuple(Part(name, dim, first=first) for first in range(0, size, units))
 
 
-def _coupled(module: Module32, parts: Sequence[Part], units: int) -> bool:
+def coupled(module: Module32, parts: Sequence[Part], units: int) -> bool:
     """Whether the module gives the same where all parts are permuted alike, but not where the last one, the reader's, is."""
     output = module.output()
     every, alone = (module.output(_permuted(module.tensors, p, units)) - output for p in (parts, parts[-1:]))
     return bool(every.norm() <= EXACT * alone.norm() and alone.norm() > VISIBLE * output.norm())
 
 
-def _holds(stream: Stream, block: Block, group: Group) -> bool:
+def holds(stream: Stream, block: Block, group: Group) -> bool:
     """Whether the whole block, in its own dtype, gives the same with all parts permuted, but for what rounding hides."""
     own = {block.prefix + name: tensor for name, tensor in block.module.state_dict().items()}
     hidden = stream.hidden[0].to(stream.device)

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from paredown.compress.methods.base import Group, Sliced, Units
+from paredown.compress.methods.structured.experts import Experts, ExpertStats
 from paredown.compress.model.blocks import Block, View
 from paredown.compress.model.groups import sliced
 from paredown.compress.model.merging import averaged
@@ -17,6 +18,20 @@ def units_of(group: Group, block: Block, stats: Stats) -> Units:
     written = [views[part.name] for part in group.parts if part.name in views]
     reader = next(v for v in written if v.name == group.reader)
     return Units(group, reader.weight, {v.name: v.weight for v in written if v is not reader}, stats)
+
+
+def experts_of(group: Group, block: Block, stats: ExpertStats | None) -> Experts:
+    """A group of experts with their matrices in `block`, which is in memory."""
+    names = {part.name for part in group.parts}
+    first = [v for v in block.views() if v.expert == 0 and v.owner in names]
+    return Experts(group, {v.owner: v.whole for v in first}, stats)
+
+
+def experts_left(block: Block, group: Group, cut: Sliced) -> dict[str, Tensor]:
+    """The tensors of a group of experts without those that go, by full name."""
+    own = block.module.state_dict()
+    parts = {name: [p for p in group.parts if p.name == name] for name in dict.fromkeys(p.name for p in group.parts)}
+    return {name: sliced(own[name.removeprefix(block.prefix)], of, cut.keep) for name, of in parts.items()}
 
 
 def tensors_of(block: Block, reader: View, group: Group, cut: Sliced) -> dict[str, Tensor]:
@@ -48,12 +63,17 @@ def record_of(method: str, units: Units, cut: Sliced, seconds: float) -> dict[st
     if cut.shift is not None:
         shift = cut.shift.double()
         lost += float(shift.square().sum() - 2 * shift @ (removed @ units.stats.inputs.mean))
+    error = max(lost, 0.0) / max(total, 1e-300) if cut.into is None else None  # of units that become one inputs are new
+    return entry_of(units.group.reader, method, cut, error, seconds)
+
+
+def entry_of(name: str, method: str, cut: Sliced, error: float | None, seconds: float) -> dict[str, Any]:
+    """An entry of the report; the relative `error` is None where it is not known."""
     return {
-        "name": units.group.reader,
+        "name": name,
         "method": method,
         "kept": float(cut.keep.float().mean()),
-        # of units that become one the inputs are new ones
-        "relative_error": max(lost, 0.0) / max(total, 1e-300) if cut.into is None else None,
+        "relative_error": error,
         "damping": None,
         "seconds": seconds,
     }

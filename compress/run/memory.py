@@ -46,7 +46,7 @@ def smaller_parts(job: ShapeJob, calibration: int, evaluations: Sequence[int]) -
     source, element = job.source, element_size(job.source)
     weights = max(block_numbers(block) for block in job.blocks)
     readers = {v.name: v.shape for block in job.blocks for v in block.views()}
-    shapes = [readers[group.reader] for group in job.all_groups]
+    shapes = [readers[group.reader] for group in job.all_groups if group.reader]  # experts have none
     solver = 0
     if isinstance(job.method, GroupMethod) and shapes:
         widest = max(shapes, key=lambda shape: shape[1])

@@ -15,12 +15,13 @@ from paredown.compress.checkpoint.source import set_tensor
 from paredown.compress.errors import PareError
 from paredown.compress.machine import return_freed_memory
 from paredown.compress.methods.base import BlockMethod, GroupMethod
+from paredown.compress.methods.structured.experts import ExpertMethod
 from paredown.compress.model.blocks import Block
 from paredown.compress.model.reshape import Reshaped, reshaped
 from paredown.compress.model.stream import Stream, start
 from paredown.compress.numerics.moments import Stats
 from paredown.compress.recovery.reconstruct import reconstruct
-from paredown.compress.run.cut import record_of, tensors_of, units_of
+from paredown.compress.run.cut import entry_of, experts_left, experts_of, record_of, tensors_of, units_of
 from paredown.compress.run.refit import Refit
 from paredown.compress.run.result import LayerResult, Result
 from paredown.compress.run.smaller_files import write_block, write_rest
@@ -28,6 +29,7 @@ from paredown.compress.run.streams import Streams, advance
 from paredown.compress.run.walk import Walk, summary
 from paredown.compress.shape_job import ShapeJob, block_numbers
 from paredown.compress.survey.depth import profile
+from paredown.compress.survey.experts import ExpertObserver
 from paredown.compress.survey.gradients import backward
 from paredown.compress.survey.products import InputObserver
 from paredown.compress.survey.survey import Survey
@@ -187,6 +189,8 @@ class SmallerRun(Walk):
         Statistics are the dense model's: channels lie inside a block, and their refit to the compressed one brings nothing.
         """
         job = self.job
+        if isinstance(job.method, ExpertMethod):
+            return self._fewer_experts(job.method, block, streams, result)
         readers = {v.name: v for v in block.views()}
         watched = [readers[group.reader] for group in job.groups.get(block.index, ())]
         observer = InputObserver(watched, job.collected, job.source.device, length=self.calibration.ids.shape[1])
@@ -208,6 +212,24 @@ class SmallerRun(Walk):
                     cut = replace(cut, shift=None)
                 changed |= tensors_of(block, readers[group.reader], group, cut)
                 result.layers.append(record_of(job.recipe.method, units, cut, perf_counter() - began))
+        return changed
+
+    def _fewer_experts(self, method: ExpertMethod, block: Block, streams: Streams, result: Result) -> dict[str, Tensor]:
+        """As `_cut`, of experts."""
+        job, groups = self.job, self.job.groups.get(block.index, ())
+        observer = ExpertObserver(block, groups if method.reads_outputs else ())
+        with result.timed("calibration"), observer:
+            for _ in (streams.dense or streams.calibration).advancing(block):
+                pass
+        changed: dict[str, Tensor] = {}
+        with result.timed("compress"):
+            for group in groups:
+                self.progress.doing(f"choosing experts of {group.name}")
+                began = perf_counter()
+                experts = experts_of(group, block, observer.of(group) if method.reads_outputs else None)
+                cut = method.compress(experts, job.units[group.config_key])
+                changed |= experts_left(block, group, cut)
+                result.layers.append(entry_of(group.name, job.recipe.method, cut, None, perf_counter() - began))
         return changed
 
     def _tune(self, target: Block, inputs: list[Tensor], dense: Stream, streams: Streams, result: Result) -> bool:

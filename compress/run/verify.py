@@ -100,6 +100,7 @@ def _block_faults(block: Block, layers: dict[str, Any], seen: set[str]) -> Itera
     """The same for one block in memory; `seen` gains the layers of the record that it holds."""
     for path, module in block.module.named_modules():
         name = block.prefix + path
+        seen |= {name} & layers.keys()  # a mixture that lost experts, or a layer
         if isinstance(module, PACKED):
             if fault := module.fault():
                 yield f"{name}.{fault}"

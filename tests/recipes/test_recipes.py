@@ -30,6 +30,8 @@ PAPERS = {
     "two_ssp_width": ["2501.17771"], "random": [], "fold": ["2502.10216"], "paredown_width": ["1503.05671"],
     "shortgpt": ["2403.03853"], "angular": ["2403.17887"], "tail": ["2403.17887"],
     "greedy_depth": ["2402.02834", "2402.09025"], "paredown_depth": ["2402.09025"],
+    "reap": ["2510.13999"], "man": ["2510.13999"], "expert_frequency": ["2510.13999"], "aimer": ["2603.18492"],
+    "random_experts": [],
 }  # fmt: skip
 MASKS = {
     "magnitude", "wanda", "sparsegpt", "masked", "ria", "alps", "obc", "dsnot", "d_pruner", "owl_wanda", "alpha_sparsegpt",
@@ -244,7 +246,24 @@ def four_blocks(tmp_path_factory, save_model):
     return folder
 
 
-@whole
+def removes_experts(name):
+    return getattr(shipped_recipes()[name].build(), "kind", "") == "experts"
+
+
+@named(removes_experts)
+def test_a_recipe_that_removes_experts_leaves_the_share_of_its_name(name, save_model, tmp_path, prune):
+    config = transformers.MixtralConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, num_local_experts=8,
+    )  # fmt: skip
+    save_model(tmp_path / "model", config)
+    raw = Recipe.load(name).to_dict()
+    raw.pop("targets")
+    prune(tmp_path / "model", tmp_path / "out", **raw)
+    assert ModelSource(tmp_path / "out", "out").config.num_local_experts == promised(name) * 8
+
+
+@named(lambda name: removes_whole(name) and not removes_experts(name))
 def test_a_recipe_that_removes_units_or_blocks_leaves_about_the_share_of_its_name(name, four_blocks, tmp_path, prune):
     raw = Recipe.load(name).to_dict()
     raw.pop("targets")
