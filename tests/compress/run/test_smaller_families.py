@@ -16,9 +16,9 @@ from paredown.compress.shape_job import resolve
 
 DEPTH = {"method": "paredown_depth", "options": {"blocks": 1, "windows": 2}}
 WIDTH = {"method": "paredown_width", "options": {"kept": 0.9, "multiple": 1}}
-DAILY = ["llama tied", "gemma2", "phi3", "gpt2", "opt", "falcon", "qwen2_moe", "deepseek_v3"]
+DAILY = ["llama tied", "phi3", "gpt2", "deepseek_v3"]
 BOTH = [
-    "llama", "mistral", "qwen2", "qwen3", "gemma3_text", "opt post-norm", "gpt_neox", "gptj", "codegen", "gpt_bigcode",
+    "gemma2", "opt", "falcon", "qwen2_moe", "llama", "mistral", "qwen2", "qwen3", "gemma3_text", "opt post-norm", "gpt_neox", "gptj", "codegen", "gpt_bigcode",
     "falcon new decoder", "olmo2", "stablelm", "cohere2", "smollm3", "glm4", "granite", "ernie4_5_moe", "llama4_text",
     "deepseek_v2", "kimi_linear", "qwen3_next", "qwen3_5_text", "bamba", "nemotron_h", "lfm2_moe", "bert", "bart",
 ]  # fmt: skip
