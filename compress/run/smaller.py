@@ -61,7 +61,7 @@ class SmallerRun(Walk):
                     measured, dropped = self._survey(scratch)
             small = reshaped(job.source, [i for i in range(len(job.blocks)) if i not in dropped], job.units)
             if isinstance(job.method, GroupMethod) and job.method.shifts:
-                small = self._with_biases(small, result)
+                small = self._with_biases(small)
             result.fallbacks += [remark for remark in small.remarks if remark not in result.fallbacks]
             result.seconds.setdefault("compress", 0.0)
             streams = Streams.start(job, self.calibration.ids, self.evaluations, result)
@@ -95,7 +95,7 @@ class SmallerRun(Walk):
                 return_freed_memory()
         return measured, []
 
-    def _with_biases(self, small: Reshaped, result: Result) -> Reshaped:
+    def _with_biases(self, small: Reshaped) -> Reshaped:
         """The smaller model with a bias in each layer that reads a group, by a setting of its family, if there is one."""
         source = self.job.source
         names = [small.renamed(f"{group.reader}.bias") for group in self.job.all_groups]
@@ -104,10 +104,8 @@ class SmallerRun(Walk):
             return small
         found = with_biases(small.config, bare)
         if found is None:
-            result.fallbacks.append(
-                f"a {source.family} model has no place for a bias of {bare[0]}: the mean of what goes is not made up for"
-            )
-            return small
+            untold = f"a {source.family} model has no place for a bias of {bare[0]}: the mean of what goes is not made up for"
+            return replace(small, remarks=[*small.remarks, untold])
         model = skeleton(found[0], {}, source.dtype or torch.bfloat16)
         blocks = [replace(block, module=model.get_submodule(block.name)) for block in small.blocks]
         return replace(small, config=found[0], model=model, blocks=blocks)
@@ -116,10 +114,10 @@ class SmallerRun(Walk):
         """Make all blocks that stay but the first `done`, saving the state between them."""
         blocks, kept = self.job.blocks, small.kept
         dropped = [i for i in range(len(blocks)) if i not in kept]
-        if not done:
-            self._skip(blocks[: kept[0]], streams, result)
         for position in range(done, len(kept)):
             self.save(position, len(kept), streams, result, lambda: (dropped, {}))
+            if position == 0:
+                self._skip(blocks[: kept[0]], streams, result)
             block, began = blocks[kept[position]], perf_counter()
             after = blocks[block.index + 1 : kept[position + 1] if position + 1 < len(kept) else len(blocks)]
             with _in_memory(small, small.blocks[position]):

@@ -173,6 +173,28 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(raw, model, run, tmp_path)
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
+def test_a_run_that_was_saved_before_its_first_block_goes_on_where_that_stands(model, run, tmp_path):
+    layers, dense = layers_of(model)
+    layers[0].self_attn.o_proj.weight.data.zero_()
+    layers[0].mlp.down_proj.weight.data.mul_(1e-3)
+    dense.save_pretrained(model)
+    raw = {"method": "shortgpt", "options": {"blocks": 3}}
+    assert run(model, raw, "whole")["structure"]["blocks"] == [1, 2, 3]
+
+    class Stopped(Exception):
+        pass
+
+    def stop(doing):
+        if doing.startswith("reading model.layers.1"):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(model, raw, doing=stop, save_every=0.0)
+    report = run(model, raw, save_every=0.0)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole") and verify(tmp_path / "out") == []
+    assert report["parameters"]["kept"] * 4 == report["parameters"]["targeted"] * 3
+
+
 def weights(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
