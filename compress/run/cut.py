@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from paredown.compress.methods.base import Group, Sliced, Units
@@ -27,23 +28,21 @@ def experts_of(group: Group, block: Block, stats: ExpertStats | None) -> Experts
     return Experts(group, {v.owner: v.whole for v in first}, stats)
 
 
-def experts_left(block: Block, group: Group, cut: Sliced) -> dict[str, Tensor]:
-    """The tensors of a group of experts without those that go, by full name."""
+def left_of(block: Block, group: Group, cut: Sliced, fitted: str = "") -> dict[str, Tensor]:
+    """The tensors of a group without the units that go, by full name; that of the `fitted` name is not averaged."""
     own = block.module.state_dict()
-    parts = {name: [p for p in group.parts if p.name == name] for name in dict.fromkeys(p.name for p in group.parts)}
-    return {name: sliced(own[name.removeprefix(block.prefix)], of, cut.keep) for name, of in parts.items()}
+    left: dict[str, Tensor] = {}
+    for name in dict.fromkeys(part.name for part in group.parts):
+        tensor, parts = own[name.removeprefix(block.prefix)], [p for p in group.parts if p.name == name]
+        if cut.into is not None and name != fitted:
+            tensor = averaged(tensor, parts, cut.into)
+        left[name] = sliced(tensor, parts, cut.keep)
+    return left
 
 
 def tensors_of(block: Block, reader: View, group: Group, cut: Sliced) -> dict[str, Tensor]:
-    """The tensors of a group without the units that go, by full name."""
-    own = block.module.state_dict()
-    changed: dict[str, Tensor] = {}
-    for name in dict.fromkeys(part.name for part in group.parts):
-        tensor, parts = own[name.removeprefix(block.prefix)], [p for p in group.parts if p.name == name]
-        if cut.into is not None and name != reader.stored_name:
-            tensor = averaged(tensor, parts, cut.into)
-        changed[name] = sliced(tensor, parts, cut.keep)
-    dtype = reader.weight.dtype
+    """As `left_of`, with what else changes: the reader's weight and its bias."""
+    changed, dtype = left_of(block, group, cut, reader.stored_name), reader.weight.dtype
     if cut.weight is not None:
         weight = cut.weight.to(dtype)
         changed[reader.stored_name] = weight.T.contiguous() if reader.layout == "conv1d" else weight
@@ -56,9 +55,9 @@ def tensors_of(block: Block, reader: View, group: Group, cut: Sliced) -> dict[st
 def record_of(method: str, units: Units, cut: Sliced, seconds: float) -> dict[str, Any]:
     """The entry of a group's reader in the report."""
     columns = cut.keep.repeat_interleave(units.width)  # (in,)
-    removed = units.weight.double()  # (out, in): what the output loses
+    removed = units.weight.to(torch.float64, copy=True)  # (out, in): what the output loses
     total = units.stats.inputs.energy(removed)
-    removed[:, columns] -= removed[:, columns] if cut.weight is None else cut.weight.double()
+    removed[:, columns] = 0.0 if cut.weight is None else removed[:, columns] - cut.weight.double()
     lost = units.stats.inputs.energy(removed)
     if cut.shift is not None:
         shift = cut.shift.double()

@@ -1,7 +1,7 @@
 """The walk that leaves an ordinary smaller model: some blocks are skipped, and of the others units are taken away."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +21,7 @@ from paredown.compress.model.reshape import Reshaped, reshaped
 from paredown.compress.model.stream import Stream, start
 from paredown.compress.numerics.moments import Stats
 from paredown.compress.recovery.reconstruct import reconstruct
-from paredown.compress.run.cut import entry_of, experts_left, experts_of, record_of, tensors_of, units_of
+from paredown.compress.run.cut import entry_of, experts_of, left_of, record_of, tensors_of, units_of
 from paredown.compress.run.refit import Refit
 from paredown.compress.run.result import LayerResult, Result
 from paredown.compress.run.smaller_files import write_block, write_rest
@@ -186,9 +186,10 @@ class SmallerRun(Walk):
 
         Statistics are the dense model's: channels lie inside a block, and their refit to the compressed one brings nothing.
         """
-        job = self.job
-        if isinstance(job.method, ExpertMethod):
-            return self._fewer_experts(job.method, block, streams, result)
+        job, method = self.job, self.job.method
+        assert isinstance(method, GroupMethod)
+        if isinstance(method, ExpertMethod):
+            return self._fewer_experts(method, block, streams, result)
         readers = {v.name: v for v in block.views()}
         watched = [readers[group.reader] for group in job.groups.get(block.index, ())]
         observer = InputObserver(watched, job.collected, job.source.device, length=self.calibration.ids.shape[1])
@@ -205,7 +206,7 @@ class SmallerRun(Walk):
                 units = units_of(group, block, stats)
                 self.progress.doing(f"choosing channels of {group.name}")
                 began, keep = perf_counter(), job.units[group.config_key]
-                cut = job.method.compress(units, keep)  # type: ignore[union-attr]
+                cut = method.compress(units, keep)
                 if f"{group.reader}.bias".removeprefix(block.prefix) not in target.module.state_dict():
                     cut = replace(cut, shift=None)
                 changed |= tensors_of(block, readers[group.reader], group, cut)
@@ -226,7 +227,7 @@ class SmallerRun(Walk):
                 began = perf_counter()
                 experts = experts_of(group, block, observer.of(group) if method.reads_outputs else None)
                 cut = method.compress(experts, job.units[group.config_key])
-                changed |= experts_left(block, group, cut)
+                changed |= left_of(block, group, cut)
                 result.layers.append(entry_of(group.name, job.recipe.method, cut, None, perf_counter() - began))
         return changed
 
@@ -249,12 +250,10 @@ class SmallerRun(Walk):
 
 @contextmanager
 def _timed_load(run: SmallerRun, block: Block, result: Result) -> Iterator[None]:
-    with result.timed("read"):
-        run.job.source.materialise(block.prefix, block.names)
-    try:
+    with ExitStack() as stack:
+        with result.timed("read"):
+            stack.enter_context(run.job.source.loaded(block))
         yield
-    finally:
-        run.job.source.release(block.prefix, block.names)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.writer import CheckpointWriter
 from paredown.compress.model.blocks import Block
 from paredown.compress.model.reshape import Reshaped, in_files
+from paredown.compress.run.write import add_dense, outside
 
 
 def write_block(
@@ -33,10 +34,8 @@ def write_block(
 
 def write_rest(writer: CheckpointWriter, source: ModelSource, all_blocks: Sequence[Block], small: Reshaped) -> None:
     """Write what lies outside the blocks as it was stored, and what the model class does not know but for removed blocks."""
-    inside = tuple(block.prefix for block in all_blocks)
-    outside = [name for name in source.parameters if not name.startswith(inside)]
-    for name in outside:
-        _add(writer, source, small, dict(source.as_stored([name], {})))
+    for tensors in outside(source, all_blocks, "dense"):
+        _add(writer, source, small, tensors)
         writer.end_block()
     unknown = [key for key in source.verbatim if key not in small.dropped_verbatim]
     for key, tensor in source.files.read(unknown, finite=False).items():
@@ -45,7 +44,5 @@ def write_rest(writer: CheckpointWriter, source: ModelSource, all_blocks: Sequen
 
 
 def _add(writer: CheckpointWriter, source: ModelSource, small: Reshaped, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        new = in_files(source, small, name)
-        if new is not None and new not in writer.tensors:
-            writer.add(new, tensor, kind="dense")
+    named = ((in_files(source, small, name), tensor) for name, tensor in tensors.items())
+    add_dense(writer, {name: tensor for name, tensor in named if name is not None})

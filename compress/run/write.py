@@ -1,6 +1,6 @@
 """Hand a model's tensors to the writer: those of edited layers packed or dense, all others as they were stored."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,15 +43,21 @@ def write_block(
 def write_rest(writer: CheckpointWriter, source: ModelSource, all_blocks: Sequence[Block], format: Format) -> None:
     """Write what lies outside the blocks as it was stored: embeddings, final norm, head, and tensors that the model class
     does not know."""
+    for tensors in outside(source, all_blocks, format):
+        add_dense(writer, tensors)
+        writer.end_block()
+    write_verbatim(writer, source)
+
+
+def outside(source: ModelSource, all_blocks: Sequence[Block], format: Format) -> Iterator[dict[str, Tensor]]:
+    """The weights outside the blocks as they were stored, those together that the files hold as one tensor."""
     inside = tuple(block.prefix for block in all_blocks)
     written: set[str] = set()
     for name in source.parameters:
         if not name.startswith(inside) and name not in written:
             together = source.origins[name].weights or (name,)
             written.update(together)
-            add_dense(writer, dict(source.as_stored([name], {})) if format == "dense" else source.read(together))
-            writer.end_block()
-    write_verbatim(writer, source)
+            yield dict(source.as_stored([name], {})) if format == "dense" else source.read(together)
 
 
 def write_verbatim(writer: CheckpointWriter, source: ModelSource) -> None:
