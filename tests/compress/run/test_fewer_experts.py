@@ -9,9 +9,8 @@ import transformers as t
 import yaml
 from transformers import AutoModelForCausalLM
 
-from paredown.compress import PareError, compress, plan
+from paredown.compress import PareError, plan
 
-SMALL = ("calibration.sequences=4", "calibration.length=32", "evaluate.length=32", "evaluate.windows=4")
 SIZES = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 256, "eos_token_id": 256,
@@ -70,14 +69,8 @@ def silence(name, router):
 
 
 @pytest.fixture
-def run(text_file, tmp_path, verified_here):
-    def go(model, raw, out="out", **options):
-        path = tmp_path / f"{out}.yaml"
-        path.write_text(yaml.safe_dump(raw))
-        text = {"calibration": str(text_file), "eval_text": [str(text_file)]}
-        return compress(model, str(path), tmp_path / out, overrides=SMALL, **text, **options)
-
-    return go
+def run(run_raw):
+    return run_raw
 
 
 def routers(folder):
