@@ -94,15 +94,22 @@ def dense_config(config: Any) -> Any:
     return dense_twin(config)
 
 
-def load(folder: str | Path, **options: Any) -> Any:
+def load(folder: str | Path, *, unpack: bool | None = None, **options: Any) -> Any:
     """The model of a packed or a dense checkpoint, by `from_pretrained` of the auto class that has it, with these `options`.
 
+    `unpack`: on a CPU, masked weights stay dense in memory once they were used, so that the model is as fast as the dense
+    one; None: if they take at most half of the free memory. Its outputs are the same.
     Raises PareError for a packed checkpoint with tensors that are missing, unexpected, of a wrong shape or not finite.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from paredown.compress.storage.unpacked import keep_dense
 
     register()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     packed = config.model_type != dense_model_type(config.model_type)
     auto = AutoModelForCausalLM if packed else auto_class(config)
-    return auto.from_pretrained(folder, **{"dtype": "auto", **options})
+    model = auto.from_pretrained(folder, **{"dtype": "auto", **options})
+    if unpack is not None:
+        keep_dense(model, unpack)
+    return model

@@ -4,11 +4,12 @@ In a checkpoint their tensors are called `<name>.<tensor of the kind>`; a bias k
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from paredown.compress.errors import PareError
 from paredown.compress.storage.kinds import kind_of
@@ -23,18 +24,43 @@ class LinearGroup(Protocol):
     def dissolve(self) -> None: ...
 
 
+def _edits(tensors: tuple[Tensor, ...]) -> list[int]:
+    """How often each was changed in place."""
+    return [0 if t.is_inference() else t._version for t in tensors]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A dense weight and what it was made of."""
+
+    stored: tuple[Tensor, ...]
+    edits: list[int]
+    weight: Tensor
+
+    def holds(self) -> bool:
+        """Whether these have not changed."""
+        return _edits(self.stored) == self.edits
+
+    @property
+    def learns(self) -> bool:
+        """Whether gradients are wanted of them."""
+        return torch.is_grad_enabled() and any(t.requires_grad for t in self.stored)
+
+
 class _Packed(nn.Module):
     """A packed weight of a spec; its tensors are uninitialised until they are loaded."""
 
     layout: ClassVar[Layout]
     # so that transformers does not initialise packed weights that a checkpoint lacks: loading must fail instead
     _is_hf_initialized = True
+    keeps_dense = False  # the dense weight stays in memory once it was unpacked on a CPU: see `unpacked`
 
     def __init__(self, spec: Spec, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.spec = replace(spec, layout=self.layout, bias=False)  # as in config.json
         self.kind, self._shape, self._pack = spec.kind, spec.shape, kind_of(spec.kind)
         self._derived: dict[str, Tensor] = {}  # from the current tensors: emptied when one changes
+        self._kept: _Kept | None = None
         for name, size in self._pack.sizes(spec).items():
             own = self._pack.tensors[name]
             empty = torch.empty(size, device=device, dtype=own or dtype)
@@ -74,9 +100,13 @@ class _Packed(nn.Module):
             self._derived = self._pack.derive(tensors)
         return self._pack.matmul(x, {**tensors, **self._derived}, bias)
 
+    def forget(self) -> None:
+        """Free what was computed from the stored tensors."""
+        self._derived, self._kept = {}, None
+
     def _changed(self) -> None:
         """A tensor has other data now, or is on another device."""
-        self._derived = {}
+        self.forget()
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -93,6 +123,24 @@ class _Packed(nn.Module):
         return self
 
     def _dense(self) -> Tensor:
+        """The dense weight as in the layer that this one replaces."""
+        kept = self._kept_dense()
+        return self._unpacked() if kept is None else kept
+
+    def _kept_dense(self) -> Tensor | None:
+        """The dense weight, if it stays in memory and is in use as it is: on a CPU, neither trained nor compiled."""
+        if not self.keeps_dense or torch.compiler.is_compiling():
+            return None
+        kept = self._kept
+        if kept is None or not kept.holds():
+            stored = tuple(self.tensors().values())
+            if any(t.device.type != "cpu" for t in stored):
+                return None
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = kept = _Kept(stored, _edits(stored), self._unpacked())
+        return None if kept.learns else kept.weight
+
+    def _unpacked(self) -> Tensor:
         dense = self._pack.unpack(self.tensors(), self._shape)
         # some families' _init_weights writes random numbers into `layer.weight` unless it is marked as loaded
         dense._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -115,7 +163,7 @@ class PackedLinear(_Packed):
 
     @property
     def weight(self) -> Tensor:  # (out, in)
-        """The dense weight, unpacked at each call."""
+        """The dense weight."""
         return self._dense()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,6 +171,9 @@ class PackedLinear(_Packed):
             return self.own_forward(self, x)
         if self.group is not None and not torch.is_grad_enabled():
             return self.group.product(self.place, x)
+        kept = self._kept_dense()
+        if kept is not None:
+            return F.linear(x, kept, self.bias)
         return self._product(x, self.bias)  # (..., out)
 
     def _changed(self) -> None:
@@ -147,8 +198,11 @@ class PackedConv1D(_Packed):
 
     @property
     def weight(self) -> Tensor:  # (in, out)
-        """The dense weight as in `Conv1D`, unpacked at each call."""
-        weight = self._dense().t().contiguous()
+        """The dense weight as in `Conv1D`."""
+        return self._dense()
+
+    def _unpacked(self) -> Tensor:
+        weight = super()._unpacked().t().contiguous()
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         return weight
 
@@ -237,12 +291,18 @@ class PackedExperts(_Packed):
     def forward(self, expert: int | Tensor | None) -> Tensor:
         """One expert's dense weight, or those of all (None) in the shape of the parameter."""
         if expert is None:
-            return torch.stack([self._expert(e) for e in range(len(self))]).view(self.shape)
+            return self._dense()
         if isinstance(expert, Tensor) and expert.dim():
             raise PareError(
                 "packed experts are unpacked one at a time; load the model with experts_implementation='eager'"
             )
+        kept = self._kept_dense()
+        if kept is not None:
+            return kept.view(self._separate)[int(expert)]
         return self._expert(int(expert))
+
+    def _unpacked(self) -> Tensor:
+        return torch.stack([self._expert(e) for e in range(len(self))]).view(self.shape)
 
     def _expert(self, index: int) -> Tensor:
         if not -len(self) <= index < len(self):
