@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MANY = 32  # from this number of tokens on PIFA permutes the rows of the weight, below it the outputs
-
 
 def lowrank_matmul(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ (left @ right).T + bias`. x (..., in); left (out, k); right (k, in); bias (out,). Returns (..., out)."""
@@ -27,13 +25,18 @@ def pifa_matmul(
     x (..., in); pivots (k, in); coefficients (out - k, k); order (out,) integer: the place of each row of the weight in
     the list of pivots followed by the other rows; bias (out,).
     """
-    hidden = F.linear(x, pivots)  # (..., k)
-    if hidden.numel() >= MANY * len(pivots):
-        # permuting the outputs of many tokens is expensive, permuting the rows of the second factor is not
-        identity = torch.eye(len(pivots), dtype=x.dtype, device=x.device)
-        return F.linear(hidden, torch.cat((identity, coefficients)).index_select(0, order), bias)
-    y = torch.cat((hidden, F.linear(hidden, coefficients)), dim=-1).index_select(-1, order)  # (..., out)
+    tokens = x.reshape(-1, x.shape[-1])
+    # one token a column: rows are permuted many times faster than columns
+    hidden = pivots @ tokens.T  # (k, tokens)
+    y = torch.cat((hidden, coefficients @ hidden)).index_select(0, order).T.contiguous()  # (tokens, out)
+    y = y.view(*x.shape[:-1], len(order))
     return y if bias is None else y + bias
+
+
+def pifa_left(coefficients: Tensor, order: Tensor) -> Tensor:  # (out, k)
+    """The factor whose product with the pivots is the weight; coefficients (out - k, k), order (out,) as in `pifa_matmul`."""
+    identity = torch.eye(coefficients.shape[1], dtype=coefficients.dtype, device=coefficients.device)
+    return torch.cat((identity, coefficients)).index_select(0, order)
 
 
 def cur_matmul(x: Tensor, columns: Tensor, link: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -76,6 +79,8 @@ def grouped_pifa_matmul(
     other, in one tensor of any shape; order (sum of outs,): as in `pifa_matmul`, counted within each linear; bias (sum
     of outs,).
     """
+    if len(ranks) == 1:
+        return pifa_matmul(x, pivots, coefficients.view(outs[0] - ranks[0], ranks[0]), order, bias)
     others = [out - rank for out, rank in zip(outs, ranks, strict=True)]
     sizes = [other * rank for other, rank in zip(others, ranks, strict=True)]
     parts = zip(pivots.split(ranks), coefficients.flatten().split(sizes), order.split(outs), ranks, strict=True)

@@ -10,7 +10,8 @@ forms, `right` and `pivots` are (sum of ranks, in), `left` and `coefficients` ar
 the lists `ranks` and `outs` give the sizes of each linear. A single linear needs neither list.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,22 @@ from paredown.kernels.paths import kernels_run
 Sizes = list[int] | None
 
 
-@torch.library.custom_op("paredown::sparse24_matmul", mutates_args=())
+class _Operator:
+    """A function that is an operator of torch's where torch compiles. Elsewhere it is called as it is: a call through torch's
+    registry takes as long as reading a megabyte of weights.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Tensor]) -> None:
+        self._function = function
+        self._traced = torch.library.custom_op(f"paredown::{name}", function, mutates_args=())
+        self.register_fake = self._traced.register_fake
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        product: Tensor = (self._traced if torch.compiler.is_compiling() else self._function)(*arguments)
+        return product
+
+
+@partial(_Operator, "sparse24_matmul")
 def _sparse24_matmul(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
     rows, columns = values.shape[0], 2 * values.shape[1]
     _expect(x, columns, indices.shape == (rows, sparse24s.index_bytes(columns)), "indices", indices, bias, rows)
@@ -36,7 +52,7 @@ def _sparse24_matmul(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | 
     return _launch(paths.sparse24, "sparse24", x, (values, indices), bias, rows)
 
 
-@torch.library.custom_op("paredown::sparse24_lowrank_matmul", mutates_args=())
+@partial(_Operator, "sparse24_lowrank_matmul")
 def _sparse24_lowrank_matmul(
     x: Tensor, values: Tensor, indices: Tensor, left: Tensor, right: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -48,7 +64,7 @@ def _sparse24_lowrank_matmul(
     return _launch(paths.sparse24_lowrank, "sparse24_lowrank", x, (values, indices, left, right), bias, rows)
 
 
-@torch.library.custom_op("paredown::bitmap_matmul", mutates_args=())
+@partial(_Operator, "bitmap_matmul")
 def _bitmap_matmul(x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor | None, bias: Tensor | None) -> Tensor:
     rows, columns = bitmap.shape[0], x.shape[-1]
     _expect(x, columns, bitmap.shape[1] == -(-columns // 8), "bitmap", bitmap, bias, rows)
@@ -58,7 +74,7 @@ def _bitmap_matmul(x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor | N
     return _launch(paths.bitmap, "bitmap", x, (values, bitmap, starts), bias, rows)
 
 
-@torch.library.custom_op("paredown::lowrank_matmul", mutates_args=())
+@partial(_Operator, "lowrank_matmul")
 def _lowrank_matmul(
     x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, ranks: list[int], outs: list[int]
 ) -> Tensor:
@@ -70,7 +86,7 @@ def _lowrank_matmul(
     return _launch(paths.lowrank, "lowrank", x, (left, right, ranks, outs), bias, sum(outs))
 
 
-@torch.library.custom_op("paredown::pifa_matmul", mutates_args=())
+@partial(_Operator, "pifa_matmul")
 def _pifa_matmul(
     x: Tensor,
     pivots: Tensor,
@@ -88,7 +104,7 @@ def _pifa_matmul(
     return _launch(paths.pifa, "pifa", x, (pivots, coefficients, order, ranks, outs), bias, sum(outs))
 
 
-@torch.library.custom_op("paredown::cur_matmul", mutates_args=())
+@partial(_Operator, "cur_matmul")
 def _cur_matmul(x: Tensor, columns: Tensor, link: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     fits = link.shape == (columns.shape[1], rows.shape[0])
     _expect(x, rows.shape[1], fits, "link", link, bias, columns.shape[0])

@@ -28,9 +28,11 @@ def kernels_run(x: Tensor, *weights: Tensor) -> bool:
 
     Inside `dispatch.using(table)` they take CPU tensors as well, if Triton interprets its kernels.
     """
+    if not x.is_cuda and table_in_use() is None:
+        return False
     if x.dtype not in HALVES or any(w.dtype != x.dtype for w in weights) or not _has_triton():
         return False
-    return x.is_cuda or (table_in_use() is not None and x.is_cpu and _interpreted())
+    return x.is_cuda or (x.is_cpu and _interpreted())
 
 
 @cache

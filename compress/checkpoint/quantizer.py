@@ -13,7 +13,7 @@ from paredown.compress.storage.fuse import fuse
 from paredown.compress.storage.install import install, read_specs
 from paredown.compress.storage.kinds import FORMAT_VERSION
 from paredown.compress.storage.spec import Spec, told
-from paredown.compress.storage.unpacked import keep_dense
+from paredown.compress.storage.unpacked import keep_unpacked
 
 QUANT_METHOD = "paredown"  # of config.json's quantization_config
 
@@ -70,7 +70,7 @@ class PackedWeightsQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         _compute_as_dense(model)
         fuse(model)
-        keep_dense(model)
+        keep_unpacked(model)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:

@@ -97,13 +97,13 @@ def dense_config(config: Any) -> Any:
 def load(folder: str | Path, *, unpack: bool | None = None, **options: Any) -> Any:
     """The model of a packed or a dense checkpoint, by `from_pretrained` of the auto class that has it, with these `options`.
 
-    `unpack`: on a CPU, masked weights stay dense in memory once they were used, so that the model is as fast as the dense
-    one; None: if they take at most half of the free memory. Its outputs are the same.
+    `unpack`: on a CPU, packed weights stay unpacked in memory once they were used, so that a pruned model is as fast as the
+    dense one; None: if they take at most half of the free memory.
     Raises PareError for a packed checkpoint with tensors that are missing, unexpected, of a wrong shape or not finite.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from paredown.compress.storage.unpacked import keep_dense
+    from paredown.compress.storage.unpacked import keep_unpacked
 
     register()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -111,5 +111,5 @@ def load(folder: str | Path, *, unpack: bool | None = None, **options: Any) -> A
     auto = AutoModelForCausalLM if packed else auto_class(config)
     model = auto.from_pretrained(folder, **{"dtype": "auto", **options})
     if unpack is not None:
-        keep_dense(model, unpack)
+        keep_unpacked(model, unpack)
     return model

@@ -11,6 +11,8 @@ from paredown.compress.storage.spec import Spec
 from paredown.kernels import lowrank as lowranks
 from paredown.kernels import ops
 
+SMALL = 1 << 20  # numbers of a weight
+
 
 class LowRank(Kind):
     """Two factors: `left @ right`."""
@@ -62,6 +64,19 @@ class Pifa(Kind):
     def matmul(x: Tensor, tensors: Tensors, bias: Tensor | None, ranks: Parts = None, outs: Parts = None) -> Tensor:
         pivots, coefficients, order = tensors["pivots"], tensors["coefficients"], tensors["order"]
         return ops.pifa_matmul(x, pivots, coefficients, order, bias, ranks, outs)
+
+    @staticmethod
+    def kept_numbers(spec: Spec) -> int:
+        """Of a small weight a left factor with rows in order: permuting outputs takes longer than its further products."""
+        return spec.shape[0] * _rank(spec) if spec.size <= SMALL else 0
+
+    @staticmethod
+    def keep(tensors: Tensors, shape: tuple[int, ...]) -> Tensor:
+        return lowranks.pifa_left(tensors["coefficients"], tensors["order"])
+
+    @staticmethod
+    def matmul_kept(x: Tensor, tensors: Tensors, kept: Tensor, bias: Tensor | None) -> Tensor:
+        return lowranks.lowrank_matmul(x, kept, tensors["pivots"], bias)
 
     @staticmethod
     def fault(tensors: Tensors, shape: tuple[int, ...]) -> str | None:

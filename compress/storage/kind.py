@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from paredown.compress.storage.spec import Spec
 
@@ -52,6 +53,21 @@ class Kind(ABC):
         return {}
 
     @staticmethod
+    def kept_numbers(spec: Spec) -> int:
+        """How many numbers stay in memory on a CPU for faster products, see `unpacked`; 0: nothing helps."""
+        return 0
+
+    @staticmethod
+    def keep(tensors: Tensors, shape: tuple[int, ...]) -> Tensor:
+        """These numbers; `shape` is the dense weight's."""
+        raise NotImplementedError
+
+    @staticmethod
+    def matmul_kept(x: Tensor, tensors: Tensors, kept: Tensor, bias: Tensor | None) -> Tensor:
+        """As `matmul`, with what `keep` gave."""
+        raise NotImplementedError
+
+    @staticmethod
     def fault(tensors: Tensors, shape: tuple[int, ...]) -> str | None:
         """What is wrong with the index data, the tensor's name first; None if nothing is."""
         return None
@@ -74,3 +90,15 @@ class Mask(Kind):
     @abstractmethod
     def pack(weight: Tensor, keep: Tensor) -> dict[str, Tensor]:
         """The tensors to store of a weight (..., out, in); `keep` (bool, same shape) marks the values that are stored."""
+
+    @staticmethod
+    def kept_numbers(spec: Spec) -> int:
+        return spec.size
+
+    @classmethod
+    def keep(cls, tensors: Tensors, shape: tuple[int, ...]) -> Tensor:
+        return cls.unpack(tensors, shape)
+
+    @staticmethod
+    def matmul_kept(x: Tensor, tensors: Tensors, kept: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, kept, bias)

@@ -9,10 +9,9 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from paredown.compress.errors import PareError
-from paredown.compress.storage.kinds import kind_of
+from paredown.compress.storage.kinds import MASKS, kind_of
 from paredown.compress.storage.spec import Layout, Spec
 
 
@@ -31,11 +30,11 @@ def _edits(tensors: tuple[Tensor, ...]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A dense weight and what it was made of."""
+    """What stays in memory, and the stored tensors of which it was made."""
 
     stored: tuple[Tensor, ...]
     edits: list[int]
-    weight: Tensor
+    made: Tensor
 
     def holds(self) -> bool:
         """Whether these have not changed."""
@@ -53,7 +52,7 @@ class _Packed(nn.Module):
     layout: ClassVar[Layout]
     # so that transformers does not initialise packed weights that a checkpoint lacks: loading must fail instead
     _is_hf_initialized = True
-    keeps_dense = False  # the dense weight stays in memory once it was unpacked on a CPU: see `unpacked`
+    keeps = False  # what `Kind.keep` makes stays in memory on a CPU: see `unpacked`
 
     def __init__(self, spec: Spec, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
@@ -124,12 +123,12 @@ class _Packed(nn.Module):
 
     def _dense(self) -> Tensor:
         """The dense weight as in the layer that this one replaces."""
-        kept = self._kept_dense()
+        kept = self._made() if self.kind in MASKS else None
         return self._unpacked() if kept is None else kept
 
-    def _kept_dense(self) -> Tensor | None:
-        """The dense weight, if it stays in memory and is in use as it is: on a CPU, neither trained nor compiled."""
-        if not self.keeps_dense or torch.compiler.is_compiling():
+    def _made(self) -> Tensor | None:
+        """What stays in memory, if it may be used as it is: on a CPU, neither trained nor compiled."""
+        if not self.keeps or torch.compiler.is_compiling():
             return None
         kept = self._kept
         if kept is None or not kept.holds():
@@ -137,8 +136,11 @@ class _Packed(nn.Module):
             if any(t.device.type != "cpu" for t in stored):
                 return None
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = kept = _Kept(stored, _edits(stored), self._unpacked())
-        return None if kept.learns else kept.weight
+                self._kept = kept = _Kept(stored, _edits(stored), self._keep())
+        return None if kept.learns else kept.made
+
+    def _keep(self) -> Tensor:
+        return self._unpacked()
 
     def _unpacked(self) -> Tensor:
         dense = self._pack.unpack(self.tensors(), self._shape)
@@ -171,10 +173,13 @@ class PackedLinear(_Packed):
             return self.own_forward(self, x)
         if self.group is not None and not torch.is_grad_enabled():
             return self.group.product(self.place, x)
-        kept = self._kept_dense()
+        kept = self._made()
         if kept is not None:
-            return F.linear(x, kept, self.bias)
+            return self._pack.matmul_kept(x, self.tensors(), kept, self.bias)
         return self._product(x, self.bias)  # (..., out)
+
+    def _keep(self) -> Tensor:
+        return self._pack.keep(self.tensors(), self._shape)
 
     def _changed(self) -> None:
         super()._changed()
@@ -296,7 +301,7 @@ class PackedExperts(_Packed):
             raise PareError(
                 "packed experts are unpacked one at a time; load the model with experts_implementation='eager'"
             )
-        kept = self._kept_dense()
+        kept = self._made()
         if kept is not None:
             return kept.view(self._separate)[int(expert)]
         return self._expert(int(expert))

@@ -13,7 +13,7 @@ from paredown.compress.storage import unpacked
 from paredown.compress.storage.install import install
 from paredown.compress.storage.kinds import pack
 from paredown.compress.storage.spec import Spec
-from paredown.compress.storage.unpacked import keep_dense
+from paredown.compress.storage.unpacked import keep_unpacked
 
 
 class Experts(nn.Module):
@@ -59,11 +59,11 @@ def test_a_weight_is_unpacked_once_and_gives_the_same_to_the_last_bit(counted):
     model, calls = counted
     x = torch.randn(5, 8)
     before = model(x)
-    assert keep_dense(model) == 4 * (48 + 48 + 3 * 48)
+    assert keep_unpacked(model) == 4 * (48 + 48 + 3 * 48)
     assert torch.equal(model(x), before)
     calls.clear()
     assert torch.equal(model(x), before) and not calls
-    keep_dense(model, False)
+    keep_unpacked(model, False)
     assert torch.equal(model(x), before) and calls
 
 
@@ -71,7 +71,7 @@ def test_a_weight_is_unpacked_once_and_gives_the_same_to_the_last_bit(counted):
 def test_what_is_kept_follows_every_change(counted):
     model, _ = counted
     x = torch.randn(5, 8)
-    keep_dense(model)
+    keep_unpacked(model)
     before = model(x)
     for module in (model.proj, model.conv, model.experts.up):
         module.values.mul_(2.0)  # in place
@@ -86,7 +86,7 @@ def test_what_is_kept_follows_every_change(counted):
 
 def test_weights_that_are_trained_are_unpacked_at_each_call(counted):
     model, _ = counted
-    keep_dense(model)
+    keep_unpacked(model)
     with torch.inference_mode():
         model(torch.randn(5, 8))
     model(torch.randn(5, 8, requires_grad=True)).sum().backward()  # through what was kept
@@ -99,7 +99,7 @@ def test_weights_that_are_trained_are_unpacked_at_each_call(counted):
 def test_weights_that_could_be_trained_are_kept_while_they_are_not(counted):
     model, calls = counted
     model.requires_grad_(True)
-    keep_dense(model)
+    keep_unpacked(model)
     model(torch.randn(5, 8))
     calls.clear()
     model(torch.randn(5, 8))
@@ -110,9 +110,26 @@ def test_nothing_is_kept_where_memory_is_short_unless_asked_for(counted, monkeyp
     model, _ = counted
     monkeypatch.setattr(unpacked, "available_memory", lambda: 1000)
     with caplog.at_level(logging.INFO, "paredown"):
-        assert keep_dense(model) == 0
-    assert "unpack=True" in caplog.text and not model.proj.keeps_dense
-    assert keep_dense(model, True) == 960 and model.proj.keeps_dense
+        assert keep_unpacked(model) == 0
+    assert "unpack=True" in caplog.text and not model.proj.keeps
+    assert keep_unpacked(model, True) == 960 and model.proj.keeps
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size, kept", [(24, 24 * 8), (1100, 0)])
+def test_a_small_pifa_weight_keeps_a_left_factor(size, kept):
+    model = nn.Sequential(nn.Linear(size, size))
+    install(model, {"0": Spec("pifa", (size, size), rank=8)})
+    parts = {"pivots": torch.randn(8, size), "coefficients": torch.randn(size - 8, 8), "order": torch.randperm(size).int()}
+    model.load_state_dict({"0.bias": torch.randn(size), **{f"0.{name}": tensor for name, tensor in parts.items()}})
+    x = torch.randn(3, 5, size)
+    before, weight = model(x), model[0].weight
+    assert keep_unpacked(model) == 4 * kept
+    after = model(x)
+    assert float((after - before).norm() / before.norm()) < 1e-6 and torch.equal(model[0].weight, weight)
+    assert (model[0]._kept is not None) == (kept > 0)
+    model[0].coefficients.mul_(0.0)
+    assert float((model(x) - after).norm() / before.norm()) > 0.1
 
 
 @torch.no_grad()
