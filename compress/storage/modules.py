@@ -23,27 +23,28 @@ class LinearGroup(Protocol):
     def dissolve(self) -> None: ...
 
 
-def _edits(tensors: tuple[Tensor, ...]) -> list[int]:
-    """How often each was changed in place."""
-    return [0 if t.is_inference() else t._version for t in tensors]
-
-
 @dataclass(frozen=True)
 class _Kept:
     """What stays in memory, and the stored tensors of which it was made."""
 
-    stored: tuple[Tensor, ...]
-    edits: list[int]
     made: Tensor
+    tensors: dict[str, Tensor]
+    edits: list[int]  # how often each was changed in place
+
+    @classmethod
+    def of(cls, made: Tensor, tensors: dict[str, Tensor]) -> "_Kept":
+        return cls(made, tensors, [0 if t.is_inference() else t._version for t in tensors.values()])
 
     def holds(self) -> bool:
-        """Whether these have not changed."""
-        return _edits(self.stored) == self.edits
+        """Whether none of these has changed."""
+        for tensor, edits in zip(self.tensors.values(), self.edits, strict=True):
+            if not tensor.is_inference() and tensor._version != edits:
+                return False
+        return True
 
-    @property
     def learns(self) -> bool:
         """Whether gradients are wanted of them."""
-        return torch.is_grad_enabled() and any(t.requires_grad for t in self.stored)
+        return torch.is_grad_enabled() and any(t.requires_grad for t in self.tensors.values())
 
 
 class _Packed(nn.Module):
@@ -123,21 +124,21 @@ class _Packed(nn.Module):
 
     def _dense(self) -> Tensor:
         """The dense weight as in the layer that this one replaces."""
-        kept = self._made() if self.kind in MASKS else None
-        return self._unpacked() if kept is None else kept
+        kept = self._in_memory() if self.kind in MASKS else None
+        return self._unpacked() if kept is None else kept.made
 
-    def _made(self) -> Tensor | None:
+    def _in_memory(self) -> _Kept | None:
         """What stays in memory, if it may be used as it is: on a CPU, neither trained nor compiled."""
         if not self.keeps or torch.compiler.is_compiling():
             return None
         kept = self._kept
         if kept is None or not kept.holds():
-            stored = tuple(self.tensors().values())
-            if any(t.device.type != "cpu" for t in stored):
+            tensors = self.tensors()
+            if any(t.device.type != "cpu" for t in tensors.values()):
                 return None
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = kept = _Kept(stored, _edits(stored), self._keep())
-        return None if kept.learns else kept.made
+                self._kept = kept = _Kept.of(self._keep(), tensors)
+        return None if kept.learns() else kept
 
     def _keep(self) -> Tensor:
         return self._unpacked()
@@ -173,9 +174,9 @@ class PackedLinear(_Packed):
             return self.own_forward(self, x)
         if self.group is not None and not torch.is_grad_enabled():
             return self.group.product(self.place, x)
-        kept = self._made()
+        kept = self._in_memory()
         if kept is not None:
-            return self._pack.matmul_kept(x, self.tensors(), kept, self.bias)
+            return self._pack.matmul_kept(x, kept.tensors, kept.made, self.bias)
         return self._product(x, self.bias)  # (..., out)
 
     def _keep(self) -> Tensor:
@@ -301,9 +302,9 @@ class PackedExperts(_Packed):
             raise PareError(
                 "packed experts are unpacked one at a time; load the model with experts_implementation='eager'"
             )
-        kept = self._made()
+        kept = self._in_memory()
         if kept is not None:
-            return kept.view(self._separate)[int(expert)]
+            return kept.made.view(self._separate)[int(expert)]
         return self._expert(int(expert))
 
     def _unpacked(self) -> Tensor:
