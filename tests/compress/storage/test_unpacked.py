@@ -120,7 +120,11 @@ def test_nothing_is_kept_where_memory_is_short_unless_asked_for(counted, monkeyp
 def test_a_small_pifa_weight_keeps_a_left_factor(size, kept):
     model = nn.Sequential(nn.Linear(size, size))
     install(model, {"0": Spec("pifa", (size, size), rank=8)})
-    parts = {"pivots": torch.randn(8, size), "coefficients": torch.randn(size - 8, 8), "order": torch.randperm(size).int()}
+    parts = {
+        "pivots": torch.randn(8, size),
+        "coefficients": torch.randn(size - 8, 8),
+        "order": torch.randperm(size).int(),
+    }
     model.load_state_dict({"0.bias": torch.randn(size), **{f"0.{name}": tensor for name, tensor in parts.items()}})
     x = torch.randn(3, 5, size)
     before, weight = model(x), model[0].weight
