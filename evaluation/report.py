@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from paredown.evaluation.schema import SCHEMA, Calibration, CalibrationText, EvalResult, Report, check_report
+from paredown.evaluation.schema import SCHEMA, Calibration, CalibrationText, EvalResult, Report, Structure, check_report
 from paredown.evaluation.tables import (
     BEFORE_AFTER,
     Rows,
@@ -134,9 +134,27 @@ def shape_words(report: Report) -> str:
     structure = report["structure"]
     before, stay = structure["blocks_before"], structure["blocks"]
     words = [f"{key} {after} in place of {size}" for key, (size, after) in structure["units"].items()]
+    words += _uneven_words(structure)
     if gone := [str(i) for i in range(before) if i not in stay]:
         words.insert(0, f"{len(stay)} of {before} blocks, without {', '.join(gone)}")
     return "; ".join(words)
+
+
+def _uneven_words(structure: Structure) -> list[str]:
+    """In which blocks differ."""
+    sizes, absent = structure.get("sizes", {}), structure.get("absent", [])
+    words = [f"without {', '.join(absent)}"] if absent else []
+    if sizes:
+        before, after = (sorted(pair[i] for pair in sizes.values()) for i in (0, 1))
+        share = f"{sum(after) / sum(before):.1%} of all"
+        words.append(
+            f"{_span(after)} units in {len(sizes)} groups in place of {_span(before)} ({share}, per-layer sizes)"
+        )
+    return words
+
+
+def _span(counts: Sequence[int]) -> str:
+    return str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
 
 
 def _calibration(calibration: Calibration | None) -> str:

@@ -20,6 +20,7 @@ SCHEMA = 1  # of report.json
 
 Number = Annotated[float, Field(allow_inf_nan=False)]  # finite; an int is welcome, a bool is not
 Format = Literal["packed", "dense"]
+ExportFormat = Literal["packed", "dense", "deci"]
 
 # Strict: "1" and True are no numbers. A docstring below a key describes it in the JSON Schema; pydantic does not see the
 # docstrings of inherited keys, which are described by `_about` instead.
@@ -226,7 +227,7 @@ class Layer(TypedDict):
 
 @_strict
 class Structure(TypedDict):
-    """What was removed whole: an ordinary smaller model remains."""
+    """What was removed whole."""
 
     blocks: list[int]
     """The blocks that stay, by their numbers in the model that was read."""
@@ -234,6 +235,10 @@ class Structure(TypedDict):
     """How many blocks that model has."""
     units: dict[str, list[int]]
     """Units of a group, such as the channels of an MLP, before and after, by their key of config.json."""
+    sizes: NotRequired[dict[str, list[int]]]
+    """The same by the name of the module that holds them, where blocks differ."""
+    absent: NotRequired[list[str]]
+    """Parts of blocks that are absent, such as the attention of one."""
 
 
 @_strict
@@ -352,7 +357,7 @@ class ExportResult(TypedDict):
     """The checkpoint that was converted: folder or Hub name."""
     out: str
     """The folder that was written."""
-    format: Format
+    format: ExportFormat
     """The format that was written."""
     bytes: BytesChange
     """Bytes of the weights on disk."""

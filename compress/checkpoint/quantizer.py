@@ -12,14 +12,15 @@ from paredown.compress.errors import PareError
 from paredown.compress.storage.fuse import fuse
 from paredown.compress.storage.install import install, read_specs
 from paredown.compress.storage.kinds import FORMAT_VERSION
+from paredown.compress.storage.shapes import Shapes
 from paredown.compress.storage.spec import Spec, told
 from paredown.compress.storage.unpacked import keep_unpacked
 
 QUANT_METHOD = "paredown"  # of config.json's quantization_config
 
 
-def read_settings(settings: Mapping[str, Any]) -> dict[str, Spec]:
-    """The packed weights that a `quantization_config` names.
+def read_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Spec], Shapes]:
+    """The packed weights that a `quantization_config` names, and the sizes and absent modules that it tells.
 
     Raises PareError for another format than ours, for settings that are not of that form, and for a damaged spec.
     """
@@ -33,7 +34,7 @@ def read_settings(settings: Mapping[str, Any]) -> dict[str, Spec]:
         raise PareError(_damaged("modules", "a table of packed weights", modules))
     if not isinstance(verbatim, list) or not all(isinstance(name, str) for name in verbatim):
         raise PareError(_damaged("verbatim", "a list of names", verbatim))
-    return read_specs(modules)
+    return read_specs(modules), Shapes.from_json(settings)
 
 
 def _damaged(key: str, wanted: str, found: object) -> str:
@@ -45,17 +46,21 @@ def _damaged(key: str, wanted: str, found: object) -> str:
 
 @register_quantization_config(QUANT_METHOD)
 class PackedWeightsConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """`modules`: spec of each packed weight by name; `verbatim`: tensors of the files that the model class lacks."""
+    """`modules`: spec of each packed weight by name; `verbatim`: tensors of the files that the model class lacks.
+
+    And `sizes` and `absent` where the model is not all as its config says: see `storage.shapes`.
+    """
 
     def __init__(self, **settings: Any) -> None:
-        read_settings(settings)
+        _, shapes = read_settings(settings)
         self.quant_method, self.version = QUANT_METHOD, FORMAT_VERSION
         self.modules, self.verbatim = settings["modules"], settings.get("verbatim") or []
+        self.__dict__.update(shapes.to_json())
 
 
 @register_quantizer(QUANT_METHOD)
 class PackedWeightsQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Swaps the packed modules into the model while it is on `meta`."""
+    """Gives the model its own shapes, and swaps the packed modules in, while it is on `meta`."""
 
     requires_calibration = True
 
@@ -65,7 +70,9 @@ class PackedWeightsQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{type(model).__name__} cannot load a packed checkpoint: it would fill tensors that are missing with random "
                 "numbers. Load it with AutoModelForCausalLM.from_pretrained."
             )
-        install(model, read_specs(self.quantization_config.modules))
+        modules, shapes = read_settings(vars(self.quantization_config))
+        shapes.apply(model)
+        install(model, modules)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         _compute_as_dense(model)

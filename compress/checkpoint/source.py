@@ -20,6 +20,7 @@ from paredown.compress.checkpoint.skeleton import skeleton
 from paredown.compress.checkpoint.tensor_files import INDEX, SINGLE, TensorFiles
 from paredown.compress.checkpoint.ties import settle_ties
 from paredown.compress.errors import PareError
+from paredown.compress.storage.shapes import Shapes
 from paredown.compress.storage.spec import Spec
 
 
@@ -53,12 +54,14 @@ class ModelSource:
         self.config = load_config(self.folder, self.files.entries)
         if self.stranded:
             self.config, self.files = bitmask_import.as_dense(self.config, self.files)
-        self.modules: dict[str, Spec] = transformers_plugin.packed_modules(self.config)
+        self.modules: dict[str, Spec]
+        self.shapes: Shapes  # what in the model is not as the config says
+        self.modules, self.shapes = transformers_plugin.packed_parts(self.config)
         self.dtype = self.dtype or stored_dtype(self.config, self.files.entries)
         for name in self.config.sub_configs:
             if (part := getattr(self.config, name, None)) is not None:
                 part.dtype = self.dtype  # as `from_pretrained` does
-        self.model = skeleton(only_logits(self.config), self.modules, self.dtype)
+        self.model = skeleton(only_logits(self.config), self.modules, self.dtype, self.shapes)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device.type != "meta":  # computed by the class: no checkpoint has it
@@ -67,7 +70,7 @@ class ModelSource:
 
     def _find_weights(self) -> None:
         """Where each weight lies in the files. Raises PareError if the files and config.json contradict each other."""
-        found = find_origins(self.model, self.files.entries, converted=not self.modules)
+        found = find_origins(self.model, self.files.entries, converted=not self.packed)
         self.origins: dict[str, Origin] = found.of
         purpose = check_purpose(self.model, self.config.architectures, found.of, list(found.unknown))
         apart = settle_ties(self.model, found.of, self.files)
@@ -81,6 +84,11 @@ class ModelSource:
         left = find_leftovers(self.model, found.unknown)
         self.verbatim = left.copied
         self.remarks = [*purpose, *left.remarks(self.model), *_tie_remarks(apart, self.files)]
+
+    @property
+    def packed(self) -> bool:
+        """Whether the files are in our format: their names are those of the model class."""
+        return transformers_plugin.is_packed(self.config)
 
     @property
     def family(self) -> str:

@@ -24,15 +24,18 @@ from paredown.compress.checkpoint.packed_classes import (
 )
 from paredown.compress.errors import PareError
 from paredown.compress.storage.kinds import FORMAT_VERSION
+from paredown.compress.storage.shapes import Shapes
 from paredown.compress.storage.spec import Spec
 
 __all__ = [
     "dense_config",
     "dense_model_type",
+    "is_packed",
     "load",
     "packed_config",
     "packed_model_type",
     "packed_modules",
+    "packed_parts",
     "register",
 ]
 
@@ -51,7 +54,12 @@ def register() -> None:
 
 
 def packed_modules(config: Any) -> dict[str, Spec]:
-    """Specs of the packed weights in a config, by name; empty for a dense model.
+    """Specs of the packed weights in a config, by name; empty for a dense model. Raises PareError as `packed_parts` does."""
+    return packed_parts(config)[0]
+
+
+def packed_parts(config: Any) -> tuple[dict[str, Spec], Shapes]:
+    """Specs of the packed weights in a config, by name, and what in the model is not as the config says; else empty.
 
     Raises PareError for a checkpoint that another tool quantised, whose weights cannot be edited, and for one of ours
     that has another format or is damaged.
@@ -65,7 +73,7 @@ def packed_modules(config: Any) -> dict[str, Spec]:
             "Convert it first with: paredown export OLD -o NEW"
         )
     if settings is None:
-        return {}
+        return {}, Shapes()
     settings = settings if isinstance(settings, dict) else settings.to_dict()
     if settings.get("quant_method") != QUANT_METHOD:
         raise PareError(
@@ -75,23 +83,34 @@ def packed_modules(config: Any) -> dict[str, Spec]:
     return read_settings(settings)
 
 
-def packed_config(config: Any, specs: Mapping[str, Spec], verbatim: list[str] | None = None) -> Any:
-    """The config of a packed checkpoint: that of the dense family, with the specs of the packed weights."""
+def packed_config(
+    config: Any, specs: Mapping[str, Spec], verbatim: list[str] | None = None, shapes: Shapes | None = None
+) -> Any:
+    """The config of a packed checkpoint: that of the dense family, with the specs of the packed weights.
+
+    `shapes`: what in the model is not as the config says.
+    """
     from paredown.compress.checkpoint.quantizer import QUANT_METHOD
 
-    packed = packed_twin(config)
+    packed = packed_twin(dense_config(config))
     packed.quantization_config = {
         "quant_method": QUANT_METHOD,
         "version": FORMAT_VERSION,
         "modules": {name: spec.to_json() for name, spec in specs.items()},
         "verbatim": list(verbatim or []),
+        **(shapes or Shapes()).to_json(),
     }
     return packed
 
 
 def dense_config(config: Any) -> Any:
-    """The inverse of `packed_config`: the config of the dense family."""
-    return dense_twin(config)
+    """The inverse of `packed_config`: the config of the dense family; a dense one is its own."""
+    return dense_twin(config) if is_packed(config) else config
+
+
+def is_packed(config: Any) -> bool:
+    """Whether a config has a model type of ours."""
+    return bool(config.model_type != dense_model_type(config.model_type))
 
 
 def load(folder: str | Path, *, unpack: bool | None = None, **options: Any) -> Any:
@@ -107,8 +126,7 @@ def load(folder: str | Path, *, unpack: bool | None = None, **options: Any) -> A
 
     register()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    packed = config.model_type != dense_model_type(config.model_type)
-    auto = AutoModelForCausalLM if packed else auto_class(config)
+    auto = AutoModelForCausalLM if is_packed(config) else auto_class(config)
     model = auto.from_pretrained(folder, **{"dtype": "auto", **options})
     if unpack is not None:
         keep_unpacked(model, unpack)

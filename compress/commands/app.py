@@ -28,6 +28,12 @@ class Format(StrEnum):
     dense = "dense"
 
 
+class ExportFormat(StrEnum):
+    packed = "packed"
+    dense = "dense"
+    deci = "deci"
+
+
 class Bos(StrEnum):
     auto = "auto"
     none = "none"
@@ -103,20 +109,39 @@ def plan(
     overrides: Set = [],  # noqa: B006
     plugins: Plugin = [],  # noqa: B006
     format: Annotated[Format, typer.Option("--format")] = Format.packed,
+    curve: Annotated[
+        bool,
+        typer.Option("--curve", help="Measure, too, what several shares would lose on the calibration text."),
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,
     json_output: Json = False,
 ) -> None:
-    """Say what would happen: layers, parameters, bytes, memory and disk. No weight is read."""
-    from paredown.commands.display import show_plan
+    """Say what would happen: layers, parameters, bytes, memory and disk. No weight is read, but for --curve."""
+    from paredown.commands.display import now_line, show_curve, show_plan
+    from paredown.compress.run.curve import loss_curve
     from paredown.compress.run.plan import plan as run
+    from paredown.evaluation.terminal import show_note
 
     result = run(
         model, recipe, overrides=overrides, plugins=plugins, format=format.value, device=device, dtype=dtype,
         revision=revision,
     )  # fmt: skip
-    print(json.dumps(result.to_dict(), indent=2)) if json_output else show_plan(result)
+    if not json_output:
+        show_plan(result)
+    plain = result.to_dict()
+    if curve:
+        with now_line() as doing:
+            found = loss_curve(
+                model, recipe, overrides=overrides, plugins=plugins, device=device, dtype=dtype, revision=revision,
+                note=show_note, doing=doing,
+            )  # fmt: skip
+        plain["curve"] = found.to_dict()
+        if not json_output:
+            show_curve(found)
+    if json_output:
+        print(json.dumps(plain, indent=2))
 
 
 @app.command("eval")
@@ -160,10 +185,11 @@ def export(
     ],
     out: Out,
     format: Annotated[
-        Format | None,
+        ExportFormat | None,
         typer.Option(
             "--format",
-            help="packed is smaller; dense loads everywhere. Without it a packed OLD becomes dense, any other packed.",
+            help="packed is smaller; dense loads everywhere; deci is a Llama with blocks of their own sizes, for vLLM. "
+            "Without it a packed OLD becomes dense, any other packed.",
         ),
     ] = None,
     json_output: Json = False,

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from paredown.compress.progress import BlockDone
 from paredown.compress.recipe import Recipe, shipped_recipes
+from paredown.compress.run.curve import LossCurve
 from paredown.compress.run.plan import Plan
 from paredown.evaluation.terminal import err_console, out_console
 
@@ -74,6 +75,17 @@ def show_plan(plan: Plan) -> None:
     for key, value in rows.items():
         table.add_row(key, value)
     out_console.print(table)
+
+
+def show_curve(curve: LossCurve) -> None:
+    """Print what several shares would lose as a table."""
+    table = Table(box=None)
+    for key in curve.rows[0] if curve.rows else ():
+        table.add_column(key, justify="right")
+    for row in curve.rows:
+        table.add_row(*(str(value) if isinstance(value, int) else f"{value:.3g}" for value in row.values()))
+    out_console.print(table)
+    out_console.print(curve.caption, style="dim", markup=False)
 
 
 def show_recipes() -> None:

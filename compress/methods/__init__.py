@@ -11,6 +11,7 @@ from paredown.compress.methods.base import (
     Damping,
     GroupMethod,
     Method,
+    SublayerMethod,
     WeightMethod,
     register,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "Mask",
     "Method",
     "Pruner",
+    "SublayerMethod",
     "Update",
     "WeightMethod",
     "build",

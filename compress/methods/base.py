@@ -11,8 +11,8 @@ class Mine(WeightMethod):
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from paredown.compress.errors import PareError, did_you_mean
 from paredown.compress.numerics.edits import WeightEdit
-from paredown.compress.numerics.moments import Labels, Need, Stats
+from paredown.compress.numerics.moments import InputStats, Labels, Need, Stats
 from paredown.compress.registry import Registry
 from paredown.compress.storage.spec import Spec
 
@@ -29,6 +29,10 @@ Damping = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Shape = tuple[int, int]  # (out, in)
 Shares = Literal["any", "many", "few"]
 Share = Annotated[float, Field(gt=0, lt=1)]
+# units of a group: channels of an MLP; key/value heads, each with its query heads; experts of a mixture
+Kind = Literal["channels", "kv_groups", "experts"]
+# a block that stays: of which of the dense model's blocks it is the sum, and how often each counts; its own is the first
+Mix = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,11 @@ class WeightMethod(Method):
     predicts: ClassVar[bool] = True  # the losses of its choices predict those of its edits
     # those losses are weighed by moments of output gradients where the statistics hold some, else by inputs alone
     weighs: ClassVar[bool] = False
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether losses of choices are predicted from tokens themselves: `Stats.pairs`."""
+        return False
 
     @abstractmethod
     def compress(self, weight: Tensor, stats: Stats) -> WeightEdit | None:
@@ -160,11 +169,24 @@ class Group:
     """Coupled units: each can only be removed from all parts at once."""
 
     name: str  # of the module that holds them: model.layers.0.mlp
-    kind: Literal["channels", "heads", "experts", "states"]
+    kind: Kind
     units: int
     parts: tuple[Part, ...]
     reader: str  # the view whose inputs the units are: model.layers.0.mlp.down_proj; "" of experts
     config_key: str  # of the number of units in config.json
+    # keys that count what units have, such as query heads, and how many one unit has
+    further: tuple[tuple[str, int], ...] = ()
+    # keys that must be given, lest something else changes with those above, and their values
+    fixed: tuple[tuple[str, int], ...] = ()
+    inner: tuple[
+        Part, ...
+    ] = ()  # of experts: where the hidden channels of each lie, the reader's part last; () if unknown
+
+    @property
+    def vector(self) -> int:
+        """How many columns of the reader side by side are one vector: those of a query head; otherwise each is one."""
+        heads = max([1, *(each for _, each in self.further)])
+        return self.parts[-1].width // heads if self.kind == "kv_groups" else 1
 
 
 @dataclass(frozen=True)
@@ -175,6 +197,7 @@ class Units:
     weight: Tensor  # of the reader (out, units * width): `width` columns for each unit
     writers: Mapping[str, Tensor]  # the matrices whose rows the units are, by view name (units * width, in)
     stats: Stats  # of the reader's input, and of the gradient at its output
+    inputs: Mapping[str, InputStats] = field(default_factory=dict)  # of the writers, if the method reads them
 
     @property
     def width(self) -> int:
@@ -197,12 +220,13 @@ class Sliced:
 class GroupMethod(Method):
     """Removes units of a group from every block: as many as its options say."""
 
-    kind: ClassVar[Literal["channels", "experts"]] = "channels"  # of the groups
     of_units: ClassVar[bool] = False  # `kept` is a share of the units, not of the parameters of all blocks
+    reads_writers: ClassVar[bool] = False  # `inputs` of Units
 
     kept: Share | None = None  # of the parameters of all blocks
     units: Annotated[int, Field(ge=1)] | None = None  # of each group
-    multiple: Annotated[int, Field(ge=1)] = 32  # of which the number of units that stay is one, unless it is given
+    # of which the number of units that stay is one, unless it is given; None: 32 of channels, 1 of others
+    multiple: Annotated[int, Field(ge=1)] | None = None
 
     def __post_init__(self) -> None:
         if self.kept is None and self.units is None:
@@ -211,18 +235,42 @@ class GroupMethod(Method):
             raise PareError("kept and units say how many units stay in different ways: give one of them.")
 
     @property
+    def kind(self) -> Kind:
+        """Of the groups."""
+        return "channels"
+
+    @property
+    def step(self) -> int:
+        """Of which the number of units that stay is a multiple, unless it is given."""
+        return self.multiple or (32 if self.kind == "channels" else 1)
+
+    @property
     def shifts(self) -> bool:
         """Whether the reader's bias gains something."""
         return False
+
+    @property
+    def shrink(self) -> float:
+        """How much of the way uneven numbers of units go back to equal ones, from 0 to 1."""
+        return 0.5
 
     @property
     def gradient_windows(self) -> int | None:
         """On how many calibration windows gradients are taken; None: on all."""
         return None
 
+    @property
+    def uneven(self) -> bool:
+        """Groups of different blocks may keep different numbers of units."""
+        return False
+
     @abstractmethod
     def compress(self, units: Units, keep: int) -> Sliced:
         """The group with `keep` units left."""
+
+    def curve(self, units: Units, counts: Sequence[int]) -> Iterator[Sliced]:
+        """What `compress` gives for each of these numbers of units."""
+        return (self.compress(units, keep) for keep in counts)
 
     def working_bytes(self, shape: Shape) -> int:
         """Memory that `compress` takes besides a reader's weight of this shape (out, in) and its statistics."""
@@ -236,14 +284,17 @@ class Profile:
     similarity: Sequence[float] = ()  # mean cosine of a token's hidden states before and after the block
     last: Tensor | None = None  # hidden states of each window's last token before each block, and at the end
     # (windows, blocks + 1, hidden)
-    removals: Sequence[tuple[int, float]] = ()  # the best order of removal, and the divergence after each, in nats
+    removals: Sequence[tuple[int, float]] = ()  # the best order of removal, and what `reads` says after each, in nats
+    # mean cosine between the last hidden states of the dense model and of one made of such blocks
+    similar: Callable[[Sequence[Mix]], float] | None = None
 
 
 @dataclass(frozen=True)
 class BlockMethod(Method):
     """Removes whole blocks."""
 
-    reads: ClassVar[Literal["nothing", "states", "divergence"]] = "nothing"  # of the Profile: what is measured
+    # of the Profile: what is measured
+    reads: ClassVar[Literal["nothing", "states", "divergence", "loss", "merges"]] = "nothing"
     refits: ClassVar[bool] = False  # layers that write to the residual stream are fitted to the dense one
 
     kept: Share | None = None  # of the parameters of all blocks
@@ -259,7 +310,7 @@ class BlockMethod(Method):
 
     @property
     def windows(self) -> int:
-        """On how many windows the divergences are measured."""
+        """On how many windows divergences and merges are measured."""
         return 8
 
     @property
@@ -270,6 +321,41 @@ class BlockMethod(Method):
     @abstractmethod
     def choose(self, profile: Profile, count: int, drop: int) -> list[int]:
         """Which `drop` of `count` blocks go, in order."""
+
+    def stay(self, profile: Profile, count: int, drop: int) -> list[Mix]:
+        """What the others become, in order: by default they stay as they are."""
+        gone = self.choose(profile, count, drop)
+        return [((i, 1.0),) for i in range(count) if i not in gone]
+
+
+@dataclass(frozen=True)
+class SublayerMethod(Method):
+    """Removes attention or MLPs of single blocks, one after another: each time what costs least."""
+
+    kept: Share | None = None  # of the parameters of all blocks
+    drop: Annotated[int, Field(ge=1)] | None = None  # how many go
+
+    def __post_init__(self) -> None:
+        if self.kept is None and self.drop is None:
+            raise PareError(
+                "how much stays is not said: give kept, a share such as 0.8, or drop, how many sublayers go."
+            )
+        if self.kept is not None and self.drop is not None:
+            raise PareError("kept and drop say how much stays in different ways: give one of them.")
+
+    @property
+    def which(self) -> Literal["any", "attention", "mlp"]:
+        """Which may go: those that mix tokens, or those that do not."""
+        return "any"
+
+    @property
+    def windows(self) -> int:
+        """On how many windows the losses are measured."""
+        return 8
+
+    @abstractmethod
+    def cost(self, loss: float, before: float, numbers: int) -> float:
+        """Of the removal of a sublayer of so many parameters: `loss` is the model's without it, `before` with it, in nats."""
 
 
 def check_needs(name: str, owner: object) -> None:
@@ -292,9 +378,10 @@ def check_needs(name: str, owner: object) -> None:
 
 def check_method(name: str, cls: type) -> None:
     """Raises PareError for a class that no run can use."""
-    if not issubclass(cls, WeightMethod | GroupMethod | BlockMethod):
+    if not issubclass(cls, WeightMethod | GroupMethod | BlockMethod | SublayerMethod):
         raise PareError(
-            f"{name}: {cls.__qualname__} is no method. Derive it from WeightMethod, GroupMethod or BlockMethod."
+            f"{name}: {cls.__qualname__} is no method. Derive it from WeightMethod, GroupMethod, BlockMethod or "
+            "SublayerMethod."
         )
     check_needs(name, cls)
 

@@ -4,9 +4,6 @@ Beside the hidden states a block may take what is the same for every text (masks
 further outputs of blocks before it (`FromBlock`), and a dictionary or list that blocks write to (`Shared`).
 """
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 from paredown.compress.model.blocks import decoder_list
 from paredown.compress.model.carried import FromBlock, Shared, mapped
+from paredown.compress.storage.returns import returned
 
 PLAIN = (bool, int, float, str, torch.dtype, torch.device, torch.Size, Enum, PretrainedConfig, type(None))
 
@@ -61,7 +59,7 @@ class Recorder(nn.Module):
     def __init__(self, index: int, layer: nn.Module, order: list[int]) -> None:
         super().__init__()
         self.__dict__["layer"] = layer  # not a submodule, so that the model's parameter names do not change
-        self.outputs = _outputs(layer)
+        self.outputs = returned(layer)
         self.index = index
         self.order = order  # of all recorders: their indices as they are called
         self.call: Call | None = None  # the last one
@@ -171,45 +169,3 @@ def _with_shared(calls: list[Call]) -> list[Call]:
         Call(tuple(stands.get(id(v), v) for v in c.args), {k: stands.get(id(v), v) for k, v in c.kwargs.items()})
         for c in calls
     ]
-
-
-def _outputs(layer: nn.Module) -> int | None:
-    """How many values the layer returns in a tuple, None for a bare tensor.
-
-    Read from its last return statement, because annotations are often out of date.
-    """
-    tree = ast.parse(textwrap.dedent(inspect.getsource(type(layer).forward)))
-    returned = max((n for n in ast.walk(tree) if isinstance(n, ast.Return)), key=lambda node: node.lineno).value
-    if not isinstance(returned, ast.Name):
-        return _length(returned)
-    sets = [
-        _length(node.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == returned.id for t in node.targets)
-    ]
-    lengths = [length for length in sets if length is not None]
-    return lengths[-1] + _added(tree, returned.id) if lengths else None
-
-
-def _length(value: ast.expr | None) -> int | None:
-    if isinstance(value, ast.Tuple | ast.List):
-        return len(value.elts)
-    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
-        sides = [_length(value.left), _length(value.right)]
-        return None if sides == [None, None] else 2  # what is added may be empty, and is never unpacked
-    return _length(value.body) if isinstance(value, ast.IfExp) else None
-
-
-def _added(tree: ast.AST, name: str) -> int:
-    """How many values `name += (...)` adds in any case: where only one branch of an `if` does it, it is left out."""
-
-    def of(statements: list[ast.stmt]) -> int:
-        total = 0
-        for node in statements:
-            if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name) and node.target.id == name:
-                total += _length(node.value) or 0
-            elif isinstance(node, ast.If) and node.orelse:
-                total += min(of(node.body), of(node.orelse))
-        return total
-
-    return sum(of(node.body) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))

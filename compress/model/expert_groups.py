@@ -1,7 +1,8 @@
 """The experts of a mixture as units that can be removed, found by trying which parameters have an entry for each of them."""
 
 from collections.abc import Iterator, Sequence, Set
-from itertools import combinations
+from dataclasses import replace
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ def expert_groups(stream: Stream, block: Block) -> list[Group]:
     Experts are those of fused parameters. Beside these, parameters of the module that holds them have an entry for each
     expert: rows of a router, biases, corrections of a choice; the router's matrix is the last part. What is called a group
     has passed these trials on the first batch of the `stream`, which does not move: the output stays as it is where all
-    parts are permuted alike, and does not where the router alone is. Shared experts are no part. `config_key` is "".
+    parts are permuted alike, and does not where the router alone is. Shared experts are no part. `config_key` is "". The
+    hidden channels of an expert, `inner`, are found alike.
     """
     views = [view for view in block.views() if view.expert == 0]
     owners: dict[int, list[View]] = {}
@@ -82,9 +84,40 @@ def _group_of(trial: Trial, own: Sequence[View]) -> Group | None:
         layouts = _layouts(module, inner, experts, {name.removeprefix(prefix) for name in ordinary})
         parts = next((p for p in layouts if coupled(module, p, experts)), None)
         if parts is not None:
-            named = tuple(Part(prefix + part.name, part.dim, part.width, part.first) for part in parts)
-            return Group(prefix.rstrip("."), "experts", experts, named, "", "")
+            channels = _inner(module, [v for v in own if v.tensor.dim() == 3], prefix)
+            named, inside = ([replace(p, name=prefix + p.name) for p in some] for some in (parts, channels))
+            return Group(prefix.rstrip("."), "experts", experts, tuple(named), "", "", inner=tuple(inside))
     return None
+
+
+def _inner(module: Module32, own: Sequence[View], prefix: str) -> tuple[Part, ...]:
+    """Where the hidden channels of each expert lie in the parameters of all of them, by names within the module.
+
+    One matrix reads them, and the others write them: side by side if a matrix writes two of each, or one half after the
+    other. () where nothing can be permuted so.
+    """
+    for reader in own:
+        channels = reader.shape[1]
+        writers = [v for v in own if v is not reader and v.shape[0] in (channels, 2 * channels)]
+        last = Part(reader.owner.removeprefix(prefix), 2 if reader.layout == "experts" else 1)
+        for biased, halves in product((True, False), repeat=2):
+            parts = [part for v in writers for part in _written(module, v, channels, halves, biased, prefix)]
+            if parts and coupled(module, [*parts, last], channels):
+                return (*parts, last)
+    return ()
+
+
+def _written(module: Module32, writer: View, channels: int, halves: bool, biased: bool, prefix: str) -> Iterator[Part]:
+    """Where one matrix writes the channels of each expert, and its bias, whose name begins like that of the matrix."""
+    name, copies = writer.owner.removeprefix(prefix), writer.shape[0] // channels
+    dims = {name: 1 if writer.layout == "experts" else 2}
+    if biased:
+        dims |= {n: 1 for n, t in module.tensors.items() if n.startswith(f"{name}_") and t.dim() == 2}
+    for stored, dim in dims.items():
+        if halves:
+            yield from (Part(stored, dim, first=first) for first in range(0, copies * channels, channels))
+        else:
+            yield Part(stored, dim, copies)
 
 
 def _layouts(module: Module32, owner: str, experts: int, ordinary: Set[str]) -> Iterator[tuple[Part, ...]]:

@@ -7,10 +7,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from paredown.compress.methods.base import Group, Part
+from paredown.compress.methods.base import Group, Part, Units
 from paredown.compress.model.blocks import Block, View
 from paredown.compress.model.stream import Stream
 from paredown.compress.model.trial import Module32, Trial
+from paredown.compress.numerics.moments import InputStats, Stats
 
 FUSED = 4  # a writer holds the units at most so many times
 EXACT = 1e-4  # what permuting all parts may change, beside what permuting the reader alone changes
@@ -36,6 +37,14 @@ def channel_groups(stream: Stream, block: Block) -> list[Group]:
     views = [ordinary[path] for path in trial.outputs if path in ordinary]  # in the order in which they are called
     found = (_group_of(trial, views[:i], reader) for i, reader in enumerate(views))
     return [group for group in found if group is not None and holds(stream, block, group)]
+
+
+def units_of(group: Group, block: Block, stats: Stats, inputs: Mapping[str, InputStats] | None = None) -> Units:
+    """A group with its matrices in `block`, which is in memory; `inputs` of its writers, by view name."""
+    views = {v.stored_name: v for v in block.views()}
+    written = [views[part.name] for part in group.parts if part.name in views]
+    reader = next(v for v in written if v.name == group.reader)
+    return Units(group, reader.weight, {v.name: v.weight for v in written if v is not reader}, stats, inputs or {})
 
 
 def sliced(tensor: Tensor, parts: Sequence[Part], keep: Tensor) -> Tensor:
@@ -90,8 +99,8 @@ def _factors(module: Module32, writers: Sequence[View], reader: View) -> bool:
     """Whether the reader's input is linear in the only writer's output: both are the factors of one matrix."""
     if len(writers) > 1 or writers[0].shape[0] > reader.shape[1]:
         return False
-    weights = {name: -2 * module.tensors[name] for name in _own(module, writers[0]) if name in module.tensors}
-    name = _own(module, reader)[0]
+    weights = {name: -2 * module.tensors[name] for name in own_names(module, writers[0]) if name in module.tensors}
+    name = own_names(module, reader)[0]
     output = module.output()
     change = module.output({name: module.tensors[name].flip(0)}) - output
     error = module.output({**weights, name: module.tensors[name] / -2}) - output
@@ -105,8 +114,8 @@ def _layouts(module: Module32, writers: Sequence[View], reader: View) -> Iterato
     parameters of the module may have an entry for each channel.
     """
     units = reader.shape[1]
-    last = Part(_own(module, reader)[0], 0 if reader.layout == "conv1d" else 1)
-    known = {name for v in [*writers, reader] for name in _own(module, v)}
+    last = Part(own_names(module, reader)[0], 0 if reader.layout == "conv1d" else 1)
+    known = {name for v in [*writers, reader] for name in own_names(module, v)}
     others = [
         _copies(name, 0, units, tensor.shape[0])
         for name, tensor in module.tensors.items()
@@ -123,7 +132,7 @@ def _layouts(module: Module32, writers: Sequence[View], reader: View) -> Iterato
 def _written(module: Module32, writer: View, units: int) -> list[tuple[Part, ...]]:
     """The ways in which a writer's weight and bias may hold the channels."""
     copies = writer.shape[0] // units
-    weight, bias = _own(module, writer)
+    weight, bias = own_names(module, writer)
     dims = {weight: 1 if writer.layout == "conv1d" else 0, bias: 0}
     dims = {name: dim for name, dim in dims.items() if name in module.tensors}
     ways = [tuple(p for name, dim in dims.items() for p in _copies(name, dim, units, writer.shape[0]))]
@@ -159,7 +168,9 @@ def holds(stream: Stream, block: Block, group: Group) -> bool:
 
 def _permuted(tensors: Mapping[str, Tensor], parts: Sequence[Part], units: int) -> dict[str, Tensor]:
     """The tensors of these parts, with the units in another order."""
-    order = torch.randperm(units, generator=torch.Generator().manual_seed(SEED))
+    cycle = torch.randperm(units, generator=torch.Generator().manual_seed(SEED))
+    order = torch.empty_like(cycle)
+    order[cycle] = cycle.roll(1)  # no unit stays where it was, however few there are
     changed: dict[str, Tensor] = {}
     for part in parts:
         tensor = changed.get(part.name, tensors[part.name])
@@ -170,7 +181,7 @@ def _permuted(tensors: Mapping[str, Tensor], parts: Sequence[Part], units: int) 
     return changed
 
 
-def _own(module: Module32, view: View) -> tuple[str, str]:
+def own_names(module: Module32, view: View) -> tuple[str, str]:
     """The names, within the module, of a layer's weight, and of its bias if it has one."""
     name = module.trial.path(view).removeprefix(f"{module.path}." if module.path else "")
     return f"{name}.{view.parameter}", f"{name}.bias"

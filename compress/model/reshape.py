@@ -7,7 +7,7 @@ and each of its blocks is compared with the one it was; where they differ, other
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
 from typing import Any
@@ -18,8 +18,10 @@ from torch import nn
 from paredown.compress.checkpoint.configs import first_line, only_logits
 from paredown.compress.checkpoint.skeleton import skeleton
 from paredown.compress.checkpoint.source import ModelSource, set_tensor
+from paredown.compress.checkpoint.transformers_plugin import dense_config, packed_config
 from paredown.compress.errors import PareError
 from paredown.compress.model.blocks import Block, blocks
+from paredown.compress.model.caches import check_caches
 from paredown.compress.model.reshape_compare import (
     Changes,
     Difference,
@@ -27,11 +29,12 @@ from paredown.compress.model.reshape_compare import (
     described,
     outside_differences,
 )
-from paredown.compress.model.reshape_keys import with_units
+from paredown.compress.model.reshape_keys import Value, with_units
 from paredown.compress.model.reshape_names import check_numbered, heads_in_files, is_extra, list_of_blocks, renumbered
 from paredown.compress.model.reshape_proof import faults
 from paredown.compress.model.reshape_settings import Options, Values, options, repairs, starts
 from paredown.compress.model.targets import control_counts
+from paredown.compress.storage.shapes import Shapes
 
 TRIES = 150  # configs that are built before a model is refused
 
@@ -48,13 +51,14 @@ class Reshaped:
     heads: tuple[str, ...]  # what stands before a block's number in names of the source's files
     remarks: list[str] = field(default_factory=list)
     dropped_verbatim: list[str] = field(default_factory=list)  # names in the source's files
+    shapes: Shapes = field(default_factory=Shapes)  # what in the model is not as the config says: see `model.uneven`
 
     def renamed(self, name: str) -> str | None:
         """A parameter's name in the source -> its name here; None if it is removed."""
         return renumbered(name, [self.within], self.kept)
 
 
-def reshaped(source: ModelSource, kept: Sequence[int], units: Mapping[str, int]) -> Reshaped:
+def reshaped(source: ModelSource, kept: Sequence[int], units: Mapping[str, Value]) -> Reshaped:
     """The model that remains of the blocks `kept`, with `units` in place of the counts that the config has under these keys.
 
     That its blocks are the source's is shown by comparing all that they are, how they are called, and what they make of the
@@ -67,6 +71,9 @@ def reshaped(source: ModelSource, kept: Sequence[int], units: Mapping[str, int])
         check_numbered(source, heads)
         _check_shared(source, kept)
     found = _Search(source, tuple(kept), units).best()
+    shapes = _renumbered_shapes(source, within, kept)
+    check_caches(found.config, found.model, within, shapes.absent)
+    shapes.apply(found.model)
     for module in found.model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != "meta":
@@ -84,10 +91,13 @@ def reshaped(source: ModelSource, kept: Sequence[int], units: Mapping[str, int])
         Block(index, f"{within}.{position}.", layer, counts, shared)
         for position, (index, layer) in enumerate(zip(kept, found.layers, strict=True))
     ]
-    small = Reshaped(found.config, found.model, tuple(kept), layers, within, heads, remarks, dropped)
-    why = next(faults(source, small.config, small.model, layers, bool(units)), None)
+    why = next(faults(source, found.config, found.model, layers, bool(units)), None)
     if why:
         raise _refusal(source, kept, units, why)
+    small = Reshaped(found.config, found.model, tuple(kept), layers, within, heads, remarks, dropped, shapes)
+    if shapes:
+        verbatim = [new for key in source.verbatim if key not in dropped and (new := in_files(source, small, key))]
+        small = replace(small, config=packed_config(found.config, {}, verbatim, shapes))
     return small
 
 
@@ -119,7 +129,7 @@ class _Search:
 
     source: ModelSource
     kept: tuple[int, ...]
-    units: Mapping[str, int]
+    units: Mapping[str, Value]
 
     def __post_init__(self) -> None:
         source, text = self.source, self.source.config.get_text_config()
@@ -129,10 +139,10 @@ class _Search:
         dense = skeleton(only_logits(source.config), {}, self.dtype)
         self.before = [described(layer) for layer in _layers(dense, self.within, len(self.old))]
         self.outside = described(dense, self.within)
-        self.base = source.config
+        self.base = dense_config(source.config)
         for key, count in self.units.items():
             self.base = with_units(self.base, key, count)
-        sizes = [(was, now) for key, now in self.units.items() for was in _numbers(getattr(text, key, None))]
+        sizes = [pair for key, now in self.units.items() for pair in _pairs(getattr(text, key, None), now)]
         self.changes = Changes(self.kept, len(self.old), sizes)
         self.tried: set[str] = set()
 
@@ -189,7 +199,14 @@ class _Search:
         yield from outside_differences(self.outside, described(candidate.model, self.within), self.changes)
 
 
-def _refusal(source: ModelSource, kept: Sequence[int], units: Mapping[str, int], why: str) -> PareError:
+def _renumbered_shapes(source: ModelSource, within: str, kept: Sequence[int]) -> Shapes:
+    """What is not as the config says in the blocks that stay."""
+    sizes = {new: shape for name, shape in source.shapes.sizes.items() if (new := renumbered(name, [within], kept))}
+    absent = (renumbered(name, [within], kept) for name in source.shapes.absent)
+    return Shapes(sizes, tuple(name for name in absent if name is not None))
+
+
+def _refusal(source: ModelSource, kept: Sequence[int], units: Mapping[str, Value], why: str) -> PareError:
     gone = [str(i) for i in range(len(blocks(source))) if i not in kept]
     blocks_gone = [f"without the blocks {', '.join(gone)}"] if gone else []
     form = " and ".join([*blocks_gone, *(f"with {key} {count}" for key, count in units.items())])
@@ -267,5 +284,8 @@ def _settle_ties(source: ModelSource, model: Any, within: str, kept: Sequence[in
         raise PareError(f"{missing} would no longer be the same tensor as {wanted[missing]}")
 
 
-def _numbers(value: Any) -> list[int]:
-    return [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int)]
+def _pairs(before: Any, now: Value) -> list[tuple[int, int]]:
+    """Each number that a key has, and what it becomes."""
+    old = before if isinstance(before, list | tuple) else [before]
+    new = now if isinstance(now, list) else [now] * len(old)
+    return [(was, value) for was, value in zip(old, new, strict=True) if isinstance(was, int)]

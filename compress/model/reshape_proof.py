@@ -69,6 +69,9 @@ def _other_outputs(
                 stream.call(b, 0, stream.hidden[0].clone()).float()
                 for stream, b in zip(streams, (block, layer), strict=True)
             )
+        except Exception as fault:  # a class that finds its weights by the number that the block had
+            yield f"{block.name} cannot be run in its new place ({type(fault).__name__}: {first_line(fault)})"
+            return
         finally:
             for name, tensor in empty.items():
                 set_tensor(model, layer.prefix + name, tensor)

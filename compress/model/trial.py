@@ -66,24 +66,40 @@ class Trial:
 
         The module at `path` is given something else, and the writers give what they gave, but for the first token.
         """
-        names, before = [self.path(v) for v in writers], self.inputs[self.path(reader)]
-        given = {name: _other_first_row(self.outputs[name]) for name in names}
-        modules = {name: self.block.module.get_submodule(name) for name in [*names, self.path(reader)]}
+        before, names = self.inputs[self.path(reader)], [self.path(v) for v in writers]
+        given = {name: _always(_other_first_row(self.outputs[name])) for name in names}
+        after = self.input_of(reader, path, self.calls[path].mapped(_otherwise), given)
+        if after is None or after.shape != before.shape:
+            return False
+        (first, *rest), (old_first, *old_rest) = (rows(t) for t in (after, before))
+        return torch.equal(torch.stack(rest), torch.stack(old_rest)) and not torch.equal(first, old_first)
+
+    def input_of(
+        self,
+        reader: View,
+        path: str,
+        call: Call,
+        given: Mapping[str, Callable[[Tensor], Tensor]],
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> Tensor | None:
+        """What the reader gets in the module at `path`, which runs no further; None if it does not come so far.
+
+        Linear layers in `given`, by path, give what that makes of their output, if it is one tensor; `parameters` are by name
+        within the module.
+        """
         seen: list[Tensor] = []
 
         def stop(module: nn.Module, args: Any) -> None:
             seen.append(args[0])
             raise _Reached
 
-        handles = [modules[name].register_forward_hook(_giving(output)) for name, output in given.items()]
-        handles.append(modules[self.path(reader)].register_forward_pre_hook(stop))
+        layers = {name: self.block.module.get_submodule(name) for name in given}
+        handles = [layers[name].register_forward_hook(_giving(made)) for name, made in given.items()]
+        handles.append(reader.module.register_forward_pre_hook(stop))
         # a class may fail where layers give something else than it asked them for
         with _removed(handles), suppress(_Reached, RuntimeError, IndexError):
-            self.run(path, self.calls[path].mapped(_otherwise))
-        if not seen or seen[0].shape != before.shape:
-            return False
-        (first, *rest), (old_first, *old_rest) = (rows(t) for t in (seen[0], before))
-        return torch.equal(torch.stack(rest), torch.stack(old_rest)) and not torch.equal(first, old_first)
+            self.run(path, call, parameters)
+        return seen[0] if seen else None
 
     @torch.no_grad()
     def added(self, reader: View) -> bool:
@@ -196,8 +212,12 @@ def _floating(leaf: Any) -> TypeGuard[Tensor]:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def _giving(output: Tensor) -> Callable[..., Tensor]:
-    return lambda module, args, own: output
+def _always(output: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda own: output
+
+
+def _giving(made: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    return lambda module, args, own: made(own) if isinstance(own, Tensor) else own
 
 
 @contextmanager

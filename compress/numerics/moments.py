@@ -1,6 +1,6 @@
 """Statistics of a layer's inputs and outputs: moments summed batch by batch, under the names that methods ask for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal
@@ -29,7 +29,7 @@ class Need(StrEnum):
     MEAN = "mean"  # E[x] (in,)
     ABSOLUTE_MEAN = "absolute_mean"  # E|x| (in,)
     # of each window's tokens first, then over windows, each of which weighs as many as it has tokens
-    WINDOW_MEAN = "window_mean"  # E[(mean |x|)^2] (in,)
+    WINDOW_MEAN = "window_mean"  # E[(mean |x|)^2] (in,); of wider vectors |x| is the norm
     WINDOW_NORM = "window_norm"  # E[(mean x^2)^(1/2)] (in,)
     CROSS = "cross"  # E[x y^T] (in, in) of the dense model's input x and the compressed one's y, and E[x]
     RESIDUAL = "residual"  # of layers that write to the residual stream: see Residual
@@ -75,15 +75,18 @@ class InputStats:
     """Moments of the inputs `x` (tokens, in): float32 within a batch, float64 across batches.
 
     `needs`, a subset of PAIRED_NEEDS, says what is collected; reading anything else raises NotCollected. Linears with the
-    same input (q/k/v; gate/up) share one object. Of the Gram matrix only the lower triangle is summed.
+    same input (q/k/v; gate/up) share one object. Of the Gram matrix only the lower triangle is summed. `vector` entries side
+    by side are one vector, such as the output of an attention head.
     """
 
-    def __init__(self, in_features: int, needs: frozenset[Need], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, in_features: int, needs: frozenset[Need], device: torch.device | str = "cpu", vector: int = 1
+    ) -> None:
         if unknown := needs - PAIRED_NEEDS:
             raise ValueError(
                 f"unknown statistics: {', '.join(sorted(unknown))}. Known: {', '.join(sorted(PAIRED_NEEDS))}."
             )
-        self.in_features, self.needs, self.count = in_features, needs, 0
+        self.in_features, self.needs, self.vector, self.count = in_features, needs, vector, 0
         shapes = _shapes(in_features, needs)
         self._sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
         self._factors: dict[float, InverseCholesky] = {}
@@ -142,7 +145,9 @@ class InputStats:
             elif name == Need.ABSOLUTE_MEAN:
                 total += x.float().abs().sum(0)
             elif name == Need.WINDOW_MEAN:
-                total += tokens * x.float().abs().unflatten(0, (-1, tokens)).mean(1).square().sum(0)
+                sizes = x.float().unflatten(1, (-1, self.vector)).norm(dim=2)  # (tokens, vectors)
+                means = tokens * sizes.unflatten(0, (-1, tokens)).mean(1).square().sum(0)
+                total += means.repeat_interleave(self.vector)
             elif name == Need.WINDOW_NORM:
                 total += tokens * x.float().square().unflatten(0, (-1, tokens)).mean(1).sqrt().sum(0)
             else:
@@ -196,7 +201,10 @@ class InputStats:
 
     @property
     def window_mean(self) -> Tensor:  # (in,)
-        """E[(mean |x|)^2], the mean over a window's tokens and the expectation over windows, float64."""
+        """E[(mean |x|)^2], the mean over a window's tokens and the expectation over windows, float64.
+
+        |x| is the norm of the vector that an entry lies in.
+        """
         return self._mean(Need.WINDOW_MEAN)
 
     @property
@@ -269,6 +277,8 @@ class Stats:
     inputs: InputStats
     gradients: Mapping[Need, Tensor] = field(default_factory=dict)  # moments of the gradient at its output
     residual: Residual | None = None  # of layers that write to the residual stream, if it was asked for
+    # of some tokens, by batch: inputs (tokens, in), and gradients of the summed loss at the output (tokens, out)
+    pairs: Sequence[tuple[Tensor, Tensor]] = ()
 
     def gradient(self, need: Need) -> Tensor:
         """One of GRADIENT_NEEDS, float64. Shapes: see survey/gradients.py."""

@@ -15,6 +15,8 @@ from paredown.compress.model.blocks import View
 
 def dense_export(job: Job, targets: Sequence[View]) -> str:
     """Whether what a job packs can be exported as an ordinary checkpoint, in words."""
+    if job.source.shapes:
+        return "does not work: no config describes blocks with sizes of their own"
     if job.method.without_bias() == job.method:
         return "works"
     bare = [view.name for view in targets if view.expert is None and view.bias is None]
@@ -43,4 +45,4 @@ def dense_form(source: ModelSource) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _dense(source: ModelSource) -> Any:
-    return transformers_plugin.dense_config(source.config) if source.modules else source.config
+    return transformers_plugin.dense_config(source.config)

@@ -1,31 +1,36 @@
 """One group of units of a block in memory: what a method reads of it, the tensors that stay, and its entry in the report."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from paredown.compress.methods.base import Group, Sliced, Units
-from paredown.compress.methods.structured.experts import Experts, ExpertStats
+from paredown.compress.checkpoint.source import set_tensor
+from paredown.compress.methods.base import Group, Part, Sliced, Units
+from paredown.compress.methods.structured.experts import Experts, ExpertStats, Fit, Merged
 from paredown.compress.model.blocks import Block, View
 from paredown.compress.model.groups import sliced
-from paredown.compress.model.merging import averaged
-from paredown.compress.numerics.moments import Stats
-
-
-def units_of(group: Group, block: Block, stats: Stats) -> Units:
-    """A group with its matrices in `block`, which is in memory."""
-    views = {v.stored_name: v for v in block.views()}
-    written = [views[part.name] for part in group.parts if part.name in views]
-    reader = next(v for v in written if v.name == group.reader)
-    return Units(group, reader.weight, {v.name: v.weight for v in written if v is not reader}, stats)
+from paredown.compress.model.merging import averaged, by_unit, reordered
+from paredown.compress.model.stream import Stream
+from paredown.compress.survey.expert_fit import ExpertFit
 
 
 def experts_of(group: Group, block: Block, stats: ExpertStats | None) -> Experts:
     """A group of experts with their matrices in `block`, which is in memory."""
     names = {part.name for part in group.parts}
     first = [v for v in block.views() if v.expert == 0 and v.owner in names]
-    return Experts(group, {v.owner: v.whole for v in first}, stats)
+    return Experts(group, {v.owner: v.whole for v in first}, stats, _channels(group, block))
+
+
+def _channels(group: Group, block: Block) -> list[Tensor]:
+    """What each hidden channel of an expert has in each part of `inner` (experts, channels, ...)."""
+    own, found = block.module.state_dict(), []
+    for part in group.inner:
+        tensor, last = own[part.name.removeprefix(block.prefix)], group.inner[-1]
+        channels = own[last.name.removeprefix(block.prefix)].shape[last.dim]
+        found.append(by_unit(tensor, part, channels).movedim(part.dim, 1))
+    return found
 
 
 def left_of(block: Block, group: Group, cut: Sliced, fitted: str = "") -> dict[str, Tensor]:
@@ -34,10 +39,44 @@ def left_of(block: Block, group: Group, cut: Sliced, fitted: str = "") -> dict[s
     left: dict[str, Tensor] = {}
     for name in dict.fromkeys(part.name for part in group.parts):
         tensor, parts = own[name.removeprefix(block.prefix)], [p for p in group.parts if p.name == name]
-        if cut.into is not None and name != fitted:
+        if isinstance(cut, Merged):
+            tensor = _merged(tensor, parts, group, cut)
+        elif cut.into is not None and name != fitted:
             tensor = averaged(tensor, parts, cut.into)
         left[name] = sliced(tensor, parts, cut.keep)
     return left
+
+
+def fit_experts(
+    fit: Fit, block: Block, target: Block, group: Group, changed: dict[str, Tensor], stream: Stream, told: list[str]
+) -> float | None:
+    """Fit the last matrices of the experts that stay, in `changed`: the tensors of `target` that are not those of `block`.
+
+    Returns the relative square error that is left of the experts' output. Where they cannot be fitted, it is None, and `told`
+    gains a sentence.
+    """
+    own = block.module.state_dict()
+    for name in target.module.state_dict():
+        full = block.prefix + name
+        set_tensor(target.module, name, changed[full] if full in changed else own[name])
+    fitting = ExpertFit(block, target, group)
+    found = fitting.fitted(stream, fit)
+    if found is None:
+        told.append(f"{group.name}: what its experts are given cannot be seen, so that those that stay are not fitted")
+        return None
+    for view, weight in zip(fitting.views, found.weights, strict=True):
+        view.assign(weight)  # in the tensor that `changed` holds
+    return found.after
+
+
+def _merged(tensor: Tensor, parts: Sequence[Part], group: Group, cut: Merged) -> Tensor:
+    """One tensor of a group with experts merged; that of a router, which lies elsewhere than the experts, is left alone."""
+    assert cut.into is not None
+    name = parts[0].name
+    if name.rpartition(".")[0] != group.inner[-1].name.rpartition(".")[0]:
+        return tensor
+    inner = [part for part in group.inner if part.name == name]
+    return averaged(reordered(tensor, inner, cut.order), parts, cut.into, cut.weights)
 
 
 def tensors_of(block: Block, reader: View, group: Group, cut: Sliced) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from paredown.compress.numerics.edits import Masked
 from paredown.compress.numerics.masks import NofM, keep_mask
 from paredown.compress.run.biases import dense_form
 from paredown.compress.run.editor import EditedBlock
+from paredown.compress.run.export_deci import write_deci
 from paredown.compress.run.record import finish
 from paredown.compress.run.recorded import read_record
 from paredown.compress.run.tokens import probe_tokens
@@ -35,7 +36,7 @@ from paredown.compress.run.write import (
 )
 from paredown.compress.storage.modules import PACKED, PackedConv1D, PackedExperts, PackedLinear
 from paredown.compress.storage.spec import Spec
-from paredown.evaluation.schema import ExportResult
+from paredown.evaluation.schema import ExportFormat, ExportResult
 
 PATTERN = NofM(2, 4)
 
@@ -43,13 +44,14 @@ PATTERN = NofM(2, 4)
 def export(
     old: str | Path,
     out: str | Path,
-    format: Format | None = None,
+    format: ExportFormat | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExportResult:
     """Convert a checkpoint, a folder or hub id, into the folder `out`. Any checkpoint whose weights hold zeros can be packed.
 
-    Without a format a packed checkpoint becomes dense, and any other packed. `progress` is called with (blocks done,
-    blocks). Returns the bytes of the weights before and after.
+    Without a format a packed checkpoint becomes dense, and any other packed. `deci` is for engines: a Llama whose blocks may
+    have sizes of their own, see export_deci.py. `progress` is called with (blocks done, blocks). Returns the bytes of the
+    weights before and after.
     Raises PareError if the checkpoint cannot be read or converted; `out` then does not exist.
     """
     folder, revision = resolve(str(old))
@@ -60,48 +62,61 @@ def export(
 def export_source(
     source: ModelSource,
     out: Path,
-    format: Format | None = None,
+    format: ExportFormat | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExportResult:
     """As `export`, for a model that is open."""
-    format = format or ("dense" if source.modules else "packed")
-    if source.modules and format == "packed":
+    format = format or ("dense" if source.packed else "packed")
+    if source.packed and format == "packed":
         raise PareError(f"{source.id} is packed already. Name another --format, or copy the folder.")
+    if source.shapes and format == "dense":
+        raise PareError(
+            f"the blocks of {source.id} have sizes of their own, which no config of an ordinary {source.family} checkpoint "
+            "says. Keep it packed; of a Llama, --format deci is read by vLLM."
+        )
+    # our own checkpoints keep the record of the model that was compressed; for others it begins here
+    record = {"model": source.provenance(), **_old_record(source), "format": format}
+    with CheckpointWriter(out) as writer:
+        if format == "deci":
+            write_deci(source, writer, record, progress)
+        else:
+            _write(source, writer, format, record, progress)
+        before = sum(entry.bytes for entry in TensorFiles(source.folder).entries.values())  # as they are on disk
+        writer.commit()
+    return {"model": source.id, "out": str(out), "format": format, "bytes": {"before": before, "after": writer.bytes}}
+
+
+def _write(
+    source: ModelSource,
+    writer: CheckpointWriter,
+    format: Format,
+    record: Mapping[str, Any],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write the whole checkpoint, packed or dense, but for the commit; `record` goes into paredown.json."""
     config, biases = dense_form(source)
-    record = _old_record(source)
     family = (
         skeleton(dense_config(source.config), {}, source.dtype or torch.float32) if source.modules else source.model
     )
     specs: dict[str, Spec] = {}
     layers: dict[str, dict[str, Any]] = {}
     all_blocks = blocks(source)
-    with CheckpointWriter(out) as writer:
-        for block in all_blocks:
-            with source.loaded(block):
-                if source.modules:
-                    _write_unpacked(writer, source, block, biases, family, record)
-                else:
-                    change = _packed_change(block, format, layers)
-                    write_block(writer, source, block, change, format)
-                    specs |= change.specs
-            progress(block.index + 1, len(all_blocks))
-        if source.modules:
-            _write_rest_unpacked(writer, source, all_blocks, family, record)
-        else:
-            write_rest(writer, source, all_blocks, format)
-        names = {} if source.modules else names_in_files(source)
-        # our own checkpoints keep the record of the model that was compressed; for others it begins here
-        record = {
-            "model": source.provenance(),
-            **record,
-            **names,
-            "format": format,
-            "layers": record.get("layers") or layers,
-        }
-        finish(writer, source, format, specs, record, config)
-        before = sum(entry.bytes for entry in TensorFiles(source.folder).entries.values())  # as they are on disk
-        writer.commit()
-    return {"model": source.id, "out": str(out), "format": format, "bytes": {"before": before, "after": writer.bytes}}
+    for block in all_blocks:
+        with source.loaded(block):
+            if source.modules:
+                _write_unpacked(writer, source, block, biases, family, record)
+            else:
+                change = _packed_change(block, format, layers)
+                write_block(writer, source, block, change, format)
+                specs |= change.specs
+        progress(block.index + 1, len(all_blocks))
+    if source.modules:
+        _write_rest_unpacked(writer, source, all_blocks, family, record)
+    else:
+        write_rest(writer, source, all_blocks, format)
+    names = {} if source.modules else names_in_files(source)
+    record = {**record, **names, "layers": record.get("layers") or layers}
+    finish(writer, source, format, specs, record, config)
 
 
 def _packed_change(block: Block, format: Format, layers: dict[str, dict[str, Any]]) -> BlockChange:

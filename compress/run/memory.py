@@ -5,13 +5,16 @@ from math import prod
 
 from paredown.compress.checkpoint.writer import pending_bytes
 from paredown.compress.job import Job
-from paredown.compress.methods.base import BlockMethod, GroupMethod
+from paredown.compress.methods.base import BlockMethod, Group, GroupMethod, SublayerMethod
+from paredown.compress.methods.structured.experts import ExpertMethod
 from paredown.compress.model.blocks import View
 from paredown.compress.model.stream import batch_bytes, element_size, hidden_bytes, outside_bytes
 from paredown.compress.numerics.moments import INPUT_NEEDS, InputStats, Need
 from paredown.compress.recovery.reconstruct import tuning_bytes
 from paredown.compress.shape_job import ShapeJob, block_numbers
 from paredown.compress.survey.depth import profile_bytes
+from paredown.compress.survey.direct import Pairs
+from paredown.compress.survey.expert_fit import ExpertFit
 
 
 def memory_parts(job: Job, targets: Sequence[View], calibration: int, evaluations: Sequence[int]) -> dict[str, int]:
@@ -52,6 +55,9 @@ def smaller_parts(job: ShapeJob, calibration: int, evaluations: Sequence[int]) -
         widest = max(shapes, key=lambda shape: shape[1])
         solver = InputStats.bytes(widest[1], job.collected) + job.method.working_bytes(widest)
         solver += 4 * min(widest) ** 2 if job.gradients else 0
+        solver += Pairs.bytes(widest, calibration, element) if job.method.uneven else 0
+    elif isinstance(job.method, ExpertMethod):
+        solver = max((_experts_bytes(job, job.method, group) for group in job.all_groups), default=0)
     elif job.refits:
         out, inner = max((v.shape for block in job.blocks for v in block.views()), key=lambda shape: shape[1])
         solver = 8 * (4 * inner * inner + 3 * out * inner)
@@ -60,7 +66,12 @@ def smaller_parts(job: ShapeJob, calibration: int, evaluations: Sequence[int]) -
     if isinstance(job.method, BlockMethod):
         windows = job.recipe.calibration.sequences
         surveyed = profile_bytes(source, job.method, len(job.blocks), windows, calibration // windows)
+    elif isinstance(job.method, SublayerMethod):
+        length = calibration // job.recipe.calibration.sequences
+        windows = min(job.method.windows, job.recipe.calibration.sequences)
+        surveyed = (len(job.sublayers) + 2) * hidden_bytes(source, windows * length)  # a copy for each trial
     return {
+        "finding": element * weights + max((_finding_bytes(job, group) for group in job.all_groups), default=0),
         "block": 2 * element * weights,  # the dense one, and the one that is made of it
         "pending": pending_bytes(element * weights),
         "solver": solver,
@@ -76,7 +87,33 @@ def smaller_parts(job: ShapeJob, calibration: int, evaluations: Sequence[int]) -
 def peak(parts: dict[str, int]) -> int:
     """The most bytes that are needed at the same time."""
     walking = parts["block"] + parts["pending"] + max(parts["solver"], parts["batch"], parts["tuning"])
-    return parts["activations"] + max(walking, parts["outside"])
+    # groups are found before any text is there
+    return max(parts["activations"] + max(walking, parts["outside"]), parts.get("finding", 0))
+
+
+def _finding_bytes(job: ShapeJob, group: Group) -> int:
+    """Bytes that finding a group takes beside its block: its module in float32, and with its units permuted.
+
+    The parameter that is being permuted is there twice.
+    """
+    inside = f"{group.name}."
+    sizes = {name: tensor.numel() for name, tensor in job.source.parameters.items() if name.startswith(inside)}
+    permuted = {part.name: sizes[part.name] for part in group.parts}
+    wide = 0 if element_size(job.source) == 4 else sum(sizes.values())
+    return 4 * (wide + sum(permuted.values()) + max(permuted.values()))
+
+
+def _experts_bytes(job: ShapeJob, method: ExpertMethod, group: Group) -> int:
+    """Bytes that a method of experts takes beside the block and what is made of it."""
+    shapes = {part.name: job.source.parameters[part.name].shape for part in group.parts}
+    if method.merges:  # two copies of a parameter, and the products of two experts' channels
+        channels = shapes[group.inner[-1].name][group.inner[-1].dim] if group.inner else 0
+        return 2 * element_size(job.source) * max(prod(shape) for shape in shapes.values()) + 24 * channels**2
+    if method.fit and group.inner:
+        shape = shapes[group.inner[-1].name]
+        channels = shape[group.inner[-1].dim]
+        return ExpertFit.bytes(job.stays(group), prod(shape[1:]) // channels, channels)
+    return 0
 
 
 def _statistics(job: Job, edited: Sequence[View]) -> int:

@@ -26,7 +26,7 @@ from paredown.compress.run.record import make_report, write_record
 from paredown.compress.run.smaller import SmallerRun
 from paredown.compress.run.tokens import check_companions
 from paredown.compress.run.walk import Task
-from paredown.compress.shape_job import ShapeJob, resolve
+from paredown.compress.shape_job import ShapeJob, check_ordinary, resolve
 from paredown.compress.text.windows import Windows
 from paredown.evaluation.lm_tasks import compare_tasks
 from paredown.evaluation.report import model_card
@@ -49,6 +49,7 @@ class How:
     progress: Progress = Progress()  # noqa: RUF009 - it is frozen
     save_every: float = SAVE_EVERY
     command: str | None = None
+    passing: bool = False  # what is written is read by a further stage and removed then
 
 
 class Earlier(Protocol):
@@ -82,6 +83,8 @@ def compress_once(
             windows, evaluations, warnings = read_texts(recipe, source, text_tokenizer)
             warnings += [*source.remarks, *check_companions(source.folder, text_tokenizer)]
             job = resolve(source, recipe, how.format)
+            if how.format == "dense" and not how.passing:
+                check_ordinary(job)
             plan = _checked_plan(job, windows, evaluations, out, writer.left)
             return_freed_memory()  # of tokenising
             key = key_of(job, [windows, *evaluations], versions())

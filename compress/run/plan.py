@@ -18,8 +18,9 @@ from paredown.compress.recipe import Recipe
 from paredown.compress.run.biases import dense_export
 from paredown.compress.run.memory import memory_parts, peak, smaller_parts
 from paredown.compress.run.open import max_length, open_source, resolve_recipe
-from paredown.compress.shape_job import ShapeJob, resolve
+from paredown.compress.shape_job import ShapeJob, check_ordinary, resolve
 from paredown.compress.storage.kinds import stored_bytes, stored_numbers
+from paredown.compress.storage.shapes import UNEVEN
 from paredown.compress.storage.spec import Spec
 
 OUTSIDE = "embeddings, head and others outside the blocks"
@@ -82,6 +83,8 @@ def plan(
         later = f"this is the first of {len(resolved.stages)} stages; then {', '.join(s.method for s in resolved.stages[1:])}"
         resolved, format = resolved.each_stage[0], "packed" if len(resolved.stages) == 1 else "dense"
     job, longest = resolve(source, resolved, format), max_length(source)
+    if format == "dense" and not later:
+        check_ordinary(job)
     spec, scored = resolved.calibration, resolved.evaluate
     tokens = spec.sequences * min(spec.length, longest)
     texts = [(scored.windows or EVALUATION_WINDOWS) * min(scored.length, longest) for _ in scored.perplexity]
@@ -117,7 +120,7 @@ def make_plan(job: Job | ShapeJob, calibration: int, evaluations: Sequence[int])
         stay_dense=sizes.dense,
         at_most=sizes.at_most,
         memory_parts=parts,
-        remarks=source.remarks,
+        remarks=[*source.remarks, *([UNEVEN] if source.shapes else [])],
         untargeted=_untargeted(job, targets),
         dense_export=dense_export(job, targets) if job.format == "packed" else "",
     )
@@ -146,8 +149,15 @@ def _smaller(job: ShapeJob, calibration: int, evaluations: Sequence[int]) -> Pla
         memory=peak(parts),
         memory_parts=parts,
         untargeted={OUTSIDE: parameters - job.numbers},
-        remarks=[*source.remarks, f"what comes out: an ordinary {source.family} checkpoint with {job.form}"],
+        remarks=[*source.remarks, *job.remarks, f"what comes out: {_form(job)}"],
     )
+
+
+def _form(job: ShapeJob) -> str:
+    """What comes out, and what loads it."""
+    if job.uneven:
+        return f"{job.form} ({UNEVEN})"
+    return f"an ordinary {job.source.family} checkpoint with {job.form}"
 
 
 def check_room(plan: Plan, out: Path, written: int = 0) -> None:

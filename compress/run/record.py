@@ -8,10 +8,13 @@ from paredown.compress.checkpoint.companions import file_sha256, write_companion
 from paredown.compress.checkpoint.config_file import write_config_file
 from paredown.compress.checkpoint.hub import load_tokenizer
 from paredown.compress.checkpoint.source import ModelSource
-from paredown.compress.checkpoint.writer import CheckpointWriter
+from paredown.compress.checkpoint.writer import RECORD, CheckpointWriter
 from paredown.compress.job import Format
 from paredown.compress.machine import peak_memory
+from paredown.compress.model.blocks import blocks
+from paredown.compress.model.reshape import Reshaped
 from paredown.compress.run.plan import Plan
+from paredown.compress.run.recorded import read_record
 from paredown.compress.run.result import Result
 from paredown.compress.run.tokens import probe_tokens
 from paredown.compress.run.walk import Task
@@ -79,8 +82,36 @@ def structure_of(job: Task, result: Result) -> dict[str, Any]:
     """What was removed, under the key of the report; nothing where the model has its shape still."""
     if not isinstance(job, ShapeJob) or result.smaller is None:
         return {}
-    units = {group.config_key: [group.units, job.units[group.config_key]] for group in job.all_groups}
-    return {"structure": {"blocks": list(result.smaller.kept), "blocks_before": len(job.blocks), "units": units}}
+    small, groups = result.smaller, job.all_groups
+    before = {small.renamed(name) for name in job.source.shapes.absent}
+    own = {
+        "sizes": {g.name: [g.units, result.sizes[g.name]] for g in groups if g.name in result.sizes},
+        "absent": [name for name in small.shapes.absent if name not in before],
+    }
+    return {
+        "structure": {
+            "blocks": list(small.kept),
+            "blocks_before": len(job.blocks),
+            "units": {key: list(counts) for key, counts in job.counts.items()},
+            **{key: value for key, value in own.items() if value},
+        }
+    }
+
+
+def _names(source: ModelSource, small: Reshaped | None) -> dict[str, Any]:
+    """What an export needs to know of tensors that are written under the names of the model class."""
+    if small is None:
+        verbatim = source.verbatim
+    elif small.shapes:
+        verbatim = small.config.quantization_config["verbatim"]
+    else:
+        return {"verbatim": []}
+    if small is not None and len(small.kept) < len(blocks(source)):  # the numbers in names are others now
+        return {"verbatim": verbatim}
+    if source.packed and (source.folder / RECORD).exists():
+        known = read_record(source.folder)
+        return {"verbatim": verbatim, **{key: known[key] for key in ("renamed", "converted") if key in known}}
+    return {"verbatim": verbatim, **names_in_files(source)}
 
 
 def _calibration(text: dict[str, Any]) -> dict[str, Any]:
@@ -102,15 +133,15 @@ def write_record(writer: CheckpointWriter, job: Task, result: Result, windows: W
             "calibration": windows.provenance(),
             "format": job.format,
             "tied": source.tied,
-            "verbatim": source.verbatim if small is None else [],
-            **(names_in_files(source) if small is None else {}),
+            **_names(source, small),
             **structure_of(job, result),
             "layers": {layer["name"]: {key: layer[key] for key in RECORDED if key in layer} for layer in result.layers},
             "probe": result.probe,
             "tokenizer": probe_tokens(load_tokenizer(source.folder) if tokenizer is None else tokenizer),
             "versions": versions(),
         }
-        finish(writer, source, job.format, result.specs, record, small.config if small else None)
+        specs = {**source.modules, **result.specs}  # what was packed before stays so
+        finish(writer, source, job.format, specs, record, small.config if small else None)
 
 
 def finish(
@@ -134,13 +165,13 @@ def finish(
 def write_config(
     writer: CheckpointWriter, source: ModelSource, format: Format, specs: Mapping[str, Spec], config: Any = None
 ) -> None:
-    """Write config.json: with a model type of ours if some weights are packed, else with the family's own.
+    """Write config.json: with a model type of ours if some weights are packed or have sizes of their own, else the family's.
 
     `config`, if given, is written instead of the source's.
     """
-    if config is None and specs:
-        config = transformers_plugin.packed_config(source.config, specs, source.verbatim)
+    if config is None and (specs or source.shapes):
+        config = transformers_plugin.packed_config(source.config, specs, source.verbatim, source.shapes)
     elif config is None:
-        config = transformers_plugin.dense_config(source.config) if source.modules else source.config
+        config = transformers_plugin.dense_config(source.config)
     config.dtype = source.dtype
     write_config_file(config, writer.folder, source.folder / "config.json", type(source.model).__name__)

@@ -44,6 +44,7 @@ class Result:
     probe: dict[str, Any] = field(default_factory=dict)  # tokens and their losses, which `verify` compares
     seconds: dict[str, float] = field(default_factory=dict)  # by step of the run
     smaller: Reshaped | None = None  # the smaller model, where blocks or units were removed
+    sizes: Mapping[str, int] = field(default_factory=dict)  # units of each group by name, where blocks differ
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:

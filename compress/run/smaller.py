@@ -9,19 +9,19 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from paredown.compress.checkpoint.bias_flags import with_biases
-from paredown.compress.checkpoint.skeleton import skeleton
 from paredown.compress.checkpoint.source import set_tensor
 from paredown.compress.errors import PareError
 from paredown.compress.machine import return_freed_memory
-from paredown.compress.methods.base import BlockMethod, GroupMethod
+from paredown.compress.methods.base import BlockMethod, GroupMethod, SublayerMethod
 from paredown.compress.methods.structured.experts import ExpertMethod
 from paredown.compress.model.blocks import Block
-from paredown.compress.model.reshape import Reshaped, reshaped
+from paredown.compress.model.groups import units_of
+from paredown.compress.model.reshape import Reshaped
 from paredown.compress.model.stream import Stream, start
 from paredown.compress.numerics.moments import Stats
 from paredown.compress.recovery.reconstruct import reconstruct
-from paredown.compress.run.cut import entry_of, experts_of, left_of, record_of, tensors_of, units_of
+from paredown.compress.run.chosen import Chosen, smaller
+from paredown.compress.run.cut import entry_of, experts_of, fit_experts, left_of, record_of, tensors_of
 from paredown.compress.run.refit import Refit
 from paredown.compress.run.result import LayerResult, Result
 from paredown.compress.run.smaller_files import write_block, write_rest
@@ -31,10 +31,11 @@ from paredown.compress.shape_job import ShapeJob, block_numbers
 from paredown.compress.survey.depth import profile
 from paredown.compress.survey.experts import ExpertObserver
 from paredown.compress.survey.gradients import backward
+from paredown.compress.survey.merged import merged
 from paredown.compress.survey.products import InputObserver
+from paredown.compress.survey.sublayers import chosen_sublayers
 from paredown.compress.survey.survey import Survey
-
-NEVER = "no calibration token reaches it: calibrate on other text"
+from paredown.compress.survey.widths import NEVER, widths
 
 
 @dataclass
@@ -55,36 +56,46 @@ class SmallerRun(Walk):
             if state:
                 self.progress.note(f"going on after {state.facts['blocks']} blocks")
                 result.restore(state.facts["result"])
-                measured, dropped = Survey(scratch), state.facts["survey"]
+                measured, chosen = Survey(scratch), Chosen.restored(state.facts["survey"])
             else:
                 with result.timed("survey"):
-                    measured, dropped = self._survey(scratch)
-            small = reshaped(job.source, [i for i in range(len(job.blocks)) if i not in dropped], job.units)
-            if isinstance(job.method, GroupMethod) and job.method.shifts:
-                small = self._with_biases(small)
-            result.fallbacks += [remark for remark in small.remarks if remark not in result.fallbacks]
+                    measured, chosen = self._survey(scratch)
+            small = smaller(job, chosen)
+            result.fallbacks += [said for said in (*job.remarks, *small.remarks) if said not in result.fallbacks]
             result.seconds.setdefault("compress", 0.0)
             streams = Streams.start(job, self.calibration.ids, self.evaluations, result)
             if state:
                 state.restore(streams.named())
-            self._walk(small, measured, streams, result, state.facts["blocks"] if state else 0)
+            self._walk(small, chosen, measured, streams, result, state.facts["blocks"] if state else 0)
             with result.timed("evaluation"):
                 self.score(streams, result)
         with result.timed("write"):
             write_rest(self.writer, job.source, job.blocks, small)
-        result.smaller = small
+        result.smaller, result.sizes = small, chosen.sizes
         result.seconds["forward"] = sum(s.seconds for s in streams.named().values())
         return result
 
-    def _survey(self, scratch: Path) -> tuple[Survey, list[int]]:
-        """What is measured of the dense model first: gradients, on the disk, and which blocks go."""
+    def _survey(self, scratch: Path) -> tuple[Survey, Chosen]:
+        """What is measured of the dense model first: gradients, on the disk, which blocks stay, and units of each group."""
         job, method, measured, ids = self.job, self.job.method, Survey(scratch), self.calibration.surveyed
         note = self.progress.note
         if isinstance(method, BlockMethod):
             found = profile(job.source, job.blocks, self.calibration.ids, method, job.drop, note, self.progress.doing)
-            dropped = method.choose(found, len(job.blocks), job.drop)
-            note(f"blocks that go: {', '.join(map(str, dropped))}")
-            return measured, dropped
+            stay = method.stay(found, len(job.blocks), job.drop)
+            gone = {block.index for block in job.blocks} - {mix[0][0] for mix in stay}
+            note(f"blocks that go: {', '.join(map(str, sorted(gone)))}")
+            return measured, Chosen(stay)
+        if isinstance(method, SublayerMethod):
+            absent = chosen_sublayers(
+                job.source, job.blocks, self.calibration.ids, method, job.sublayers, job.goes, note, self.progress.doing
+            )
+            return measured, Chosen.all_blocks(job, absent=[sublayer.name for sublayer in absent])
+        if method.uneven:
+
+            def keep(block: Block, stats: Mapping[str, Stats]) -> None:
+                measured.keep_gradients(block, stats, job.gradients)
+
+            return measured, Chosen.all_blocks(job, widths(job, ids, scratch, note, self.progress.doing, keep))
         if job.gradients:
             readers = {group.reader for group in job.all_groups}
             text = start(job.source, ids[: method.gradient_windows])
@@ -93,43 +104,31 @@ class SmallerRun(Walk):
                 measured.keep_gradients(block, stats, job.gradients)
                 del stats  # free them before the next block's are collected
                 return_freed_memory()
-        return measured, []
+        sizes = {group.name: job.stays(group) for group in job.all_groups} if job.uneven else {}
+        return measured, Chosen.all_blocks(job, sizes)
 
-    def _with_biases(self, small: Reshaped) -> Reshaped:
-        """The smaller model with a bias in each layer that reads a group, by a setting of its family, if there is one."""
-        source = self.job.source
-        names = [small.renamed(f"{group.reader}.bias") for group in self.job.all_groups]
-        bare = [name.removesuffix(".bias") for name in names if name and name not in small.model.state_dict()]
-        if not bare:
-            return small
-        found = with_biases(small.config, bare)
-        if found is None:
-            untold = f"a {source.family} model has no place for a bias of {bare[0]}: the mean of what goes is not made up for"
-            return replace(small, remarks=[*small.remarks, untold])
-        model = skeleton(found[0], {}, source.dtype or torch.bfloat16)
-        blocks = [replace(block, module=model.get_submodule(block.name)) for block in small.blocks]
-        return replace(small, config=found[0], model=model, blocks=blocks)
-
-    def _walk(self, small: Reshaped, measured: Survey, streams: Streams, result: Result, done: int) -> None:
+    def _walk(
+        self, small: Reshaped, chosen: Chosen, measured: Survey, streams: Streams, result: Result, done: int
+    ) -> None:
         """Make all blocks that stay but the first `done`, saving the state between them."""
         blocks, kept = self.job.blocks, small.kept
-        dropped = [i for i in range(len(blocks)) if i not in kept]
         for position in range(done, len(kept)):
-            self.save(position, len(kept), streams, result, lambda: (dropped, {}))
+            self.save(position, len(kept), streams, result, lambda: (chosen.state(), {}))
             if position == 0:
                 self._skip(blocks[: kept[0]], streams, result)
             block, began = blocks[kept[position]], perf_counter()
             after = blocks[block.index + 1 : kept[position + 1] if position + 1 < len(kept) else len(blocks)]
             with _in_memory(small, small.blocks[position]):
-                self._block(block, small.blocks[position], after, small, measured, streams, result)
+                self._block(block, chosen, small.blocks[position], after, small, measured, streams, result)
             return_freed_memory()
             self.progress.block(summary(block, len(blocks), result, perf_counter() - began))
-        self.save(len(kept), len(kept), streams, result, lambda: (dropped, {}))
+        self.save(len(kept), len(kept), streams, result, lambda: (chosen.state(), {}))
         self.progress.doing("")
 
     def _block(
         self,
         block: Block,
+        chosen: Chosen,
         target: Block,
         skipped: Sequence[Block],
         small: Reshaped,
@@ -145,11 +144,15 @@ class SmallerRun(Walk):
             with result.timed("evaluation"):
                 advance(streams.before, block)
             inputs = list(dense.hidden) if dense else []
-            changed = self._cut(block, target, measured, streams, result) if isinstance(job.method, GroupMethod) else {}
+            if isinstance(job.method, GroupMethod):
+                changed = self._cut(block, target, chosen, measured, streams, result)
+            else:
+                mix = next(mix for mix in chosen.stay if mix[0][0] == block.index)
+                changed = merged(job.source, job.blocks, mix)
             _fill(small, target, block, changed)
-            if dense and isinstance(job.method, BlockMethod):
+            if dense and not isinstance(job.method, GroupMethod):
                 with result.timed("compress"):
-                    refit = Refit.begun(streams.calibration, dense, target, block, job.method) if job.refits else None
+                    refit = self._refit(streams, dense, target, block)
                 with result.timed("calibration"):
                     dense.advance(block)
         self._skip(skipped, streams, result)
@@ -159,7 +162,7 @@ class SmallerRun(Walk):
             changed |= refit.changed
         tuned = dense is not None and self._tune(target, inputs, dense, streams, result)
         doing(f"running {target.name} as it is now, and writing it")
-        if dense or isinstance(job.method, BlockMethod):
+        if dense or not isinstance(job.method, GroupMethod):
             with result.timed("calibration"):
                 streams.calibration.advance(target)
         with result.timed("evaluation"):
@@ -167,6 +170,12 @@ class SmallerRun(Walk):
         result.add(LayerResult(block_numbers(block), block_numbers(target)))
         with result.timed("write"):
             write_block(self.writer, job.source, block, target, small, None if tuned else changed.keys())
+
+    def _refit(self, streams: Streams, dense: Stream, target: Block, block: Block) -> Refit | None:
+        method = self.job.method
+        if not isinstance(method, BlockMethod) or not method.refits:
+            return None
+        return Refit.begun(streams.calibration, dense, target, block, method)
 
     def _skip(self, blocks: Sequence[Block], streams: Streams, result: Result) -> None:
         """Run the dense model's texts through blocks that go."""
@@ -180,7 +189,7 @@ class SmallerRun(Walk):
             result.add(LayerResult(block_numbers(block), 0))
 
     def _cut(
-        self, block: Block, target: Block, measured: Survey, streams: Streams, result: Result
+        self, block: Block, target: Block, chosen: Chosen, measured: Survey, streams: Streams, result: Result
     ) -> dict[str, Tensor]:
         """The tensors that change, by full name. The dense model's calibration text goes through the block meanwhile.
 
@@ -189,10 +198,14 @@ class SmallerRun(Walk):
         job, method = self.job, self.job.method
         assert isinstance(method, GroupMethod)
         if isinstance(method, ExpertMethod):
-            return self._fewer_experts(method, block, streams, result)
+            return self._fewer_experts(method, block, target, chosen, streams, result)
         readers = {v.name: v for v in block.views()}
         watched = [readers[group.reader] for group in job.groups.get(block.index, ())]
-        observer = InputObserver(watched, job.collected, job.source.device, length=self.calibration.ids.shape[1])
+        if method.reads_writers:
+            parts = {part.name for group in job.groups.get(block.index, ()) for part in group.parts}
+            watched += [v for v in readers.values() if v.stored_name in parts and v not in watched]
+        length, vectors = self.calibration.ids.shape[1], {g.reader: g.vector for g in job.groups.get(block.index, ())}
+        observer = InputObserver(watched, job.collected, job.source.device, length=length, vectors=vectors)
         with result.timed("calibration"), observer:
             for _ in (streams.dense or streams.calibration).advancing(block):
                 observer.next_batch()
@@ -203,9 +216,11 @@ class SmallerRun(Walk):
                 if group.reader not in observer.stats:
                     raise PareError(f"{group.reader}: {NEVER}.")
                 stats = Stats(observer.stats[group.reader]).with_gradients(gradients.get(group.reader, {}))
-                units = units_of(group, block, stats)
-                self.progress.doing(f"choosing channels of {group.name}")
-                began, keep = perf_counter(), job.units[group.config_key]
+                units = units_of(group, block, stats, observer.stats)
+                self.progress.doing(f"choosing {group.kind} of {group.name}")
+                began, keep = perf_counter(), chosen.units(job, group)
+                if keep == group.units:  # where blocks differ, some may stay whole
+                    continue
                 cut = method.compress(units, keep)
                 if f"{group.reader}.bias".removeprefix(block.prefix) not in target.module.state_dict():
                     cut = replace(cut, shift=None)
@@ -213,22 +228,29 @@ class SmallerRun(Walk):
                 result.layers.append(record_of(job.recipe.method, units, cut, perf_counter() - began))
         return changed
 
-    def _fewer_experts(self, method: ExpertMethod, block: Block, streams: Streams, result: Result) -> dict[str, Tensor]:
+    def _fewer_experts(
+        self, method: ExpertMethod, block: Block, target: Block, chosen: Chosen, streams: Streams, result: Result
+    ) -> dict[str, Tensor]:
         """As `_cut`, of experts."""
-        job, groups = self.job, self.job.groups.get(block.index, ())
-        observer = ExpertObserver(block, groups if method.reads_outputs else ())
+        job, groups, stream = self.job, self.job.groups.get(block.index, ()), streams.dense or streams.calibration
+        observer = ExpertObserver(block, groups if method.reads_outputs else (), method.reads_logits)
         with result.timed("calibration"), observer:
-            for _ in (streams.dense or streams.calibration).advancing(block):
+            for _ in stream.outputs(block) if method.fit else stream.advancing(block):
                 pass
         changed: dict[str, Tensor] = {}
-        with result.timed("compress"):
-            for group in groups:
-                self.progress.doing(f"choosing experts of {group.name}")
-                began = perf_counter()
+        for group in groups:
+            self.progress.doing(f"choosing experts of {group.name}")
+            began, error = perf_counter(), None
+            with result.timed("compress"):
                 experts = experts_of(group, block, observer.of(group) if method.reads_outputs else None)
-                cut = method.compress(experts, job.units[group.config_key])
+                cut = method.compress(experts, chosen.units(job, group))
                 changed |= left_of(block, group, cut)
-                result.layers.append(entry_of(group.name, job.recipe.method, cut, None, perf_counter() - began))
+                if method.fit:
+                    error = fit_experts(method.fit, block, target, group, changed, stream, result.fallbacks)
+            result.layers.append(entry_of(group.name, job.recipe.method, cut, error, perf_counter() - began))
+        if method.fit:
+            with result.timed("calibration"):
+                stream.advance(block)
         return changed
 
     def _tune(self, target: Block, inputs: list[Tensor], dense: Stream, streams: Streams, result: Result) -> bool:

@@ -1,4 +1,5 @@
-"""Hand the tensors of a smaller model to the writer, under the names that its family's files have."""
+"""Hand the tensors of a smaller model to the writer: under the names that its family's files have, or, in our packed format,
+under those of the model class."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -26,7 +27,10 @@ def write_block(
     made = {block.prefix + name: tensor for name, tensor in target.module.state_dict().items()}
     own = [name for name in made if name in source.parameters]  # tied ones once
     values = {name: made[name] for name in own if changed is None or name in changed}
-    _add(writer, source, small, dict(source.as_stored(own, values)))
+    if small.shapes:
+        _add(writer, source, small, {**source.read(name for name in own if name not in values), **values})
+    else:
+        _add(writer, source, small, dict(source.as_stored(own, values)))
     for name in made.keys() - set(own) - source.tied.keys():  # a bias that the dense model does not have
         writer.add(target.prefix + name.removeprefix(block.prefix), made[name], kind="dense")
     writer.end_block()
@@ -34,7 +38,7 @@ def write_block(
 
 def write_rest(writer: CheckpointWriter, source: ModelSource, all_blocks: Sequence[Block], small: Reshaped) -> None:
     """Write what lies outside the blocks as it was stored, and what the model class does not know but for removed blocks."""
-    for tensors in outside(source, all_blocks, "dense"):
+    for tensors in outside(source, all_blocks, "packed" if small.shapes else "dense"):
         _add(writer, source, small, tensors)
         writer.end_block()
     unknown = [key for key in source.verbatim if key not in small.dropped_verbatim]
@@ -44,5 +48,6 @@ def write_rest(writer: CheckpointWriter, source: ModelSource, all_blocks: Sequen
 
 
 def _add(writer: CheckpointWriter, source: ModelSource, small: Reshaped, tensors: Mapping[str, Tensor]) -> None:
-    named = ((in_files(source, small, name), tensor) for name, tensor in tensors.items())
+    new = {name: small.renamed(name) if small.shapes else in_files(source, small, name) for name in tensors}
+    named = ((new[name], tensor) for name, tensor in tensors.items())
     add_dense(writer, {name: tensor for name, tensor in named if name is not None})

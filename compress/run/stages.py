@@ -1,6 +1,7 @@
 """Several methods one after another: each stage works on what the one before left, and one report tells of all."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +47,7 @@ def compress_stages(
         note(f"stage {n} of {len(recipe.stages)}: {stage.method}")
         done = _finished(folder, read, stage)
         place.mkdir(parents=True, exist_ok=True)
-        own = replace(how, format="dense", command=None, revision=how.revision if n == 1 else None)
+        own = replace(how, format="dense", passing=True, command=None, revision=how.revision if n == 1 else None)
         reports.append(done or compress_once(read, stage, folder, own))
         read = str(folder)
     note(f"stage {len(recipe.stages)} of {len(recipe.stages)}: {last.method}")
@@ -117,9 +118,21 @@ def _added(seconds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _shape(shapes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What was removed by stages one after another."""
     blocks: list[int] = list(range(shapes[0]["blocks_before"]))
-    units: dict[str, list[int]] = {}
+    counts: dict[str, dict[str, list[int]]] = {"units": {}, "sizes": {}}
+    absent: list[str] = []
     for shape in shapes:
-        blocks = [blocks[i] for i in shape["blocks"]]
-        for key, (before, after) in shape["units"].items():
-            units[key] = [units.get(key, [before])[0], after]
-    return {"blocks": blocks, "blocks_before": shapes[0]["blocks_before"], "units": units}
+        stay = shape["blocks"]
+        blocks = [blocks[i] for i in stay]
+        counts["sizes"] = {new: pair for name, pair in counts["sizes"].items() if (new := _moved(name, stay))}
+        absent = [new for name in absent if (new := _moved(name, stay))] + shape.get("absent", [])
+        for kind, known in counts.items():
+            for key, (before, after) in shape.get(kind, {}).items():
+                known[key] = [known.get(key, [before])[0], after]
+    own = {key: value for key, value in (("sizes", counts["sizes"]), ("absent", absent)) if value}
+    return {"blocks": blocks, "blocks_before": shapes[0]["blocks_before"], "units": counts["units"], **own}
+
+
+def _moved(name: str, stay: Sequence[int]) -> str | None:
+    """The name of a module of a block after only some blocks stay; None if its block goes."""
+    head, number, rest = re.split(r"\.(\d+)(?=\.|$)", name, maxsplit=1)
+    return f"{head}.{stay.index(int(number))}{rest}" if int(number) in stay else None

@@ -5,6 +5,7 @@ One block's weights are in memory at a time; hidden states are in host memory.
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +17,14 @@ from paredown.compress.model.blocks import Block
 from paredown.compress.model.calls import Recorder, recorders
 from paredown.compress.model.removal import check_removable
 from paredown.compress.model.rest import materialised_rest
-from paredown.compress.model.stream import Stream, hidden_bytes, start
+from paredown.compress.model.stream import Stream, hidden_bytes, next_token_nll, start
 from paredown.compress.progress import ignore
+from paredown.compress.survey.merged import Merging
 
 STEP = 4  # of how many positions one prediction is compared
 SHORTLIST = 12  # blocks that are tried again after all were
+
+Key = TypeVar("Key", int, str)
 
 
 def profile(
@@ -40,17 +44,20 @@ def profile(
     check_removable(source, all_blocks)
     if method.reads == "states":
         return _states(source, all_blocks, ids, note)
-    if method.reads == "divergence":
-        return Profile(removals=list(_removals(source, all_blocks, ids[: method.windows], drop, note, doing)))
+    if method.reads == "merges":
+        return Profile(similar=Merging.of(source, all_blocks, ids[: method.windows], note, doing).similarity)
+    if method.reads in ("divergence", "loss"):
+        found = _removals(source, all_blocks, ids[: method.windows], drop, method.reads == "loss", note, doing)
+        return Profile(removals=list(found))
     return Profile()
 
 
 def profile_bytes(source: ModelSource, method: BlockMethod, count: int, windows: int, length: int) -> int:
     """Bytes of the hidden states that `profile` has in memory at once, for a model of `count` blocks.
 
-    Divergences take a copy of those of the method's windows for each block, besides the dense model's.
+    Divergences and merges take a copy of those of the method's windows for each block, besides the dense model's.
     """
-    if method.reads == "divergence":
+    if method.reads in ("divergence", "loss", "merges"):
         return (count + 2) * hidden_bytes(source, min(method.windows, windows) * length)
     return 2 * hidden_bytes(source, windows * length) if method.reads == "states" else 0
 
@@ -88,32 +95,37 @@ def _removals(
     all_blocks: Sequence[Block],
     ids: Tensor,
     drop: int,
+    by_loss: bool,
     note: Callable[[str], None],
     doing: Callable[[str], None],
 ) -> Iterator[tuple[int, float]]:
     """Remove the block whose absence raises KL(dense || model) least, again and again: yields it, and the KL after it.
 
+    Or the loss of the model itself, in the place of the KL.
+
     In each round all blocks are loaded once: every trial goes through a block while it is in memory. After a round the
     SHORTLIST best are tried again, and all that are left once few of those are left.
     """
-    first = start(source, ids)
+    first, what = start(source, ids), "loss" if by_loss else "KL"
     kept, tried, dense = list(all_blocks), {block.index for block in all_blocks}, None
     for n in range(1, drop + 1):
         whole, trials = _try_each(source, kept, first, tried, doing, f"depth, choice {n} of {drop}")
         dense = dense or whole
-        found = dict(zip(trials, divergences(source, dense, list(trials.values())), strict=True))
-        del trials  # before the next ones are there
+        streams = list(trials.values())
+        values = losses(source, streams) if by_loss else divergences(source, dense, streams)
+        found = dict(zip(trials, values, strict=True))
+        del trials, streams  # before the next ones are there
         best = min(found, key=found.__getitem__)
         if not math.isfinite(found[best]):
             raise PareError("whichever block is removed, the model's logits overflow: try --dtype bfloat16 or float32.")
         kept = [block for block in kept if block.index != best]
-        tried = _worth_trying(found, {block.index for block in kept})
-        note(f"survey, depth: {n} of {drop} blocks chosen, the last one {best}, KL {found[best]:.3g}")
+        tried = worth_trying(found, {block.index for block in kept})
+        note(f"survey, depth: {n} of {drop} blocks chosen, the last one {best}, {what} {found[best]:.3g}")
         yield best, found[best]
     doing("")
 
 
-def _worth_trying(found: Mapping[int, float], left: set[int]) -> set[int]:
+def worth_trying(found: Mapping[Key, float], left: set[Key]) -> set[Key]:
     """The next candidates, after a round that found these divergences."""
     shortlist = sorted(left & found.keys(), key=found.__getitem__)[:SHORTLIST]
     return set(shortlist) if len(shortlist) >= SHORTLIST // 2 else left
@@ -164,6 +176,21 @@ def divergences(source: ModelSource, dense: Stream, streams: Sequence[Stream], s
                     totals[n] += (wanted.exp() * (wanted - got)).sum(-1).double().sum().cpu()
                 count += wanted.shape[:2].numel()
     return [kl if math.isfinite(kl) else math.inf for kl in (totals / count).tolist()]
+
+
+@torch.no_grad()
+def losses(source: ModelSource, streams: Sequence[Stream]) -> list[float]:
+    """The mean loss per token, in nats, of streams that stand behind the last block; infinite where logits overflow."""
+    found = []
+    with materialised_rest(source, embedding=False), recorders(source) as layers:
+        for stream in streams:
+            total, count = 0.0, 0
+            for hidden, ids in zip(stream.hidden, stream.ids, strict=True):
+                layers[-1].output = hidden.to(stream.device, copy=True)
+                nll = next_token_nll(source.model, ids.to(stream.device), stream.head_tokens)
+                total, count = total + float(nll.double().sum()), count + nll.numel()
+            found.append(total / count if math.isfinite(total) else math.inf)
+    return found
 
 
 def _log_probabilities(source: ModelSource, last: Recorder, stream: Stream, i: int, positions: Tensor) -> Tensor:

@@ -22,11 +22,13 @@ class ExpertObserver:
 
     The module of experts is known by how it is called: with hidden states, with each token's experts, and with as many
     weights. It is called once more for each place among a token's experts, with that one expert and a weight of 1: so what
-    an expert gives is what its class makes of it, biases included. That is as much work as the block's own call.
+    an expert gives is what its class makes of it, biases included. That is as much work as the block's own call. With
+    `logits` the router's products with its input are added up too.
     """
 
-    def __init__(self, block: Block, groups: Sequence[Group]) -> None:
-        self._block = block
+    def __init__(self, block: Block, groups: Sequence[Group], logits: bool = False) -> None:
+        self._block, self._logits = block, logits
+        self._products: dict[str, Tensor] = {}  # by group
         self._sums = {group.name: torch.zeros(3, group.units, dtype=torch.float64) for group in groups}
         self._groups = groups
         self._handles: list[RemovableHandle] = []
@@ -38,6 +40,8 @@ class ExpertObserver:
             for module in _holders(self._block, group):
                 hook = partial(self._called, group, inspect.signature(module.forward))
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            if self._logits:
+                self._handles.append(self._watched(group))
         return self
 
     def __exit__(
@@ -54,13 +58,35 @@ class ExpertObserver:
                 f"{group.name}: its experts are not told which tokens are theirs, so that what each gives cannot be seen. "
                 "Choose by their weights alone (aimer), or remove blocks (paredown_depth)."
             )
+        if self._logits and group.name not in self._products:
+            raise PareError(
+                f"{group.name}: what its router makes of a token cannot be seen, so that experts cannot be grouped by it. "
+                "Remove experts without merging them (reap)."
+            )
         reached = count.clamp_min(1)
-        return ExpertStats(count, norm / reached, gated / reached)
+        return ExpertStats(count, norm / reached, gated / reached, self._products.get(group.name))
+
+    def _watched(self, group: Group) -> RemovableHandle:
+        """Watch the module that holds the router's matrix, the last part."""
+        path, _, name = group.parts[-1].name.removeprefix(self._block.prefix).rpartition(".")
+        module = self._block.module.get_submodule(path)
+        return module.register_forward_pre_hook(partial(self._routed, group, name))
+
+    @torch.no_grad()
+    def _routed(self, group: Group, name: str, module: nn.Module, args: Any) -> None:
+        """Add up the products of the logits of one call, a bias beside the matrix included."""
+        matrix, bias = module.get_parameter(name).float(), module._parameters.get("bias")
+        matrix = (matrix if group.parts[-1].dim == 0 else matrix.T)[: group.units]  # (experts, in)
+        given = next((a for a in args if isinstance(a, Tensor) and a.shape[-1] == matrix.shape[1]), None)
+        if given is not None and not self._busy:
+            logits = rows(given).float() @ matrix.T  # (tokens, experts)
+            logits = logits if bias is None else logits + bias.float()[: group.units]
+            self._products[group.name] = self._products.get(group.name, 0) + (logits.T @ logits).double().cpu()
 
     @torch.no_grad()
     def _called(self, group: Group, signature: inspect.Signature, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = signature.bind(*args, **kwargs)
-        names = _choice(given.arguments)
+        names = choice(given.arguments)
         if names is None or self._busy or self._told.setdefault(group.name, module) is not module:
             return
         index, weights = (rows(given.arguments[name]) for name in names)  # (tokens, experts of a token)
@@ -97,7 +123,7 @@ def _inside(name: str, parameters: set[str]) -> bool:
     return bool(name) and any(parameter.startswith(f"{name}.") for parameter in parameters)
 
 
-def _choice(arguments: dict[str, Any]) -> tuple[str, str] | None:
+def choice(arguments: dict[str, Any]) -> tuple[str, str] | None:
     """The names of the arguments with each token's experts and with their weights; None if there are none."""
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and value.dim() >= 2}
     for index, chosen in tensors.items():

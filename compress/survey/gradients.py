@@ -27,6 +27,8 @@ from paredown.compress.progress import ignore
 from paredown.compress.survey.products import InputObserver, routed
 
 _Later = dict[Any, Tensor]  # by path: gradients at what blocks hand on, from the blocks that take it
+# told of each product, its input (tokens, in), and the gradient at its output (tokens, out)
+Pair = Callable[[View, Tensor, Tensor], None]
 
 
 def moments(
@@ -68,13 +70,19 @@ class GradientObserver(InputObserver):
     """An InputObserver that, when autograd runs backward through the block, also sums the moments of output gradients."""
 
     def __init__(
-        self, views: list[View], inputs: frozenset[Need], needs: frozenset[Need], device: torch.device
+        self,
+        views: list[View],
+        inputs: frozenset[Need],
+        needs: frozenset[Need],
+        device: torch.device,
+        length: int | None = None,
+        pair: Pair | None = None,
     ) -> None:
         """`inputs` out of INPUT_NEEDS, `needs` out of GRADIENT_NEEDS."""
-        super().__init__(views, inputs, device)
+        super().__init__(views, inputs, device, length=length)
         self.gradients: dict[str, dict[Need, Tensor]] = {}  # by view name: sums over tokens, float64
         self.sequences = 1  # in the batch that runs
-        self._gradient_needs = needs
+        self._gradient_needs, self._pair = needs, pair
 
     def on_product(self, view: View, x: Tensor, output: Tensor, expert: int | None = None) -> None:
         super().on_product(view, x, output, expert)
@@ -85,12 +93,15 @@ class GradientObserver(InputObserver):
         if expert is not None:
             rows = routed(x)
             gradient, x = gradient[expert][rows], x[rows]
-        delta = gradient.flatten(0, -2).float()  # (tokens, out)
+        gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
+        delta = gradient.float()  # (tokens, out)
         if not bool(torch.isfinite(delta.sum())):
             raise PareError(f"{view.name}: its gradients are not finite. Try --dtype bfloat16 or float32.")
+        if self._pair is not None:
+            self._pair(view, x, gradient)
         sums = self.gradients.setdefault(view.name, {})
         weight = view.weight
-        for need, value in moments(self._gradient_needs, weight, x.flatten(0, -2).float(), delta, self.sequences):
+        for need, value in moments(self._gradient_needs, weight, x.float(), delta, self.sequences):
             if need in sums:
                 sums[need] += value
             else:
@@ -117,13 +128,14 @@ def backward(
     scratch: Path,
     labels: Labels = "data",
     note: Callable[[str], None] = ignore,
+    pair: Pair | None = None,
 ) -> Iterator[tuple[Block, dict[str, Stats]]]:
     """The blocks from last to first, each in memory until the next one is asked for, with the statistics of its `layers`.
 
     `stream` stands before the first block; it is used up. The loss is the sum of the next-token cross-entropies in nats.
     `inputs` out of INPUT_NEEDS, `needs` out of GRADIENT_NEEDS. `scratch` is a folder for the inputs of all blocks:
-    windows x length x hidden numbers a block. Raises PareError for gradients that are not finite and for a block without
-    a gradient.
+    windows x length x hidden numbers a block. `pair` is told of each product of the `layers`. Raises PareError for
+    gradients that are not finite and for a block without a gradient.
     """
     if unknown := needs - GRADIENT_NEEDS:
         raise ValueError(f"unknown statistics {sorted(unknown)}; there are {sorted(GRADIENT_NEEDS)}")
@@ -143,7 +155,7 @@ def backward(
         _inputs(scratch, block).unlink()
         with source.loaded(block):
             views = [v for v in block.views() if v.name in layers]
-            observer = GradientObserver(views, inputs, needs, source.device)
+            observer = GradientObserver(views, inputs, needs, source.device, stream.ids[0].shape[1], pair)
             upstream = _block_backward(block, stream, upstream, later, observer)
             return_freed_memory()
             yield block, observer.means()

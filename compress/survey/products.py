@@ -5,6 +5,7 @@ expert's slice of a fused parameter and the batched product with all of them are
 other way is not seen.
 """
 
+from collections.abc import Mapping
 from contextlib import suppress
 from time import perf_counter
 from typing import Any
@@ -65,7 +66,8 @@ class InputObserver(ProductMode):
 
     Views that get the same tensor (q/k/v; gate/up) share one InputStats. With a `router` the inputs of experts are scaled
     by its weights, as the errors of their outputs are. `length` is how many tokens a window has: some blocks hand all
-    windows of a batch to a layer as one. Raises PareError, naming the layer, for inputs that are not finite.
+    windows of a batch to a layer as one. `vectors`: how wide the vectors are that a view's inputs consist of. Raises
+    PareError, naming the layer, for inputs that are not finite.
     """
 
     def __init__(
@@ -75,9 +77,10 @@ class InputObserver(ProductMode):
         device: torch.device,
         router: RouterWeights | None = None,
         length: int | None = None,
+        vectors: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(views)
-        self._router, self._length = router, length
+        self._router, self._length, self._vectors = router, length, vectors or {}
         self.stats: dict[str, InputStats] = {}  # by view name; without the views that no token reached
         self.seconds = 0.0  # time spent here
         self._needs, self._device = needs, device
@@ -94,7 +97,7 @@ class InputObserver(ProductMode):
             return
         known, stats = self._inputs.get(x.data_ptr()), self.stats.get(view.name)
         if known is None or known[0].shape != x.shape or (stats is not None and stats is not known[1]):
-            stats = stats or InputStats(view.shape[1], self._needs, self._device)
+            stats = stats or InputStats(view.shape[1], self._needs, self._device, self._vectors.get(view.name, 1))
             tokens = x.detach() if expert is None else x.detach()[routed(x)]
             if self._router is not None and view.expert is not None:
                 tokens = tokens.float() * self._router.of(view, len(tokens))[:, None]

@@ -109,6 +109,16 @@ def test_plan_says_what_compress_then_does(paredown, arguments, tiny_model, text
     assert code == 0 and "memory needed" in told
 
 
+def test_plan_with_curve_shows_what_several_shares_would_lose(paredown, tiny_model, text_file):
+    little = [f"calibration.source={text_file}", "calibration.sequences=2", "calibration.length=32", "multiple=4"]
+    changed = [word for key in little for word in ("--set", key)]
+    given = ("plan", tiny_model, "-r", "paredown-width-80", "--curve", *changed)
+    code, told, said = paredown(*given)
+    assert code == 0 and "by cost" in told and "survey, backward: block 1 of 2" in said
+    rows = json.loads(paredown(*given, "--json")[1])["curve"]["rows"]
+    assert [row["kept"] for row in rows[:2]] == [0.95, 0.9] and 0 < rows[0]["equal"] < rows[1]["equal"]
+
+
 def test_recipes_are_listed_and_shown_with_their_citation(paredown):
     assert "sparsegpt-2of4" in paredown("recipes")[1]
     assert "arXiv 2306.11695" in paredown("recipes", "wanda-2of4")[1]

@@ -1,6 +1,7 @@
 """LoRAP: weighted SVD of attention, with three times the share for values and outputs. Li et al. 2024 (arXiv 2404.09695).
 
-The paper prunes the channels of the MLP; structured pruning is not here yet, so the MLP is factored as attention is.
+The paper prunes the channels of the MLP: that is `lorap_mlp`, a stage of its own, before one of this method whose targets are
+attention alone. An MLP among the targets is factored as attention is.
 """
 
 from collections.abc import Mapping
@@ -16,4 +17,6 @@ from paredown.compress.methods.lowrank.awsvd import AWSVD
 class LoRAP(AWSVD):
     strategy = "per_type"
     type_weights: ClassVar[Mapping[str, float]] = {"v_proj": 3.0, "o_proj": 3.0, "q_proj": 1.0, "k_proj": 1.0}
-    remark = "the MLP was factored: pruning its channels, as LoRAP does, is not available"
+    remark = (
+        "MLPs among the targets were factored: to prune their channels, as LoRAP does, begin with a stage of lorap_mlp"
+    )

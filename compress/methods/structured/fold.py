@@ -11,15 +11,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from paredown.compress.methods.base import GroupMethod, Shape, Sliced, Units, register
-from paredown.compress.methods.structured.width import check_count
+from paredown.compress.errors import PareError
+from paredown.compress.methods.base import Shape, Sliced, Units, register
+from paredown.compress.methods.structured.width import WidthMethod, check_count
 from paredown.compress.numerics.clusters import kmeans
 
 
 @register("fold")
 @dataclass(frozen=True)
-class Fold(GroupMethod):
+class Fold(WidthMethod):
     seed: int = 0  # of the first centres
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind != "channels":
+            raise PareError(
+                f"fold makes one unit of several that are alike, which {self.kind} do not allow: leave unit out, or name "
+                "paredown_width, which removes them."
+            )
 
     def compress(self, units: Units, keep: int) -> Sliced:
         check_count(units, keep)

@@ -6,7 +6,7 @@ of full length. Others remove the blocks whose absence raises perplexity least, 
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,7 +18,7 @@ from paredown.compress.methods.base import BlockMethod, Profile, register
 class GreedyDepth(BlockMethod):
     windows: Annotated[int, Field(ge=1)] = 8
 
-    reads = "divergence"
+    reads: ClassVar[Literal["divergence", "loss"]] = "divergence"
 
     def choose(self, profile: Profile, count: int, drop: int) -> list[int]:
         return sorted(block for block, _ in profile.removals[:drop])

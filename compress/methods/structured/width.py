@@ -2,19 +2,30 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from paredown.compress.errors import PareError
-from paredown.compress.methods.base import Damping, GroupMethod, Shape, Sliced, Units
+from paredown.compress.methods.base import Damping, GroupMethod, Kind, Shape, Sliced, Units
 from paredown.compress.numerics.moments import Need
 from paredown.compress.numerics.units import refitted
 
 
 @dataclass(frozen=True)
-class Scored(GroupMethod):
+class WidthMethod(GroupMethod):
+    """Makes MLPs or attention narrower. `kept` is a share of the parameters of all blocks, whatever the unit."""
+
+    unit: Literal["channels", "kv_groups"] = "channels"  # of MLPs; or key/value heads, each with its query heads
+
+    @property
+    def kind(self) -> Kind:
+        return self.unit
+
+
+@dataclass(frozen=True)
+class Scored(WidthMethod):
     """The units with the highest scores stay."""
 
     refit: bool = False  # least squares on the reader's columns that stay, towards the whole weight's output
@@ -30,10 +41,15 @@ class Scored(GroupMethod):
     def needs(self) -> frozenset[Need]:
         return self.reads | ({Need.GRAM} if self.refit else frozenset())
 
+    def unit_scores(self, units: Units) -> Tensor:  # (units,)
+        """Of each unit, float64."""
+        of_columns: Tensor = self.scores(units).double().unflatten(0, (-1, units.width))
+        return of_columns.sum(1)
+
     def compress(self, units: Units, keep: int) -> Sliced:
         """The `keep` units with the highest scores; of equal ones the first. What shifts the bias reads Need.MEAN."""
         check_count(units, keep)
-        scores = self.scores(units).double().unflatten(0, (-1, units.width)).sum(1)  # (units,)
+        scores = self.unit_scores(units)
         stay = torch.zeros_like(scores, dtype=torch.bool)
         stay[scores.sort(descending=True, stable=True).indices[:keep]] = True
         return made_up(units, stay, self.damping if self.refit else None, self.shifts)

@@ -165,7 +165,7 @@ def test_a_class_that_is_no_method_mask_update_or_allocation_is_refused(registry
     class Anything:
         needs = frozenset()
 
-    with pytest.raises(PareError, match=r"mine: .*Anything is no method\. Derive it from WeightMethod, GroupMethod or"):
+    with pytest.raises(PareError, match=r"mine: .*Anything is no method\. Derive it from WeightMethod, GroupMethod, "):
         registry.register("mine")(Anything)
     with pytest.raises(PareError, match=r"mine: .*Anything has no choose"):
         MASKS.register("mine")(Anything)

@@ -283,4 +283,33 @@ def test_folding_leaves_as_many_units_as_asked_and_at_the_full_number_all_as_the
 
 def test_every_width_method_is_tested_here():
     theirs = {name for name, cls in METHODS.classes().items() if issubclass(cls, Scored)}
-    assert {name for name in theirs if METHODS.get(name).__module__.startswith("paredown.")} == set(SCORED)
+    ours = {name for name in theirs if METHODS.get(name).__module__.startswith("paredown.")}
+    assert ours == {*SCORED, "lorap_mlp"}  # which reads more of a block: see run/test_lorap.py
+
+
+def test_a_head_is_scored_by_the_norm_of_its_output_and_a_key_by_its_query_heads():
+    """Minitron's formula for heads, with the best pair of aggregations: two query heads of three columns share a key."""
+    c = case(width=6, units=4)
+    stats = InputStats(24, frozenset({Need.WINDOW_MEAN}), vector=3)
+    for part in c.x.split([1, 3, 2]):
+        stats.update(part)
+    heads = [
+        sum(sum(float(t[3 * h : 3 * h + 3].norm()) / TOKENS for t in window) ** 2 for window in c.x) ** 0.5
+        for h in range(8)
+    ]
+    scores = [heads[2 * g] + heads[2 * g + 1] for g in range(4)]
+    units = replace(c.given(build("minitron", {"units": 2})), stats=Stats(stats))
+    keep = build("minitron", {"units": 2, "unit": "kv_groups"}).compress(units, 2).keep
+    assert keep.nonzero()[:, 0].tolist() == sorted(sorted(range(4), key=lambda g: -scores[g])[:2])
+
+
+def test_units_are_channels_by_the_dozen_or_heads_one_by_one():
+    assert build("flap", {"kept": 0.8}).step == 32 and build("flap", {"kept": 0.8, "multiple": 8}).step == 8
+    heads = build("paredown_width", {"kept": 0.8, "unit": "kv_groups"})
+    assert heads.kind == "kv_groups" and heads.step == 1
+    assert build("reap", {"kept": 0.8}).step == 1
+
+
+def test_heads_cannot_be_folded():
+    with pytest.raises(PareError, match=r"(?s)kv_groups do not allow.*paredown_width"):
+        build("fold", {"kept": 0.8, "unit": "kv_groups"})

@@ -67,6 +67,7 @@ def test_the_experts_of_a_family_are_found_and_a_smaller_config_fits_them(family
     for group in groups:
         within = " ".join(part.name.removeprefix(f"{group.name}.") for part in group.parts)
         assert f"{within} = {group.config_key}" == expected and group.units == 4 and group.kind == "experts"
+        assert group.inner[-1].name.endswith("down_proj") and len({part.name for part in group.inner}) >= 2
         keep = torch.tensor([True, False, True, True])
         for part in group.parts:
             weights[part.name] = sliced(weights[part.name], [part], keep)

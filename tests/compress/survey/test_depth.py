@@ -143,9 +143,9 @@ def test_a_round_reads_each_block_that_is_left_once(llama, monkeypatch):
 def test_after_a_round_the_best_are_tried_again_and_all_once_these_are_few(monkeypatch):
     monkeypatch.setattr(depth, "SHORTLIST", 4)
     found = {0: 9.0, 1: 0.1, 2: 0.3, 3: 0.2, 4: 5.0, 5: 0.4, 6: 0.5}
-    assert depth._worth_trying(found, {0, 2, 3, 4, 5, 6}) == {2, 3, 5, 6}
-    assert depth._worth_trying({2: 0.3, 3: 0.2, 5: 0.4}, {0, 2, 4, 5, 6}) == {2, 5}
-    assert depth._worth_trying({2: 0.3, 5: 0.4}, {0, 2, 4, 6}) == {0, 2, 4, 6}
+    assert depth.worth_trying(found, {0, 2, 3, 4, 5, 6}) == {2, 3, 5, 6}
+    assert depth.worth_trying({2: 0.3, 3: 0.2, 5: 0.4}, {0, 2, 4, 5, 6}) == {2, 5}
+    assert depth.worth_trying({2: 0.3, 5: 0.4}, {0, 2, 4, 6}) == {0, 2, 4, 6}
 
 
 def test_divergences_do_not_depend_on_how_many_positions_the_head_takes(llama):

@@ -75,6 +75,30 @@ def test_what_is_seen_of_experts_is_the_mean_over_their_tokens(family, loaded):
     assert not any(m._forward_pre_hooks for m in block.module.modules())
 
 
+def logits_of(family, gate, x):
+    """A router's products with its input, by the formulas of three classes."""
+    return linear(x, gate.weight, gate.bias if family == "gpt_oss" else None)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+@torch.no_grad()
+def test_products_of_router_logits_are_those_of_all_tokens(family, loaded):
+    stream, block = loaded(family, tiny.IDS)
+    (group,) = expert_groups(stream, block)
+    with ExpertObserver(block, [group], logits=True) as observer:
+        given = []
+        gate = block.module.mlp.router if family == "gpt_oss" else block.module.mlp.gate
+        handle = gate.register_forward_pre_hook(
+            lambda module, args: given.append(args[0].reshape(-1, args[0].shape[-1]))
+        )
+        for i in range(len(stream.hidden)):
+            stream.output(block, i)
+        handle.remove()
+    logits = [logits_of(family, gate, x).double() for tokens in given for x in tokens]
+    assert len(logits) == tiny.IDS.numel()
+    torch.testing.assert_close(observer.of(group).logits, sum(torch.outer(t, t) for t in logits), rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_an_expert_without_tokens_gives_nothing_and_its_means_are_zero(loaded):
     stream, block = loaded("mixtral", tiny.IDS[:1, :2])
