@@ -68,6 +68,11 @@ class Job:
         return needs - {Need.SECOND_MOMENT} if Need.GRAM in needs else needs
 
     @property
+    def reads_pairs(self) -> bool:
+        """Whether the survey gives the method tokens themselves."""
+        return self.allocation.reads == "losses" and self.method.reads_pairs
+
+    @property
     def paired(self) -> bool:
         """Whether the method compares the dense model's inputs with the compressed one's."""
         return Need.CROSS in self.method.needs

@@ -5,7 +5,7 @@ and R: see methods/lowrank/. In float64; on a GPU eigenvectors are computed in f
 """
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from paredown.compress.numerics.spectral import cholesky, damped, decomposed, ei
 from paredown.compress.storage.kinds import stored_numbers
 from paredown.compress.storage.spec import Spec
 
+AT_ONCE = 2048  # tokens
 LARGE = 512  # the smaller side of a weight from which ranks go in steps of 16, at most 3% of it
 
 
@@ -114,6 +115,24 @@ def _tall(target: Target, metric: Metric) -> Problem:
         moment = moment.addr(metric.mean, metric.mean, alpha=-1.0)
     root, unroot = root_of(damped(moment, metric.ridge) if metric.ridge else moment)
     return root.T @ product @ root, lambda top: (times_value(root @ top), unroot(top.T))
+
+
+def steps(factors: Factors, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:  # (k,) float64
+    """By how much each component, the first one first, lowers the loss that is left at its rank, in nats per token.
+
+    That loss is E[(g . (W - W_k) x)^2] / 2 over `pairs` of an input x (tokens, in) and the gradient g (tokens, out) of the
+    loss at the output: the rise of the loss to second order, where the Hessian is the gradients' own second moment. A
+    component that would raise it counts nothing, and what follows is counted from the least loss so far.
+    """
+    left, right = factors.left.float(), factors.right.float()
+    total, count = torch.zeros(factors.rank + 1, dtype=torch.float64, device=left.device), 0
+    for x, g in pairs:
+        for some_x, some_g in zip(x.split(AT_ONCE), g.split(AT_ONCE), strict=True):
+            shares = (some_g.float() @ left) * (some_x.float() @ right.T)  # (tokens, k): of each component in g . W x
+            total[:-1] += shares.flip(1).cumsum(1).flip(1).double().square().sum(0)
+            count += len(some_x)
+    least = (total / (2 * max(count, 1))).cummin(0).values
+    return least[:-1] - least[1:]
 
 
 def balanced(factors: Factors) -> tuple[Tensor, Tensor]:

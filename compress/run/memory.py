@@ -15,6 +15,7 @@ from paredown.compress.shape_job import ShapeJob, block_numbers
 from paredown.compress.survey.depth import profile_bytes
 from paredown.compress.survey.direct import Pairs
 from paredown.compress.survey.expert_fit import ExpertFit
+from paredown.compress.survey.survey import TOKENS
 
 
 def memory_parts(job: Job, targets: Sequence[View], calibration: int, evaluations: Sequence[int]) -> dict[str, int]:
@@ -125,7 +126,8 @@ def _statistics(job: Job, edited: Sequence[View]) -> int:
     inputs = sum(InputStats.bytes(width, needs) for width, _ in widths)
     gradients = 4 * sum(min(v.shape) ** 2 for v in edited) if job.gradients else 0  # float32
     of_weights = job.surveyed & {Need.FISHER, Need.WEIGHT_GRADIENT}  # as large as the weight, float64
-    return inputs + gradients + 8 * len(of_weights) * sum(prod(v.shape) for v in edited)
+    pairs = sum(element_size(job.source) * TOKENS * sum(v.shape) for v in edited) if job.reads_pairs else 0
+    return inputs + gradients + 8 * len(of_weights) * sum(prod(v.shape) for v in edited) + pairs
 
 
 def _tuning(job: Job, edited: Sequence[View], calibration: int) -> int:

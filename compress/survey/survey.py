@@ -5,7 +5,7 @@ There is none for a job that needs none of them.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,12 @@ from paredown.compress.model.blocks import Block, View, by_owner
 from paredown.compress.model.stream import start
 from paredown.compress.numerics.moments import GRADIENT_NEEDS, INPUT_NEEDS, InputStats, Need, Stats
 from paredown.compress.progress import ignore
-from paredown.compress.survey.gradients import backward
+from paredown.compress.survey.direct import Pairs
+from paredown.compress.survey.gradients import Pair, backward
 from paredown.compress.survey.products import InputObserver
 from paredown.compress.survey.sensitivity import SensitivityProbe
+
+TOKENS = 4096  # of the calibration text, for losses predicted from tokens
 
 
 @dataclass
@@ -102,8 +105,11 @@ def survey(job: Job, ids: Tensor, scratch: Path, note: Callable[[str], None] = i
     if not job.gradients and job.allocation.reads == "shapes":
         return result
     layers = {view.name for view in views}
-    for block, stats in _observed(job, ids, layers, scratch, note):
+    pairs = Pairs(ids.numel(), TOKENS) if job.reads_pairs else None
+    for block, stats in _observed(job, ids, layers, scratch, note, pairs.add if pairs else None):
         result.keep_gradients(block, stats, job.gradients)
+        if pairs:
+            stats = {name: replace(s, pairs=pairs.take(name)) for name, s in stats.items()}
         if job.allocation.reads == "losses":
             result.choices |= _choices(job, block, layers, stats, ids.numel())
         elif isinstance(job.allocation, ByScore):
@@ -116,14 +122,15 @@ def survey(job: Job, ids: Tensor, scratch: Path, note: Callable[[str], None] = i
 
 
 def _observed(
-    job: Job, ids: Tensor, layers: set[str], scratch: Path, note: Callable[[str], None]
+    job: Job, ids: Tensor, layers: set[str], scratch: Path, note: Callable[[str], None], pair: Pair | None
 ) -> Iterator[tuple[Block, dict[str, Stats]]]:
     """Each block, in memory, with the statistics of its layers: from last to first where gradients are needed."""
     inputs, gradients = job.surveyed & INPUT_NEEDS, job.surveyed & GRADIENT_NEEDS
     reads = job.allocation.reads
     if gradients:
         inputs = frozenset() if reads == "sensitivities" else inputs
-        return backward(job.source, start(job.source, ids), layers, inputs, gradients, scratch, job.method.labels, note)
+        stream, labels = start(job.source, ids), job.method.labels
+        return backward(job.source, stream, layers, inputs, gradients, scratch, labels, note, pair)
     if reads == "sensitivities":
         return iter(())  # they go through the model by themselves
     if reads == "scores" and not inputs:

@@ -11,7 +11,7 @@ from torch import Tensor
 from paredown.compress.methods.base import Damping, register
 from paredown.compress.methods.lowrank.base import Factorized, affine_shift, dense64
 from paredown.compress.numerics.edits import Factored
-from paredown.compress.numerics.factorize import largest_rank, spectrum
+from paredown.compress.numerics.factorize import factorize, largest_rank, spectrum, steps
 from paredown.compress.numerics.least_squares import regressed
 from paredown.compress.numerics.metric import OUTPUT_DAMPING, Metric, Target, measured
 from paredown.compress.numerics.moments import Labels, Need, Residual, Stats
@@ -28,6 +28,9 @@ class ParedownLowRank(Factorized):
     damping: Damping = 0.3  # the cost of changing the weight itself, relative to the input's mean moment
     output_damping: Damping = 0.5  # likewise for the gradient's moment, an average of a curvature that varies by token
     labels: Labels = "data"  # empirical Fisher, or the true one with tokens drawn from the model
+    # what ranks are chosen by: the second-order loss of each token by itself, or of averages over tokens (K-FAC), which
+    # prices a token with huge activations and a small gradient, an attention sink, far too high
+    curves: Literal["direct", "kfac"] = "direct"
 
     strategy = "global"
 
@@ -41,6 +44,10 @@ class ParedownLowRank(Factorized):
             Need.OUTPUT_GRADIENT: self.two_sided,
         }
         return frozenset(need for need, wanted in asked.items() if wanted)
+
+    @property
+    def reads_pairs(self) -> bool:
+        return self.two_sided and self.curves == "direct"
 
     def without_bias(self) -> "ParedownLowRank":
         return replace(self, affine=False)
@@ -61,9 +68,16 @@ class ParedownLowRank(Factorized):
         return replace(metric, output=output, output_diagonal=diagonal)
 
     def losses(self, weight: Tensor, stats: Stats) -> Tensor:
-        """Without a bias, which few layers get; hardly damped: the budget compares second-order losses of the model."""
+        """Without a bias, which few layers get. In nats per token, from tokens themselves where `stats` holds some.
+
+        By averages over tokens they are hardly damped: the budget compares second-order losses of the model.
+        """
+        if stats.pairs:
+            plain = replace(self, affine=False, regression=False)
+            metric = replace(plain.metric(stats), input_damping=self.damping)
+            return steps(factorize(plain.target(weight, stats), metric, len), stats.pairs)
         plain = replace(self, affine=False, damping=0.0, output_damping=OUTPUT_DAMPING)
-        return spectrum(plain.target(weight, stats), plain.metric(stats))
+        return spectrum(plain.target(weight, stats), plain.metric(stats)) / 2
 
     def target(self, weight: Tensor, stats: Stats, gram: Tensor | None = None) -> Target:
         """Towards the dense output: a correction of the input for a tall weight, a change of the weight for a wide one."""

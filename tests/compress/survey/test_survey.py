@@ -231,9 +231,9 @@ def weighed_losses(weight, x, delta=None, centred=False):
         ("rom", {}, "global", False, True),
         ("rom", {"affine": False}, "global", False, False),
         ("fisher_svd", {}, "global", True, False),
-        ("paredown_lowrank", {}, None, True, False),
+        ("paredown_lowrank", {"curves": "kfac"}, None, True, False),
         ("paredown_lowrank", {"two_sided": False}, None, False, False),
-        ("paredown_lowrank", {"output_damping": 3.0}, None, True, False),
+        ("paredown_lowrank", {"curves": "kfac", "output_damping": 3.0}, None, True, False),
     ],
 )
 def test_choices_have_the_losses_of_the_whole_models_own_data(
@@ -245,6 +245,7 @@ def test_choices_have_the_losses_of_the_whole_models_own_data(
     for name, (x, delta) in data_of(model, IDS).items():
         weight = model.get_parameter(f"{name}.weight").detach()
         wanted = weighed_losses(weight, x, delta if two_sided else None, centred)
+        wanted = wanted / 2 if method == "paredown_lowrank" else wanted  # in nats
         choices, shape = made.choices[name], tuple(weight.shape)
         # nothing, and every rank that stores less than the weight
         assert [c.option for c in choices] == [None, *range(1, len(choices))]
@@ -258,6 +259,27 @@ def test_choices_have_the_losses_of_the_whole_models_own_data(
             tail = float(wanted[rank:].sum())
             assert choices[rank].loss == pytest.approx(tail, abs=1e-4 * float(wanted.sum()))
             assert made.predicted(name, rank or None) == pytest.approx(tail / float(wanted.sum()), abs=1e-4)
+
+
+def test_ranks_are_chosen_by_what_each_token_loses(model, source, scratch):
+    """E[(g . (W - W_k) x)^2] / 2, where W_k is nearest to W in the damped metric of both sides; never more at a higher rank."""
+    _, made = surveyed(source, scratch, "paredown_lowrank", {"kept": 0.6, "damping": 0.2, "output_damping": 0.4})
+    for name, (x, delta) in data_of(model, IDS).items():
+        weight = model.get_parameter(f"{name}.weight").detach().double()
+        roots = []
+        for data, damping in ((delta.double(), 0.4), (x.double(), 0.2)):
+            moment = data.T @ data / len(data)
+            damped = moment + damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+            roots.append(torch.linalg.cholesky(damped))
+        left, right = roots  # of G = left left^T and A = right right^T
+        u, s, v = torch.linalg.svd(left.T @ weight @ right, full_matrices=False)
+        least = math.inf
+        for choice in made.choices[name]:
+            rank = choice.option or 0
+            low = torch.linalg.solve(left.T, u[:, :rank] * s[:rank]) @ v[:rank] @ torch.linalg.inv(right)
+            errors = ((x.double() @ (weight - low).T) * delta.double()).sum(1)  # (tokens,)
+            least = min(least, float(errors.square().mean()) / 2)
+            assert choice.loss == pytest.approx(least, rel=1e-3, abs=1e-4 * made.choices[name][0].loss)
 
 
 @pytest.mark.parametrize(("method", "strategy"), [("fisher_svd", "global"), ("svd_llm", "global"), ("rom", "global")])
