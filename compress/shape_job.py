@@ -16,7 +16,7 @@ from paredown.compress.model.carried import FromBlock, Shared
 from paredown.compress.model.expert_groups import check_chosen, check_experts, expert_groups
 from paredown.compress.model.groups import channel_groups
 from paredown.compress.model.head_groups import head_groups
-from paredown.compress.model.reshape_keys import Value, smaller_values, with_keys
+from paredown.compress.model.reshape_keys import Value, check_accepted, smaller_values, with_keys
 from paredown.compress.model.stream import check_walkable, start
 from paredown.compress.model.sublayers import Sublayer, find_sublayers
 from paredown.compress.numerics.moments import INPUT_NEEDS, Need, gradients_read
@@ -187,7 +187,9 @@ def resolve_shapes(source: ModelSource, recipe: Recipe, method: GroupMethod | Bl
         format = "packed"
     groups, left_out = sized_groups(source, all_blocks, method.kind, format == "packed")
     units = _units_to_keep(source, method, sum(map(block_numbers, all_blocks)), groups, format == "packed")
-    return ShapeJob(source, recipe, method, all_blocks, groups=groups, units=units, format=format, left_out=left_out)
+    job = ShapeJob(source, recipe, method, all_blocks, groups=groups, units=units, format=format, left_out=left_out)
+    check_accepted(source, job.values)
+    return job
 
 
 def _without_sublayers(

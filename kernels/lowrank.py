@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# numbers of a weight: up to here PIFA's outputs come in order from a left factor that has its rows so, whose further products
+# take less time than permuting outputs
+SMALL = 1 << 20
+
 
 def lowrank_matmul(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ (left @ right).T + bias`. x (..., in); left (out, k); right (k, in); bias (out,). Returns (..., out)."""
@@ -25,6 +29,8 @@ def pifa_matmul(
     x (..., in); pivots (k, in); coefficients (out - k, k); order (out,) integer: the place of each row of the weight in
     the list of pivots followed by the other rows; bias (out,).
     """
+    if len(order) * x.shape[-1] <= SMALL:
+        return lowrank_matmul(x, pifa_left(coefficients, order), pivots, bias)
     tokens = x.reshape(-1, x.shape[-1])
     # one token a column: rows are permuted many times faster than columns
     hidden = pivots @ tokens.T  # (k, tokens)

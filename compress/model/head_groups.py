@@ -186,7 +186,7 @@ def _attends(graph: _Graph, owners: Owners) -> bool:
     mixing = graph.mixing()
     held = {name: owners[name] != SHARED for name in graph.outputs}
     keys = any(bool((held[name] & acts).any()) for name, acts in mixing.items())
-    return keys and any(bool((own & ~mixing.get(name, ~own)).any()) for name, own in held.items())
+    return keys and any(bool((own & ~mixing.get(name, torch.zeros_like(own))).any()) for name, own in held.items())
 
 
 def _parts(name: str, owners: Tensor, units: int, dim: int | None = None) -> list[Part] | None:

@@ -1,5 +1,6 @@
 """The keys of a config that say how many units groups have; whether they say that and nothing else is tried."""
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from paredown.compress.checkpoint.configs import first_line
 from paredown.compress.checkpoint.skeleton import skeleton
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
@@ -57,6 +59,21 @@ def smaller_values(config: Any, groups: Iterable[Group], units: Mapping[str, int
             values[key] = [entry * count // group.units for entry in before] if several else each * count
         values |= dict(group.fixed)
     return values
+
+
+def check_accepted(source: ModelSource, values: Mapping[str, Value]) -> None:
+    """Raises PareError if the class of the model's config refuses one with these values, such as heads of an odd number."""
+    changed = source.config
+    for key, value in values.items():
+        changed = with_units(changed, key, value)
+    try:
+        type(changed).from_dict(changed._decode_special_floats(json.loads(changed.to_json_string(use_diff=True))))
+    except Exception as fault:  # whatever a class does with a value that it did not expect
+        form = " and ".join(f"{key} {value}" for key, value in values.items())
+        raise PareError(
+            f"{source.id}: the config of a {source.family} model refuses {form} ({first_line(fault)}). Ask for another kept "
+            "or units."
+        ) from fault
 
 
 def with_keys(source: ModelSource, groups: Mapping[int, Sequence[Group]]) -> dict[int, list[Group]]:

@@ -11,8 +11,6 @@ from paredown.compress.storage.spec import Spec
 from paredown.kernels import lowrank as lowranks
 from paredown.kernels import ops
 
-SMALL = 1 << 20  # numbers of a weight
-
 
 class LowRank(Kind):
     """Two factors: `left @ right`."""
@@ -67,8 +65,8 @@ class Pifa(Kind):
 
     @staticmethod
     def kept_numbers(spec: Spec) -> int:
-        """Of a small weight a left factor with rows in order: permuting outputs takes longer than its further products."""
-        return spec.shape[0] * _rank(spec) if spec.size <= SMALL else 0
+        """Of a small weight the left factor by which it is multiplied: outputs are the same to the last bit."""
+        return spec.shape[0] * _rank(spec) if spec.size <= lowranks.SMALL else 0
 
     @staticmethod
     def keep(tensors: Tensors, shape: tuple[int, ...]) -> Tensor:

@@ -43,9 +43,9 @@ class Pairs:
     `add` is what `gradients.backward` tells of; `take` gives a layer's away.
     """
 
-    def __init__(self, tokens: int, most: int = MOST_TOKENS) -> None:
-        """tokens: of the whole text."""
-        self._share = min(most / tokens, 1.0)
+    def __init__(self, tokens: int, most: int | None = None) -> None:
+        """tokens: of the whole text; most: of those that are held, by default MOST_TOKENS."""
+        self._share = min((most or MOST_TOKENS) / tokens, 1.0)
         self._held: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._draw = torch.Generator().manual_seed(0)
 

@@ -104,6 +104,15 @@ def test_heads_that_do_nothing_go_and_nothing_changes(method, model, run_raw, tm
         assert after.self_attn.q_proj.weight.shape == (48, 36)
 
 
+def test_a_number_of_heads_that_the_family_refuses_is_told_before_anything_is_measured(save_model, tmp_path):
+    config = t.LlamaConfig(**{**SIZES, "hidden_size": 45})  # of which nine is a divisor, and six is none
+    save_model(tmp_path / "model", config, torch.float32)
+    with pytest.raises(
+        PareError, match=r"refuses num_key_value_heads 2 and num_attention_heads 6 .*another kept or units"
+    ):
+        resolve(ModelSource(tmp_path / "model", "llama"), Recipe.parse(recipe("random")))
+
+
 def test_a_smaller_model_that_computes_with_other_numbers_is_refused(model):
     source = ModelSource(model, "llama")
     job = resolve(source, Recipe.parse(recipe("random")))
