@@ -12,12 +12,11 @@ from paredown.compress.errors import PareError
 from paredown.compress.job import Format, Job, resolve_job
 from paredown.compress.methods.base import BlockMethod, Group, GroupMethod, Kind, SublayerMethod
 from paredown.compress.model.blocks import Block, blocks
-from paredown.compress.model.carried import FromBlock, Shared
 from paredown.compress.model.expert_groups import check_chosen, check_experts, expert_groups
 from paredown.compress.model.groups import channel_groups
 from paredown.compress.model.head_groups import head_groups
 from paredown.compress.model.reshape_keys import Value, check_accepted, smaller_values, with_keys
-from paredown.compress.model.stream import check_walkable, start
+from paredown.compress.model.stream import check_walkable, start, visited
 from paredown.compress.model.sublayers import Sublayer, find_sublayers
 from paredown.compress.numerics.moments import INPUT_NEEDS, Need, gradients_read
 from paredown.compress.recipe import Recipe
@@ -262,16 +261,14 @@ def sized_groups(
     ids = torch.arange(min(PROBE, int(source.config.get_text_config().vocab_size)))[None]
     stream, groups = start(source, ids), dict[int, list[Group]]()
     kinds: dict[Any, tuple[str, list[Group]]] = {}  # the prefix of the first block of a kind, and its groups
-    leaves = [leaf for call in stream.calls[0] for leaf in call.leaves()]
-    hands_on = any(isinstance(leaf, FromBlock | Shared) for leaf in leaves)  # blocks cannot run before earlier ones
+
+    def shape_of(block: Block) -> Any:
+        return tuple((name, tensor.shape) for name, tensor in block.module.state_dict().items())
+
+    for block in visited(source, stream, all_blocks, lambda block: shape_of(block) not in kinds):
+        kinds[shape_of(block)] = block.prefix, FINDERS[kind](stream, block)
     for block in all_blocks:
-        shape = tuple((name, tensor.shape) for name, tensor in block.module.state_dict().items())
-        if shape not in kinds or hands_on:
-            with source.loaded(block):
-                kinds[shape] = kinds.get(shape) or (block.prefix, FINDERS[kind](stream, block))
-                if hands_on:
-                    stream.advance(block)
-        prefix, found = kinds[shape]
+        prefix, found = kinds[shape_of(block)]
         if found:
             groups[block.index] = [_renamed(group, prefix, block.prefix) for group in found]
     groups = groups if uneven else with_keys(source, groups)

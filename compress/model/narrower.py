@@ -10,11 +10,10 @@ from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 from paredown.compress.methods.base import Group
 from paredown.compress.model.blocks import Block, blocks
-from paredown.compress.model.carried import FromBlock, Shared
 from paredown.compress.model.groups import sliced
 from paredown.compress.model.reshape import Reshaped
 from paredown.compress.model.reshape_compare import kind_of
-from paredown.compress.model.stream import start
+from paredown.compress.model.stream import start, visited
 from paredown.compress.model.trial import Module32, Trial
 
 PROBE = 16  # tokens
@@ -30,18 +29,17 @@ def check_narrower(source: ModelSource, small: Reshaped, groups: Mapping[int, Se
     """
     ids = torch.arange(min(PROBE, int(source.config.get_text_config().vocab_size)))[None]
     stream, seen = start(source, ids), set[str]()
-    leaves = [leaf for call in stream.calls[0] for leaf in call.leaves()]
-    hands_on = any(isinstance(leaf, FromBlock | Shared) for leaf in leaves)  # blocks cannot run before earlier ones
-    for block, target in zip(blocks(source), small.blocks, strict=True):
-        found, kind = [g for g in groups.get(block.index, ()) if g.reader], kind_of(block.module)
-        new = bool(found) and kind not in seen
+    found = {index: [group for group in own if group.reader] for index, own in groups.items()}
+
+    def is_new(block: Block) -> bool:
+        kind = kind_of(block.module)
+        new = bool(found.get(block.index)) and kind not in seen
         seen.add(kind)
-        if new or hands_on:
-            with source.loaded(block):
-                for group in found if new else ():
-                    check_group(source, Trial.of(stream, block), block, target, group)
-                if hands_on:
-                    stream.advance(block)
+        return new
+
+    for block in visited(source, stream, blocks(source), is_new):
+        for group in found[block.index]:
+            check_group(source, Trial.of(stream, block), block, small.blocks[block.index], group)
 
 
 def check_group(source: ModelSource, trial: Trial, block: Block, target: Block, group: Group) -> None:

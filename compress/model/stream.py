@@ -4,7 +4,7 @@ Each block is called with the arguments that the model itself would pass. They a
 forward (see `calls`): masks and rotary tables come from the model class, and no architecture is rewritten here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -202,6 +202,26 @@ def start(source: ModelSource, ids: Tensor, batch_tokens: int | None = None, hea
 
 
 @torch.no_grad()
+def visited(
+    source: ModelSource, stream: Stream, all_blocks: Sequence[Block], wanted: Callable[[Block], bool]
+) -> Iterator[Block]:
+    """Those of the blocks, from the first on, that are `wanted`, each in memory until the next one is asked for.
+
+    The `stream` stays where it is, but for a model whose blocks take what earlier ones hand on: there it stands before the
+    block.
+    """
+    leaves = [leaf for call in stream.calls[0] for leaf in call.leaves()]
+    hands_on = any(isinstance(leaf, FromBlock | Shared) for leaf in leaves)
+    for block in all_blocks:
+        now = wanted(block)
+        if now or hands_on:
+            with source.loaded(block):
+                if now:
+                    yield block
+                if hands_on:
+                    stream.advance(block)
+
+
 def check_walkable(source: ModelSource) -> int:
     """Run the model's own forward once around imitated blocks and weights, without reading any.
 

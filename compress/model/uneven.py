@@ -19,13 +19,12 @@ from paredown.compress.errors import PareError
 from paredown.compress.methods.base import Group
 from paredown.compress.model.blocks import Block, blocks
 from paredown.compress.model.caches import check_caches
-from paredown.compress.model.carried import FromBlock, Shared
 from paredown.compress.model.groups import sliced
 from paredown.compress.model.narrower import check_group
 from paredown.compress.model.reshape import Reshaped
 from paredown.compress.model.reshape_compare import kind_of
 from paredown.compress.model.reshape_names import heads_in_files, list_of_blocks
-from paredown.compress.model.stream import Stream, start
+from paredown.compress.model.stream import Stream, start, visited
 from paredown.compress.model.sublayers import silent
 from paredown.compress.model.targets import control_counts
 from paredown.compress.model.trial import Trial
@@ -94,21 +93,23 @@ def _faults(
     """Where a block of the smaller model gives something else than the source's block with zeros in it."""
     ids = torch.arange(min(PROBE, int(source.config.get_text_config().vocab_size)))[None]
     stream, seen = start(source, ids), set[Any]()
-    leaves = [leaf for call in stream.calls[0] for leaf in call.leaves()]
-    hands_on = any(isinstance(leaf, FromBlock | Shared) for leaf in leaves)  # blocks cannot run before earlier ones
-    for block, target in zip(blocks(source), small.blocks, strict=True):
+
+    def lost(block: Block) -> tuple[list[Group], list[str]]:
         own = [group for group in groups if f"{group.name}.".startswith(block.prefix)]
-        gone = [name for name in absent if name.startswith(block.prefix)]
+        return own, [name for name in absent if name.startswith(block.prefix)]
+
+    def is_new(block: Block) -> bool:
+        own, gone = lost(block)
         what = tuple(f"{name}.".removeprefix(block.prefix) for name in [*(group.name for group in own), *gone])
-        kind = (kind_of(block.module), what) if what else None
-        new = kind is not None and kind not in seen
+        kind = (kind_of(block.module), what)
+        new = bool(what) and kind not in seen
         seen.add(kind)
-        if new or hands_on:
-            with source.loaded(block):
-                if new:
-                    yield from _Pair(source, stream, block, target, small.model, own, sizes, gone).faults()
-                if hands_on:
-                    stream.advance(block)
+        return new
+
+    for block in visited(source, stream, blocks(source), is_new):
+        own, gone = lost(block)
+        target = small.blocks[block.index]
+        yield from _Pair(source, stream, block, target, small.model, own, sizes, gone).faults()
 
 
 @dataclass

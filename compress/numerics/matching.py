@@ -1,7 +1,6 @@
 """One-to-one assignments."""
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -10,5 +9,7 @@ def matched(products: Tensor) -> Tensor:  # (rows,) int64
 
     `products` (rows, columns), as many of both. The assignment is exact (Crouse 2016, a shortest augmenting path).
     """
+    from scipy.optimize import linear_sum_assignment  # here, so that all other methods run without it
+
     _, columns = linear_sum_assignment(products.double().cpu().numpy(), maximize=True)
     return torch.from_numpy(columns).to(products.device)

@@ -21,6 +21,7 @@ from paredown.compress.progress import ignore
 from paredown.compress.text.windows import Windows
 
 SAVE_EVERY = 300.0  # seconds
+STATE_FORMAT = 2  # of what a walk saves: another one cannot be gone on from
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,6 @@ def key_of(job: Any, texts: Sequence[Windows], versions: Mapping[str, str]) -> s
         "texts": [
             hashlib.sha256(part.ids.numpy().tobytes()).hexdigest() for w in texts for part in (w, w.domain) if part
         ],
-        "run": [job.format, str(source.device), str(source.dtype), versions],
+        "run": [STATE_FORMAT, job.format, str(source.device), str(source.dtype), versions],
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-BLOCKED = ("lm_eval", "datasets")
+BLOCKED = ("lm_eval", "datasets", "scipy")
 BLOCK = f"""import sys
 
 for name in {BLOCKED}:
