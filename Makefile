@@ -2,15 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find compress kernels recipes evaluation -name '*.py' -o -name '*.yaml' -o -path '*/tables/*.json' -o -path '*/reference/model/*')
+SOURCES := $(shell find compress kernels recipes evaluation -name '*.py' -o -name '*.yaml' -o -path '*/tables/*.json' -o -path '*/reference/model/*' -o -path '*/templates/*')
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PACKAGES := -p paredown.compress -p paredown.commands -p paredown.kernels -p paredown.recipes -p paredown.evaluation
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-serving lint format clean
 
 help:
 	@echo "make demo    prune the bundled model to 2:4, print before and after, leave out/demo"
 	@echo "make test    lint, types and tests"
+	@echo "make test-serving  vLLM, llama.cpp and onnxruntime read what we write (an environment of its own, half an hour)"
 	@echo "make lint    ruff, mypy and the direction of imports only"
 	@echo "make format  rewrite the sources with ruff"
 	@echo "make clean   remove .venv and out"
@@ -21,6 +22,10 @@ demo: $(VENV)/installed
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-serving:
+	tests/serving/make_env.sh .venv-serving $(PYTHON)
+	OMP_NUM_THREADS=1 .venv-serving/bin/python -m pytest tests/serving
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -42,7 +47,7 @@ $(VENV)/bin/python:
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt $(SOURCES)
 	@rm -rf build
 	$(BIN)/python -m pip install -q -c constraints.txt --force-reinstall --no-deps .
-	$(BIN)/python -m pip install -q -c constraints.txt .
+	$(BIN)/python -m pip install -q -c constraints.txt '.[report]'
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed

@@ -1,7 +1,7 @@
 """Post-training compression of language models.
 
 Importing this package teaches transformers to load packed checkpoints: `AutoModelForCausalLM.from_pretrained` then works
-on them as on any other model. What follows the colon is imported when it is first used.
+on them as on any other model. torch and transformers themselves are imported when something of ours is first used.
 
 compress, plan: `paredown compress` and `plan`            evaluate, bench, verify, export: of the commands of these names
 load: a packed or dense checkpoint as a model             fuse: join packed layers after `.to("cuda")`
@@ -13,21 +13,28 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from paredown.compress import progress
-from paredown.compress.checkpoint import transformers_plugin
-from paredown.compress.checkpoint.transformers_plugin import load
+from paredown.compress.checkpoint.on_import import on_import
 from paredown.compress.errors import PareError
-from paredown.compress.recipe import Recipe
-from paredown.compress.storage.fuse import fuse
 
 if TYPE_CHECKING:
+    from paredown.compress.checkpoint.transformers_plugin import load
+    from paredown.compress.recipe import Recipe
     from paredown.compress.run.bench import bench
     from paredown.compress.run.compress import compress
     from paredown.compress.run.evaluate import evaluate
     from paredown.compress.run.export import export
     from paredown.compress.run.plan import plan
     from paredown.compress.run.verify import verify
+    from paredown.compress.storage.fuse import fuse
 
-transformers_plugin.register()
+
+def _register() -> None:
+    from paredown.compress.checkpoint import transformers_plugin
+
+    transformers_plugin.register()
+
+
+on_import("transformers", _register)
 logger = progress.logger
 
 try:
@@ -50,13 +57,16 @@ __all__ = [
     "verify",
 ]
 
-# what a run needs beside the format, imported when it is first asked for: function -> its module
-_RUNS = {
-    name: f"paredown.compress.run.{name}" for name in ("bench", "compress", "evaluate", "export", "plan", "verify")
+# imported when it is first asked for: name -> its module
+_LATE = {
+    **{name: f"paredown.compress.run.{name}" for name in ("bench", "compress", "evaluate", "export", "plan", "verify")},
+    "Recipe": "paredown.compress.recipe",
+    "fuse": "paredown.compress.storage.fuse",
+    "load": "paredown.compress.checkpoint.transformers_plugin",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _RUNS:
-        return getattr(import_module(_RUNS[name]), name)
+    if name in _LATE:
+        return getattr(import_module(_LATE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

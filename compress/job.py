@@ -11,13 +11,13 @@ from typing import Any, Literal
 from paredown.compress.allocation.base import (
     ALLOCATIONS,
     Allocation,
-    AllocationSpec,
     Budget,
     Grain,
     Layer,
     Options,
     Sensitivities,
 )
+from paredown.compress.allocation.spec import AllocationSpec
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 from paredown.compress.methods.base import Choice, WeightMethod

@@ -5,16 +5,19 @@ from copy import deepcopy
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
-from paredown.compress.allocation.base import AllocationSpec
+from paredown.compress.allocation.spec import AllocationSpec
 from paredown.compress.errors import PareError, did_you_mean
-from paredown.compress.methods import Method, build
 from paredown.compress.recipe_yaml import oddity, parse_yaml, shown
 from paredown.compress.registry import load_plugin
-from paredown.compress.text.windows import Bos
+from paredown.compress.text.corpus import Bos
+
+if TYPE_CHECKING:
+    from paredown.compress.methods import Method
 
 MOST_BYTES = 1 << 18  # of a recipe's file
 STAGES = "stages"  # stands for a method where a recipe has several
@@ -36,17 +39,71 @@ class Targets(_Strict):
     skip: tuple[str, ...] = ("lm_head",)
 
 
-class CalibrationSpec(_Strict):
-    """On what text the statistics are taken. `length` is capped by what the model allows.
+class SourceSpec(_Strict):
+    """One of several calibration texts, or its name alone: `weight` is its share of the windows, relative to the others'.
 
-    `domain` is a second text, cut in the same way: gradients of the loss are taken on it, and not on `source`.
+    `chat`: only a column of conversations will do. Without it one is found where there is no column of text.
     """
 
-    source: str = "stdlib"
+    source: str
+    weight: float = Field(1.0, gt=0, strict=True, allow_inf_nan=False)
+    chat: bool = Field(False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name(cls, raw: Any) -> Any:
+        return {"source": raw} if isinstance(raw, str) else raw
+
+
+class GenerateSpec(_Strict):
+    """How the model writes the text `self`: by sampling, from the start of a text or from places of the text `prefixes`."""
+
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    top_p: float = Field(0.95, gt=0, le=1)
+    prefixes: str | None = None
+
+
+class CalibrationSpec(_Strict):
+    """On what text the statistics are taken: one `source`, or several `sources`. `length` is capped by what the model allows.
+
+    `domain` is a further text, cut in the same way: gradients of the loss are taken on it, and not on `source`.
+    `allow_scored`: text that is scored too may calibrate, all of it; the report has a warning then.
+    """
+
+    source: str | None = None
+    sources: tuple[SourceSpec, ...] | None = None
+    chat: bool = Field(False, strict=True)
+    generate: GenerateSpec | None = None
     domain: str | None = None
     sequences: Count = Field(128, ge=1)
     length: Count = Field(2048, ge=2)
     seed: Count = Field(0, ge=0)
+    allow_scored: bool = Field(False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_default(cls, raw: Any) -> Any:
+        """Without any text: the standard library's."""
+        named = isinstance(raw, dict) and {"source", "sources"} & raw.keys()
+        return raw if named or not isinstance(raw, dict) else {**raw, "source": "stdlib"}
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.source is None) == (self.sources is None):
+            raise PydanticCustomError("sources", "name either one source or a list of sources")
+        if self.sources is not None and (self.chat or not self.sources):
+            raise PydanticCustomError("sources", "each of sources has a source, and chat if it holds conversations")
+        return self
+
+    @property
+    def texts(self) -> tuple[SourceSpec, ...]:
+        """The texts that calibrate."""
+        return self.sources or (SourceSpec(source=self.source or "", chat=self.chat),)
+
+    @property
+    def named(self) -> str:
+        """What calibrates, in words; gradients left aside."""
+        return ", ".join(text.source for text in self.texts)
 
 
 class EvaluateSpec(_Strict):
@@ -61,12 +118,46 @@ class EvaluateSpec(_Strict):
 class ReconstructSpec(_Strict):
     """Tune each compressed block towards the dense block's output: `steps` of Adam on `batch` windows each.
 
-    `lr` is the first step's size relative to the root mean square of each tensor; it falls linearly to zero.
+    `lr` is the first step's size relative to the root mean square of each tensor; it falls linearly to zero. `heldout`: so
+    many of the calibration windows are not trained on, and tell when to stop; 0: all steps are taken.
     """
 
     steps: Count = Field(150, ge=1)
     lr: float = Field(5e-3, gt=0, strict=True)
     batch: Count = Field(8, ge=1)
+    heldout: Count = Field(0, ge=0)
+
+
+class DistillSpec(_Strict):
+    """Train what a compressed checkpoint stores towards the dense model's next-token probabilities.
+
+    `lr` is the largest step's size relative to the root mean square of each tensor: it rises during the share `warmup` of
+    the steps, and falls along a cosine. Windows have `length` tokens, and a step takes `batch` of them. `top_k`: how many of
+    the teacher's probabilities for each token are kept; the mass of all others is one number more. After `patience` of the
+    `evaluations` on `heldout` windows without a lower divergence training ends; what had the lowest is kept.
+    """
+
+    tokens: Count = Field(400_000, ge=1)
+    length: Count = Field(512, ge=2)
+    batch: Count = Field(4, ge=1)
+    lr: float = Field(5e-3, gt=0, lt=1, strict=True)
+    warmup: float = Field(0.1, ge=0, le=1)
+    clip: float = Field(1.0, gt=0)  # the largest norm of a step's gradient
+    loss: Literal["forward", "reverse", "mixed"] = "forward"  # KL(teacher, student), KL(student, teacher), their mean
+    temperature: float = Field(1.0, gt=0)
+    top_k: Count = Field(64, ge=1)
+    embeddings: bool = Field(False, strict=True)  # the token embeddings and the output head are trained too
+    products: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: as the weights are stored; bfloat16 for float16
+    checkpointing: bool = Field(False, strict=True)  # activations inside blocks are computed again, and not kept
+    heldout: Count = Field(16, ge=2)
+    evaluations: Count = Field(10, ge=1)
+    patience: Count = Field(3, ge=1)
+
+
+class RecoverStep(_Strict):
+    """One step of the recovery."""
+
+    distill: DistillSpec
 
 
 class _About(_Strict):
@@ -98,54 +189,73 @@ class Recipe(Stage, _About):
     evaluate: EvaluateSpec = EvaluateSpec()
     bos: Bos = "auto"  # every window and task begins with a BOS if the tokenizer adds one; none: the papers' protocol
     stages: tuple[Stage, ...] = ()  # each works on what the one before left; then there is no method beside them
+    recover: tuple[RecoverStep, ...] = ()  # after the last stage, or, without any method, of a checkpoint that is named
     plugins: tuple[str, ...] = ()  # Python files that register methods, masks, updates or allocations; they are run
+
+    @property
+    def compresses(self) -> bool:
+        """Whether it has a method, and not only steps that recover what is compressed already."""
+        return self.method != STAGES or bool(self.stages)
 
     @property
     def each_stage(self) -> "list[Recipe]":
         """A recipe for each stage; calibration and evaluation are those of the whole."""
-        common = {key: value for key, value in self.to_dict().items() if key not in {*Stage.model_fields, "stages"}}
+        own = {*Stage.model_fields, "stages", "recover"}
+        common = {key: value for key, value in self.to_dict().items() if key not in own}
         return [Recipe.model_validate({**common, **stage.model_dump(exclude_none=True)}) for stage in self.stages]
 
-    def build(self) -> Method:
-        """The method with its options. Raises PareError listing every fault of theirs."""
-        return build(self.method, self.options)
+    def build(self) -> "Method":
+        """The method with its options. Raises PareError listing every fault of theirs, and if there is no method."""
+        if not self.compresses:
+            raise PareError(
+                "this recipe has no method: it recovers a checkpoint that is compressed already. "
+                "Type: paredown recover OUT --teacher MODEL -r RECIPE -o NEW"
+            )
+        return _build(self.method, self.options)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `parse` takes."""
-        unsaid = {key for key in ("plugins", "stages") if not getattr(self, key)}
-        unsaid |= set(Stage.model_fields) if self.stages else set()
+        unsaid = {key for key in ("plugins", "stages", "recover") if not getattr(self, key)}
+        unsaid |= set(Stage.model_fields) if self.method == STAGES else set()
         return self.model_dump(mode="json", exclude_none=True, exclude=unsaid)
 
     @classmethod
     def parse(cls, raw: Any, origin: str = "recipe", overrides: Sequence[str] = ()) -> "Recipe":
         """From plain data; `overrides` as in `load`. Raises PareError listing every fault, also of the method's options."""
-        if not isinstance(raw, dict):
-            raise PareError(f"{origin}: a recipe is a mapping with at least the key 'method'; found {shown(raw)}.")
-        if overrides:
-            raw = deepcopy(raw)
-        for override in overrides:
-            _override(raw, override)
-        if odd := oddity(raw):
-            raise PareError(f"{origin}: {odd}")
-        faults: list[str] = []
-        recipe = None
+        raw = _changed(raw, origin, overrides)
+        recipe, faults = cls._form(raw)
         plugins = raw.get("plugins") or ()
         for plugin in plugins if isinstance(plugins, list | tuple) else ():
             _run_plugin(str(plugin))
-        try:
-            recipe = cls.model_validate(raw)
-        except ValidationError as fault:
-            faults += [_sentence(error) for error in fault.errors()]
         stages = raw.get("stages") or ()
-        if stages and (beside := [key for key in Stage.model_fields if key in raw]):
-            faults.append(f"{' and '.join(beside)} beside stages: write them in each stage.")
-        elif "method" not in raw and not stages:
-            faults.append("method: this key is required.")
         for i, stage in enumerate(stages if isinstance(stages, list | tuple) else ()):
             faults += [f"stages.{i}: {fault}" for fault in _option_faults(stage)]
         faults += [] if stages else _option_faults(raw)
         if faults or recipe is None:
-            raise PareError(f"{origin}: " + ("\n  ".join(["", *faults]) if len(faults) > 1 else faults[0]))
+            raise _listed(origin, faults)
+        return recipe
+
+    @classmethod
+    def _form(cls, raw: dict[str, Any]) -> "tuple[Recipe | None, list[str]]":
+        """The recipe by its keys alone, and what is wrong with them; the options of its methods are not looked at."""
+        faults, recipe, stages = list[str](), None, raw.get("stages") or ()
+        try:
+            recipe = cls.model_validate(raw)
+        except ValidationError as fault:
+            faults += [_sentence(error) for error in fault.errors()]
+        if stages and (beside := [key for key in Stage.model_fields if key in raw]):
+            faults.append(f"{' and '.join(beside)} beside stages: write them in each stage.")
+        elif "method" not in raw and not stages and not raw.get("recover"):
+            faults.append("method: this key is required.")
+        return recipe, faults
+
+    @classmethod
+    def outline(cls, name_or_path: str, overrides: Sequence[str] = ()) -> "Recipe":
+        """As `load`, but no plugin is run and the options of its methods are not looked at: torch need not be imported."""
+        raw = _changed(_read(name_or_path), name_or_path, overrides)
+        recipe, faults = cls._form(raw)
+        if faults or recipe is None:
+            raise _listed(name_or_path, faults)
         return recipe
 
     @classmethod
@@ -163,11 +273,16 @@ class Recipe(Stage, _About):
         return cls.parse(raw, name_or_path, overrides)
 
 
+def shipped_names() -> list[str]:
+    """The names of the recipes that come with the package, sorted."""
+    names = (f.name for f in files("paredown.recipes").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
 @cache
 def shipped_recipes() -> dict[str, Recipe]:
     """The recipes that come with the package, by name."""
-    found = {f.name.removesuffix(".yaml"): f for f in files("paredown.recipes").iterdir() if f.name.endswith(".yaml")}
-    return {name: Recipe.parse(parse_yaml(found[name].read_text(encoding="utf-8")), name) for name in sorted(found)}
+    return {name: Recipe.load(name) for name in shipped_names()}
 
 
 def _read(name_or_path: str) -> dict[str, Any]:
@@ -192,8 +307,7 @@ def _text_of(name_or_path: str) -> str:
     """The YAML of a shipped recipe or of a file."""
     path = Path(name_or_path)
     if not path.suffix and not path.is_file():  # a folder may well be called as a recipe is
-        known = sorted(f.name.removesuffix(".yaml") for f in files("paredown.recipes").iterdir())
-        known = [k for k in known if not k.startswith("_")]
+        known = shipped_names()
         if name_or_path not in known:
             raise PareError(
                 f"no recipe is called {shown(name_or_path)}, and no such file exists."
@@ -209,6 +323,22 @@ def _text_of(name_or_path: str) -> str:
     if len(content) > MOST_BYTES:
         raise PareError(f"{name_or_path} is no recipe: it has more than {MOST_BYTES:,} bytes. Name a short YAML file.")
     return content.decode("utf-8")
+
+
+def _changed(raw: Any, origin: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """A raw recipe with the `overrides` in it. Raises PareError if it is none, or holds what no recipe needs."""
+    if not isinstance(raw, dict):
+        raise PareError(f"{origin}: a recipe is a mapping with at least the key 'method'; found {shown(raw)}.")
+    changed: dict[str, Any] = deepcopy(raw) if overrides else raw
+    for override in overrides:
+        _override(changed, override)
+    if odd := oddity(changed):
+        raise PareError(f"{origin}: {odd}")
+    return changed
+
+
+def _listed(origin: str, faults: Sequence[str]) -> PareError:
+    return PareError(f"{origin}: " + ("\n  ".join(["", *faults]) if len(faults) > 1 else faults[0]))
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -239,6 +369,16 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if odd := oddity(value, key):
         raise PareError(f"--set {shown(override)}: {odd}")
     node[path[-1]] = value
+    for one, other in (("source", "sources"), ("sources", "source")):
+        if path == ["calibration", one]:
+            node.pop(other, None)
+
+
+def _build(method: str, options: dict[str, Any]) -> "Method":
+    """A method with its options. For the first of them all methods are imported, and torch with them."""
+    from paredown.compress.methods import build
+
+    return build(method, options)
 
 
 def _run_plugin(name: str) -> None:
@@ -255,7 +395,7 @@ def _option_faults(raw: Any) -> list[str]:
     faults: list[str] = []
     method, options, allocation = raw.get("method"), raw.get("options") or {}, raw.get("allocation")
     if isinstance(method, str) and isinstance(options, dict):
-        faults += _faults_of(lambda: build(method, options))
+        faults += _faults_of(lambda: _build(method, options))
     if isinstance(allocation, dict) and isinstance(allocation.get("strategy"), str):
         faults += _faults_of(lambda: AllocationSpec.model_validate(allocation).build())
     return faults
@@ -275,7 +415,7 @@ def _sentence(error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         fields: dict[str, Any] = Recipe.model_fields
-        for part in error["loc"][:-1]:
+        for part in (p for p in error["loc"][:-1] if isinstance(p, str)):  # the others are places in a list
             fields = _model(fields[str(part)].annotation).model_fields
         return f"{path}: there is no such key.{did_you_mean(str(error['loc'][-1]), fields)} Keys: {', '.join(fields)}."
     if error["type"] == "missing":
@@ -284,5 +424,6 @@ def _sentence(error: Any) -> str:
 
 
 def _model(annotation: Any) -> Any:
-    """The model of a field, also of one that may be null."""
-    return next((a for a in get_args(annotation) if hasattr(a, "model_fields")), annotation)
+    """The model of a field, also of one that may be null, and of the items of a list."""
+    parts = (_model(part) for part in get_args(annotation))
+    return annotation if hasattr(annotation, "model_fields") else next((model for model in parts if model), None)

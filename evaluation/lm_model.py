@@ -1,8 +1,10 @@
 """lm-eval's view of a model, with the same tokens before every input as our windows have."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM, eval_logger
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -11,6 +13,18 @@ from paredown.compress.text.windows import plain_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def rolling_likelihoods(
+    model: Any, tokenizer: Any, texts: Sequence[str], prefix: Sequence[int], batch_size: int = 8
+) -> list[float]:
+    """The log likelihood of each text in nats, every token predicted once, as lm-eval's rolling tasks have it."""
+    lm = PrefixedLM(model, deepcopy(tokenizer), batch_size, prefix)
+    requests = [
+        Instance("loglikelihood_rolling", doc={}, arguments=(text,), idx=i, metadata=(None, i, 1))
+        for i, text in enumerate(texts)
+    ]
+    return [float(total) for total in lm.loglikelihood_rolling(requests, disable_tqdm=True)]
 
 
 class PrefixedLM(HFLM):  # type: ignore[misc]

@@ -1,28 +1,25 @@
-"""Run lm-eval tasks on a model in memory, and compare two models on the same documents.
+"""Run lm-eval tasks on a model in memory."""
 
-A task is a YAML file that may name Python code to execute. So tasks come from three places only: the installed lm-eval,
-our own folder `evaluation/tasks`, and a folder that the user names. The name of a task is never read as a path.
-"""
-
+import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from paredown.compress.errors import PareError, did_you_mean
-from paredown.compress.text.windows import Bos, special_prefix
-from paredown.evaluation import schema
+from paredown.compress.errors import PareError
+from paredown.compress.text.corpus import Bos
+from paredown.compress.text.windows import special_prefix
+from paredown.evaluation.task_code import templates_in_a_sandbox
+from paredown.evaluation.task_index import expanded, load_tasks, task_digest, task_manager
+from paredown.evaluation.task_scores import Score, TaskScores
 
 if TYPE_CHECKING:
     from torch import nn
-
-OURS = Path(__file__).parent / "tasks"
 
 # lm-eval's default seeds (Python's random, numpy, torch, few-shot draw): published scores use the same few-shot examples.
 LM_EVAL_SEEDS = (0, 1234, 1234, 1234)
@@ -31,61 +28,21 @@ LM_EVAL_SEEDS = (0, 1234, 1234, 1234)
 BOOTSTRAP = 1000
 
 
-@dataclass(frozen=True)
-class Score:
-    """One metric of one task.
-
-    `samples` holds the value of each document if the metric is the mean of these values, else `None`.
-    """
-
-    value: float
-    stderr: float | None
-    samples: tuple[float, ...] | None
-
-
-@dataclass(frozen=True)
-class TaskScores:
-    """What one model scored: `scores[task][metric]`.
-
-    A metric has lm-eval's name, followed by a comma and its filter if there is one (`exact_match,strict-match`).
-    `documents[task]` identifies the documents in order, by digest; `notes` are lm-eval's warnings; `bos` says which
-    contexts begin with the tokenizer's BOS.
-    """
-
-    scores: Mapping[str, Mapping[str, Score]]
-    documents: Mapping[str, tuple[str, ...]]
-    notes: tuple[str, ...] = ()
-    bos: str = "none"
-
-    def summary(self) -> dict[str, dict[str, schema.TaskScore]]:
-        """By task and metric, as in an `EvalResult` of one model."""
-        return {
-            task: {
-                metric: {
-                    "value": score.value,
-                    "stderr": score.stderr,
-                    "documents": len(self.documents[task]),
-                    "bos": self.bos,
-                }
-                for metric, score in metrics.items()
-            }
-            for task, metrics in self.scores.items()
-        }
-
-
-def check_tasks(names: Sequence[str], include: Path | None = None, *, data: bool = False) -> None:
+def check_tasks(
+    names: Sequence[str], include: Path | None = None, *, allow_code: bool = False, data: bool = False
+) -> dict[str, str]:
     """Raise `PareError` for names that are no lm-eval task, group or tag. No weight is read.
 
-    `include` is a folder of further task YAML. By naming it the user agrees that the Python code it refers to is run.
-    No such code is run here unless `data` is set: then the data of every task is loaded too, so that a missing network or
-    an unknown dataset is an error now, and not after the compression.
+    `include` is a folder of further task YAML, whose Python code is refused unless `allow_code`. Nothing is run here unless
+    `data` is set: then the data of every task is loaded too, so that a missing network or an unknown dataset is an error
+    now, and not after the compression; returned is a hash of what each task asks, by its name.
     """
-    if not names:
-        return
-    manager = task_manager(names, include)
-    if data:
-        with _collected_warnings():
-            _load(manager, names)
+    names = expanded(names)
+    manager = task_manager(names, include, allow_code) if names else None
+    if not names or not data:
+        return {}
+    with _collected_warnings(), templates_in_a_sandbox(include is not None and not allow_code):
+        return {name: task_digest(load_tasks(manager, [name])) for name in names}
 
 
 def run_tasks(
@@ -96,6 +53,7 @@ def run_tasks(
     batch_size: int = 8,
     limit: int | None = None,
     include: Path | None = None,
+    allow_code: bool = False,
     seed: int = 0,
     bos: Bos = "auto",
 ) -> TaskScores:
@@ -110,15 +68,15 @@ def run_tasks(
         return TaskScores({}, {})
     if limit is not None and limit < 1:
         raise PareError(f"the limit of documents per task is {limit}; wanted at least 1, or none at all")
-    manager = task_manager(names, include)
+    manager = task_manager(names := expanded(names), include, allow_code)
     from lm_eval import simple_evaluate
 
     from paredown.evaluation.lm_model import PrefixedLM
 
     prefix = special_prefix(tokenizer) if bos == "auto" else ()
     random_seed, numpy_seed, torch_seed, fewshot_seed = (start + seed for start in LM_EVAL_SEEDS)
-    with _collected_warnings() as warnings:
-        loaded = _load(manager, names)
+    with _collected_warnings() as warnings, templates_in_a_sandbox(include is not None and not allow_code):
+        loaded = load_tasks(manager, names)
         results = simple_evaluate(
             # a copy of the tokenizer, because lm-eval gives it a padding token
             model=PrefixedLM(model, deepcopy(tokenizer), batch_size, prefix),
@@ -135,112 +93,6 @@ def run_tasks(
     return replace(_scores(results, warnings), bos="every context" if prefix else "none")
 
 
-def compare_tasks(before: TaskScores, after: TaskScores) -> dict[str, dict[str, schema.TaskComparison]]:
-    """The scores of two models by task and metric.
-
-    `paired_stderr` is the standard error of `after - before` over the same documents, far smaller than the two errors
-    combined. `correct_to_wrong` and `wrong_to_correct` count the documents whose answer flipped (Dutta et al. 2024,
-    "Accuracy is not all you need", arXiv 2407.09141). All three are `None` where lm-eval gives no value for each document,
-    the counts also where a document's value is not 0 or 1. Raises `PareError` if the documents of a task differ.
-    """
-    differing = [task for task in before.scores if before.documents[task] != after.documents.get(task)]
-    if differing or before.scores.keys() != after.scores.keys():
-        raise PareError(
-            f"the two models were not asked the same questions: {', '.join(differing) or 'other tasks'} differ. "
-            "Run both with the same tasks, limit and seed"
-        )
-    return {
-        task: {metric: _compare(score, after.scores[task][metric], after.bos) for metric, score in metrics.items()}
-        for task, metrics in before.scores.items()
-    }
-
-
-def _compare(before: Score, after: Score, bos: str) -> schema.TaskComparison:
-    paired: float | None = None
-    lost: int | None = None
-    won: int | None = None
-    if before.samples is not None and after.samples is not None:
-        pairs = list(zip(before.samples, after.samples, strict=True))
-        if len(pairs) > 1:
-            paired = stdev(b - a for a, b in pairs) / math.sqrt(len(pairs))
-        if all(value in (0.0, 1.0) for pair in pairs for value in pair):
-            lost, won = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
-    return {
-        "before": before.value,
-        "after": after.value,
-        "stderr_before": before.stderr,
-        "stderr_after": after.stderr,
-        "paired_stderr": paired,
-        "correct_to_wrong": lost,
-        "wrong_to_correct": won,
-        "bos": bos,
-    }
-
-
-def task_manager(names: Sequence[str], include: Path | None = None) -> Any:
-    """An lm-eval `TaskManager` that knows all of `names`.
-
-    It knows only our tasks and those of `include` if they suffice: to index the thousands of lm-eval takes seconds.
-    Raises `PareError` for unknown names, for a missing folder and without lm-eval.
-    """
-    _require_lm_eval()
-    if include is not None and not include.is_dir():
-        raise PareError(f"the folder of tasks {include} does not exist; wanted a folder of lm-eval task YAML")
-    local = _manager(include, False)
-    if all(_complete(name, local) for name in names):
-        return local
-    manager = _manager(include, True)
-    unknown = [name for name in names if name not in manager.task_index]
-    if unknown:
-        raise PareError("\n".join(_unknown(name, manager.all_tasks) for name in unknown))
-    return manager
-
-
-def _complete(name: str, manager: Any) -> bool:
-    """Whether the manager knows this task, or this group with all its members. A tag may have members anywhere."""
-    if name in manager.all_subtasks:
-        return True
-    members = (manager.task_index[name].cfg or {}).get("task") if name in manager.all_groups else None
-    return isinstance(members, list) and all(isinstance(one, str) and _complete(one, manager) for one in members)
-
-
-def _unknown(name: str, known: Sequence[str]) -> str:
-    hint = "Give its folder as the folder of tasks and its name as the task" if "/" in name else ""
-    suggestion = did_you_mean(name, known)
-    return f"lm-eval knows no task {name!r}.{suggestion} {hint or '`lm-eval ls tasks` lists them all'}"
-
-
-@lru_cache(maxsize=4)
-def _manager(include: Path | None, defaults: bool) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    folders = [OURS] if include is None else [OURS, include]
-    return TaskManager(include_path=folders, include_defaults=defaults)
-
-
-def _require_lm_eval() -> None:
-    try:
-        import lm_eval.tasks  # noqa: F401
-    except ImportError as error:
-        raise PareError(
-            f"tasks are run by lm-eval, which cannot be imported here ({error}). "
-            "Install it with: pip install 'lm-eval>=0.4.13'"
-        ) from error
-
-
-def _load(manager: Any, names: Sequence[str]) -> Any:
-    """The tasks and groups with their data: lm-eval reads it when it builds a task."""
-    try:
-        return manager.load(list(dict.fromkeys(names)))
-    except Exception as error:
-        # the Hub, a dataset script, a parser and task code each raise errors of their own
-        raise PareError(
-            f"the data of the tasks {', '.join(names)} cannot be loaded: {type(error).__name__}: {error}. "
-            "A task from the Hub needs the network once (unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE); "
-            "the task stdlib_lines needs none"
-        ) from error
-
-
 def _roots(loaded: Any) -> list[Any]:
     """The groups that are in no other group, and the tasks that are in no group: so each task is run once."""
     groups = loaded["groups"].values()
@@ -252,11 +104,14 @@ def _roots(loaded: Any) -> list[Any]:
 
 def _scores(results: Any, warnings: "_Warnings") -> TaskScores:
     """lm-eval's results by task and metric, without the tasks of a group that has a score of its own."""
+    from lm_eval.utils import handle_non_serializable
+
     subtasks, notes = results["group_subtasks"], _notes(warnings)
     scored = {name: values for name, metrics in results["results"].items() if (values := _values(metrics))}
     hidden = {child for name in scored for child in _below(name, subtasks)}
     scores: dict[str, dict[str, Score]] = {}
     documents: dict[str, tuple[str, ...]] = {}
+    kept: dict[str, tuple[str, ...]] = {}
     for name, values in scored.items():
         samples = {leaf: results["samples"][leaf] for leaf in _leaves(name, subtasks)}
         _refuse_nan(name, samples)
@@ -270,7 +125,11 @@ def _scores(results: Any, warnings: "_Warnings") -> TaskScores:
         }
         digests = (f"{leaf}:{one['doc_id']}:{one['doc_hash']}" for leaf, ones in samples.items() for one in ones)
         documents[name] = tuple(dict.fromkeys(digests))
-    return TaskScores(scores, documents, tuple(notes))
+        kept |= {
+            leaf: tuple(json.dumps({"task": leaf, **one}, default=handle_non_serializable) for one in ones)
+            for leaf, ones in samples.items()
+        }
+    return TaskScores(scores, documents, tuple(notes), samples=kept)
 
 
 def _values(metrics: Mapping[str, Any]) -> dict[str, float]:

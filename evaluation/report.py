@@ -1,22 +1,32 @@
-"""The report of a compression as tables for a terminal and as a model card. `schema.py` lists its keys."""
+"""The report of a compression as tables for a terminal. `schema.py` lists its keys."""
 
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import ModelCardData
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from paredown.evaluation.schema import SCHEMA, Calibration, CalibrationText, EvalResult, Report, Structure, check_report
+from paredown.evaluation.recovery_words import recovery_lines
+from paredown.evaluation.schema import (
+    SCHEMA,
+    Calibration,
+    CalibrationText,
+    EvalResult,
+    Report,
+    Sample,
+    Structure,
+    check_report,
+)
+from paredown.evaluation.seeds import seed_rows
 from paredown.evaluation.tables import (
     BEFORE_AFTER,
     Rows,
     base_name,
     bytes_text,
-    is_local,
+    divergence_rows,
     kinds_text,
     last_part,
     layer_rows,
@@ -26,15 +36,14 @@ from paredown.evaluation.tables import (
     short,
     size_rows,
     task_rows,
+    word_rows,
 )
 
 __all__ = [
     "SCHEMA",
     "check_report",
     "listed",
-    "loading_code",
     "markdown_table",
-    "model_card",
     "render",
     "render_eval",
     "screen_table",
@@ -46,16 +55,16 @@ SHOWN = 12  # fallbacks or warnings on a screen or card; report.json holds them 
 def render(report: Report) -> Group:
     """The report for a terminal: scores, sizes, layers, time and memory, fallbacks and warnings."""
     head = Text.assemble((base_name(report["model"]), "bold"), "  ", recipe_words(report["recipe"]))
-    tables = [screen_table(rows) for rows in _results(report)]
+    tables = [screen_table(rows) for rows in results(report)]
     if report["layers"]:
         tables.append(screen_table(layer_rows(report["layers"])))
     if ranks := rank_rows(report["layers"]):
         tables.append(screen_table(ranks))
-    facts = [Text(line) for line in _facts(report)]
     return Group(
         head,
         *tables,
-        *facts,
+        *sample_texts(report.get("samples", [])),
+        *map(Text, facts(report)),
         *listed("Fallbacks", report["fallbacks"]),
         *listed("Warnings", report.get("warnings", [])),
     )
@@ -67,35 +76,12 @@ def render_eval(result: EvalResult) -> Group:
     against = base_name(result["against"]) if result.get("against") else None
     labels = (f"{against} (dense)", name if name != against else f"{name} (compressed)") if against else BEFORE_AFTER
     tables = [perplexity_rows(result["evaluation"], labels)] if result["evaluation"] else []
+    further = (word_rows(result["evaluation"], labels), divergence_rows(result["evaluation"]))
+    tables += [rows for rows in further if rows]
     tables += [task_rows(result["tasks"], labels)] if result["tasks"] else []
     head = Text.assemble((name, "bold"), f"  against {against}" if against else "")
-    return Group(head, *map(screen_table, tables), *listed("Notes", result.get("notes", [])))
-
-
-def model_card(report: Report) -> str:
-    """README.md of the checkpoint: metadata for the Hub, loading code, scores, how it was made, and limits."""
-    name, recipe = base_name(report["model"]), recipe_words(report["recipe"])
-    results = "\n\n".join(markdown_table(rows) for rows in _results(report))
-    sections = [
-        _front_matter(report),
-        f"# {name}, compressed with paredown",
-        f"`{name}` after post-training compression by {recipe}.{_citation(report['recipe'])}",
-        f"## Load it\n\n```python\n{loading_code(report)}\n```\n\n{_loading_note(report)}",
-        f"## Before and after\n\n{results}",
-        f"## How it was made\n\n{_provenance(report)}",
-        *_ranks(report),
-        f"## Limits\n\n{_limits(report)}",
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def loading_code(report: Report, folder: str = "path/to/this/folder") -> str:
-    """Python that loads the checkpoint. Packed weights need `import paredown.compress`; dense ones need no paredown."""
-    register = "" if report.get("format") == "dense" else "import paredown.compress\n"
-    return (
-        f"{register}from transformers import AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained({folder!r})"
-    )
+    samples = sample_texts(result.get("samples", []))
+    return Group(head, *map(screen_table, tables), *samples, *listed("Notes", result.get("notes", [])))
 
 
 def recipe_words(recipe: Mapping[str, Any]) -> str:
@@ -105,13 +91,20 @@ def recipe_words(recipe: Mapping[str, Any]) -> str:
     return f"recipe {recipe['name']} ({method})" if recipe.get("name") else method
 
 
-def _results(report: Report) -> list[Rows]:
+def results(report: Report) -> list[Rows]:
+    """The tables of what came of it: scores, and sizes."""
+    return [*scores(report), size_rows(report)]
+
+
+def scores(report: Report) -> list[Rows]:
+    """The tables of what was scored before and after."""
     tables = [perplexity_rows(report["evaluation"])] if report["evaluation"] else []
+    tables += [rows for rows in (divergence_rows(report["evaluation"]),) if rows]
     tables += [task_rows(report["tasks"])] if report["tasks"] else []
-    return [*tables, size_rows(report)]
+    return tables + [rows for rows in (seed_rows(report.get("seeds", [])),) if rows]
 
 
-def _facts(report: Report) -> list[str]:
+def facts(report: Report) -> list[str]:
     """Calibration, time, memory, versions, and the matrices that were not compressed: a line each."""
     seconds: Mapping[str, Any] = report["seconds"]
     peak: Mapping[str, Any] = report["peak_memory_bytes"]
@@ -119,12 +112,13 @@ def _facts(report: Report) -> list[str]:
     memory = ", ".join(f"{place} {bytes_text(count)}" for place, count in peak.items() if count)
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
-        f"Calibration: {_calibration(report['calibration'])}",
+        f"Calibration: {calibration_words(report['calibration'])}",
         f"Time: {seconds_text(seconds['total'])} ({steps})",
         f"Peak memory: {memory or 'not measured'}",
     ]
     lines += [f"Versions: {versions}"] if versions else []
     lines += [f"Shape: {shape_words(report)}"] if "structure" in report else []
+    lines += recovery_lines(report)
     uncompressed = {"Left dense": report.get("left_dense"), "Seen by no method": report.get("unsupported")}
     return lines + [f"{title}: {len(names)} ({kinds_text(names)})" for title, names in uncompressed.items() if names]
 
@@ -157,11 +151,12 @@ def _span(counts: Sequence[int]) -> str:
     return str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
 
 
-def _calibration(calibration: Calibration | None) -> str:
+def calibration_words(calibration: Calibration | None) -> str:
+    """Which text a method measured the model on, and how much of it."""
     if calibration is None:
         return "none, the method needs no data"
-    domain = calibration.get("domain")
-    return _windows(calibration) + (f"; gradients on {_windows(domain)}" if domain else "")
+    domain, texts = calibration.get("domain"), calibration.get("sources") or [calibration]
+    return "; ".join(map(_windows, texts)) + (f"; gradients on {_windows(domain)}" if domain else "")
 
 
 def _windows(calibration: CalibrationText) -> str:
@@ -173,6 +168,18 @@ def _windows(calibration: CalibrationText) -> str:
         f"{source}{split}, {calibration['sequences']:,} sequences of {calibration['length']:,} tokens{bos}{seed}, "
         f"sha256 of the text {short(calibration['sha256'])}"
     )
+
+
+def sample_texts(samples: Sequence[Sample]) -> list[Text]:
+    """How the models go on after each prompt, one below the other."""
+    if not samples:
+        return []
+    lines = [Text("Samples, the likeliest token each time", style="italic")]
+    for sample in samples:
+        lines.append(Text(f"{sample['prompt']!r}", style="bold"))
+        lines += [Text(f"  before: {sample['before']!r}")] if "before" in sample else []
+        lines.append(Text(f"  after:  {sample['after']!r}"))
+    return [*lines, Text()]
 
 
 def screen_table(rows: Rows) -> Group:
@@ -199,54 +206,6 @@ def markdown_table(rows: Rows) -> str:
     return f"**{rows.title}**\n\n{table}{notes}"
 
 
-def _front_matter(report: Report) -> str:
-    """The Hub's metadata. A local folder is no base model, because the Hub could not link to it."""
-    model_id, recipe = report["model"]["id"], report["recipe"]
-    data = ModelCardData(
-        base_model=None if is_local(model_id) else model_id,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["paredown", "model-compression", *filter(None, (recipe.get("method"), recipe.get("name")))],
-    )
-    return f"---\n{data.to_yaml()}\n---"
-
-
-def _citation(recipe: Mapping[str, Any]) -> str:
-    return f" The method is from: {recipe['citation']}." if recipe.get("citation") else ""
-
-
-def _loading_note(report: Report) -> str:
-    if report.get("format") == "dense":
-        return "This is an ordinary checkpoint: anything that reads the original reads this one."
-    return (
-        "The first line registers the packed format with transformers. Without it transformers refuses the checkpoint "
-        "with a ValueError; it never loads something else in its place."
-    )
-
-
-def _provenance(report: Report) -> str:
-    """The command, the base model, the facts of the run, fallbacks and warnings, as Markdown."""
-    revision = f", revision `{report['model']['revision']}`" if report["model"]["revision"] else ""
-    typed = report.get("command")
-    command = f"```bash\n{portable_command(typed)}\n```\n\n" if typed else ""
-    facts = [f"Base model: `{base_name(report['model'])}`{revision}", *_facts(report)]
-    lists = [*_counted("Fallbacks", report["fallbacks"]), *_counted("Warnings", report.get("warnings", []))]
-    return command + "\n".join([*(f"- {fact}" for fact in facts), *lists])
-
-
-def _ranks(report: Report) -> list[str]:
-    """A table of every factored layer, which a reader can unfold; nothing without factored layers."""
-    rows = rank_rows(report["layers"], name=str)
-    table = rows and markdown_table(rows)
-    return [f"<details><summary>Each layer's rank and loss</summary>\n\n{table}\n\n</details>"] if table else []
-
-
-def _counted(title: str, lines: Sequence[str]) -> list[str]:
-    """As `listed`, in Markdown."""
-    items = [text.plain.strip() for text in listed(title, lines)]
-    return [f"- {items[0]}", *(f"  - {item}" for item in items[1:])] if items else []
-
-
 def portable_command(command: str) -> str:
     """The command without the folders of the machine that it ran on: of each absolute path, the last part."""
     words = []
@@ -254,19 +213,3 @@ def portable_command(command: str) -> str:
         option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
         words.append(option + equals + (last_part(value) if value.startswith(("/", "~")) else value))
     return shlex.join(words)
-
-
-def _limits(report: Report) -> str:
-    size = report["bytes"]
-    lines = [
-        "Zeros are not bytes, and bytes are not speed until measured: this card claims the bytes in the table above, "
-        "and no speed.",
-        "The figures hold for the texts, tasks and token counts named beside them. Other languages, subjects and "
-        "longer contexts may lose more: measure on your own text before you rely on the model.",
-        "Whatever the original does wrong, this model may do too, and compression can change whom it wrongs.",
-    ]
-    if report.get("format") == "dense" and size["after"] > 0.99 * size["before"]:
-        lines.insert(
-            1, "This dense checkpoint stores what was removed like any other number: it is as large as the original."
-        )
-    return "\n".join(f"- {line}" for line in lines)

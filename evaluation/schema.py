@@ -20,7 +20,7 @@ SCHEMA = 1  # of report.json
 
 Number = Annotated[float, Field(allow_inf_nan=False)]  # finite; an int is welcome, a bool is not
 Format = Literal["packed", "dense"]
-ExportFormat = Literal["packed", "dense", "deci"]
+ExportFormat = Literal["packed", "dense", "deci", "gguf", "onnx"]
 
 # Strict: "1" and True are no numbers. A docstring below a key describes it in the JSON Schema; pydantic does not see the
 # docstrings of inherited keys, which are described by `_about` instead.
@@ -62,13 +62,17 @@ class Text(TypedDict):
         Annotated[str, _about("Windows that begin with the tokenizer's BOS: `every window`, `none`, or words.")]
     ]
     capped_from: NotRequired[Annotated[int, _about("Tokens asked for in a window, where the model allows fewer.")]]
+    whole_sha256: NotRequired[
+        Annotated[str, _about("Digest of the whole text, where a part calibrated and the other was scored.")]
+    ]
+    chat: NotRequired[Annotated[bool, _about("Whether it is of conversations, by the model's chat template.")]]
 
 
 @_strict
 class CalibrationText(Text):
     """A text that the method measured the model on."""
 
-    source: Annotated[str, _about("Name of the corpus, or path of a text file.")]
+    source: Annotated[str, _about("Name of the corpus; of a file or folder its absolute path.")]
     sequences: Annotated[int, _about("Number of windows.")]
     tokens: NotRequired[Annotated[int, _about("Tokens in all windows.")]]
     seed: Annotated[int | None, _about("Seed of the random draw.")]
@@ -80,6 +84,8 @@ class Calibration(CalibrationText):
 
     domain: NotRequired[CalibrationText]
     """A second text, on which gradients of the loss were taken."""
+    sources: NotRequired[list[CalibrationText]]
+    """The texts, where several calibrated together; what stands beside them is of all."""
 
 
 @_strict
@@ -115,6 +121,78 @@ class PairedDelta(TypedDict):
 
 
 @_strict
+class PositionDivergence(TypedDict):
+    """How far the models are apart on the tokens at some positions of all windows."""
+
+    first: int
+    """Fewest tokens that stand before such a token in its window."""
+    last: int
+    """Most tokens that stand before such a token."""
+    kl_mean: Number
+    """Mean KL(dense || compressed); nats."""
+    kl_stderr: Number | None
+    """Its standard error by bootstrap over windows; null for a single window."""
+
+
+@_strict
+class Divergence(TypedDict):
+    """How far the compressed model's next-token distributions are from the dense one's, on the same tokens."""
+
+    kl_mean: Number
+    """Mean over tokens of KL(dense || compressed); nats."""
+    kl_stderr: Number | None
+    """Its standard error by bootstrap over windows; null for a single window."""
+    kl_median: Number
+    """Median over tokens."""
+    kl_p99: Number
+    """99th percentile."""
+    kl_p999: Number
+    """99.9th percentile."""
+    kl_max: Number
+    """Largest."""
+    js_mean: Number
+    """Mean Jensen-Shannon divergence; nats, at most ln 2."""
+    js_stderr: Number | None
+    """Its standard error."""
+    top1_agreement: Number
+    """Share of tokens where both models like the same token best."""
+    top1_stderr: Number | None
+    """Its standard error."""
+    tokens: int
+    """Number of predicted tokens."""
+    by_position: list[PositionDivergence]
+    """Mean KL by position in the window."""
+
+
+@_strict
+class WordPerplexityOf(TypedDict):
+    """Word perplexity of one model."""
+
+    word_perplexity: Number
+    """`exp` of the loss of all documents by their number of words."""
+    stderr: Number | None
+    """Its standard error by bootstrap over documents; null for a single one."""
+
+
+@_strict
+class WordPerplexity(TypedDict):
+    """Word perplexity on the documents of one text, in rolling windows as lm-eval's `wikitext`."""
+
+    before: NotRequired[WordPerplexityOf]
+    """Of the dense model; missing where there is none."""
+    after: WordPerplexityOf
+    """Of the model in question."""
+    log_ratio: NotRequired[Number]
+    """How far the loss of a word rose; nats."""
+    stderr: NotRequired[Number | None]
+    """Its standard error by paired bootstrap over documents."""
+    documents: int
+    """Number of documents."""
+    words: int
+    """Words in them: parts between white space."""
+
+
+@_strict
 class TextScore(Text):
     """Perplexity on one text."""
 
@@ -122,6 +200,7 @@ class TextScore(Text):
     tokens: Annotated[int, _about("Tokens in all windows.")]
     sequences: NotRequired[Annotated[int, _about("Number of windows.")]]
     after: Annotated[Perplexity, _about("Of the model in question: after its compression, if it was compressed.")]
+    words: NotRequired[Annotated[WordPerplexity, _about("Word perplexity; missing unless it was asked for.")]]
     note: NotRequired[Annotated[str, _about("A remark for the reader.")]]
 
 
@@ -133,6 +212,12 @@ class TextComparison(TextScore):
     """Of the dense model."""
     paired_delta: PairedDelta
     """The difference on the same windows."""
+    divergence: NotRequired[Divergence]
+    """How far both models' predictions are apart on the same tokens."""
+    compressed: NotRequired[Perplexity]
+    """Of the compressed model before its recovery; `after` is that of the recovered one."""
+    recovered_delta: NotRequired[PairedDelta]
+    """The difference between `compressed` and `after`, on the same windows."""
 
 
 @_strict
@@ -172,6 +257,18 @@ class TaskComparison(TypedDict):
 
 
 @_strict
+class Sample(TypedDict):
+    """How the models go on after one prompt, by the likeliest token each time."""
+
+    prompt: str
+    """Of the tokenizer's chat template, where it has one, the user's message."""
+    before: NotRequired[str]
+    """By the dense model; missing where there is none."""
+    after: str
+    """By the model in question."""
+
+
+@_strict
 class Parameters(TypedDict):
     """Numbers of parameters."""
 
@@ -187,10 +284,8 @@ class Parameters(TypedDict):
 class BytesChange(TypedDict):
     """Bytes of the weights on disk."""
 
-    before: int
-    """Of the checkpoint that was read."""
-    after: int
-    """Of the checkpoint that was written."""
+    before: Annotated[int, _about("Of the checkpoint that was read.")]
+    after: Annotated[int, _about("Of the checkpoint that was written.")]
 
 
 @_strict
@@ -242,6 +337,64 @@ class Structure(TypedDict):
 
 
 @_strict
+class PartBytes(BytesChange):
+    """Bytes of the weights on disk of all layers of a kind."""
+
+    part: str
+    """The kind, such as `mlp.down_proj`: the end of a layer's name without numbers."""
+
+
+@_strict
+class Reconstruction(TypedDict):
+    """How a block was tuned towards the dense block's output."""
+
+    block: str
+    """Name of the block."""
+    before: Number
+    """Mean square error of its output on the calibration text before the tuning, over the variance of the dense one."""
+    after: Number
+    """The same afterwards."""
+
+
+@_strict
+class RecoveryStep(TypedDict):
+    """One step of the training of a compressed model."""
+
+    step: Literal["distill"]
+    """What was done."""
+    recipe: dict[str, Any]
+    """The recipe of the recovery, with every default."""
+    settings: dict[str, Any]
+    """Those of this step."""
+    teacher: str
+    """Folder or Hub name of the model whose probabilities were the targets."""
+    trained: int
+    """How many numbers were trained."""
+    steps: int
+    """Steps of the optimizer."""
+    tokens: int
+    """Training tokens that were seen, those several times that were."""
+    passes: Number
+    """How often the training text was seen."""
+    curve: list[list[Number]]
+    """Tokens seen and the held-out divergence from the teacher then, in nats per token."""
+    before: Number
+    """The held-out divergence before training."""
+    after: Number
+    """The lowest, of the weights that were kept."""
+    best_tokens: int
+    """Tokens seen by then."""
+    stopped: str
+    """Why training ended."""
+    seconds: Number
+    """Time that it took."""
+    target_bytes: int
+    """Of the teacher's probabilities on the disk, while it ran."""
+    remarks: list[str]
+    """What went otherwise than planned: a sentence each."""
+
+
+@_strict
 class Seconds(TypedDict):
     """Wall time by step, in seconds."""
 
@@ -263,6 +416,8 @@ class Seconds(TypedDict):
     """Tuning compressed blocks towards the dense block's output."""
     tasks: NotRequired[Number]
     """Running lm-eval tasks on both models."""
+    recover: NotRequired[Number]
+    """Training the compressed model, and all else that its recovery took."""
     forward: NotRequired[Number]
     """Running blocks; contained in `calibration` and `evaluation`."""
 
@@ -275,6 +430,34 @@ class PeakMemory(TypedDict):
     """Resident memory of the process; null if not measured."""
     device: int | None
     """Memory allocated on the GPU, 0 without one; null if not measured."""
+
+
+@_strict
+class SeedText(TypedDict):
+    """What one calibration seed came to on one text."""
+
+    corpus: str
+    """Name of the text."""
+    split: str | None
+    """Split of the text."""
+    token_perplexity: Number
+    """Of the compressed model."""
+    log_ratio: Number | None
+    """As in `paired_delta`; null where the dense model was not scored."""
+    stderr: Number | None
+    """Its standard error over windows; null for a single window."""
+
+
+@_strict
+class SeedResult(TypedDict):
+    """What the recipe came to by one calibration seed."""
+
+    seed: int
+    """The seed of the calibration windows."""
+    evaluation: list[SeedText]
+    """Perplexity by text."""
+    tasks: dict[str, dict[str, Number]]
+    """Scores of the compressed model, by task and metric."""
 
 
 @_strict
@@ -307,6 +490,8 @@ class Report(TypedDict):
     """Where something else was done than the recipe says, and why: a sentence each."""
     versions: dict[str, str]
     """Versions of Python and of the packages that decide on the numbers."""
+    samples: NotRequired[list[Sample]]
+    """Text that both models write; missing unless it was asked for."""
     format: NotRequired[Format]
     """How the checkpoint is stored: `packed` needs paredown to load, `dense` is an ordinary checkpoint."""
     command: NotRequired[str | None]
@@ -317,6 +502,20 @@ class Report(TypedDict):
     """Resident memory before any weight was read: the libraries. The plan's estimate comes on top of it."""
     structure: NotRequired[Structure]
     """What was removed whole; missing where the model has its shape still."""
+    seeds: NotRequired[list[SeedResult]]
+    """The recipe by several calibration seeds; the checkpoint, and all else of the report, is of the first."""
+    date: NotRequired[str]
+    """When the run ended: UTC, ISO 8601."""
+    device: NotRequired["Device"]
+    """The GPU or CPU that it ran on."""
+    dtype: NotRequired[str]
+    """Of the activations, such as `bfloat16`."""
+    parts: NotRequired[list[PartBytes]]
+    """Bytes of the weights on disk by kind of layer; they add up to `bytes`."""
+    reconstruction: NotRequired[list[Reconstruction]]
+    """The blocks that were tuned, in the order of the model."""
+    recovery: NotRequired[list[RecoveryStep]]
+    """What the compressed model was trained by, step by step."""
     left_dense: NotRequired[list[str]]
     """Names of linear layers that the recipe's targets leave as they are."""
     unsupported: NotRequired[list[str]]
@@ -331,6 +530,8 @@ class EvalText(TextScore):
     """Of the dense model."""
     paired_delta: NotRequired[PairedDelta]
     """The difference on the same windows."""
+    divergence: NotRequired[Divergence]
+    """How far both models' predictions are apart on the same tokens."""
 
 
 @_strict
@@ -343,6 +544,8 @@ class EvalResult(TypedDict):
     """Perplexity by text."""
     tasks: dict[str, dict[str, TaskScore]] | dict[str, dict[str, TaskComparison]]
     """lm-eval scores by task and metric: `TaskComparison` with `against`, else `TaskScore`."""
+    samples: NotRequired[list[Sample]]
+    """Text that the models write; missing unless it was asked for."""
     notes: NotRequired[list[str]]
     """lm-eval's warnings; missing without tasks."""
     against: NotRequired[str]

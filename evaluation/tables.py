@@ -47,6 +47,56 @@ def _perplexity_row(entry: Mapping[str, Any], compared: bool) -> tuple[str, ...]
     return (text_name(entry), before, after, f"{ratio:.4f}", change, interval)
 
 
+def divergence_rows(evaluation: Sequence[Mapping[str, Any]]) -> Rows | None:
+    """How far both models' predictions are apart on each text, in the words of llama.cpp's table; None without any."""
+    known = [(text_name(entry), entry["divergence"]) for entry in evaluation if entry.get("divergence")]
+    if not known:
+        return None
+    labels = ("KL mean", "median", "99 %", "99.9 %", "max", "Jensen-Shannon", "same top token, %")
+    headers = ("", *(name for name, _ in known))
+    columns = [_divergence_cells(figures) for _, figures in known]
+    rows = tuple((label, *cells) for label, cells in zip(labels, zip(*columns, strict=True), strict=True))
+    note = (
+        "KL divergence of the compressed model's next token from the dense one's, on the tokens of the perplexity; nats"
+    )
+    return Rows("Divergence from the dense model (lower is better)", headers, rows, (note,))
+
+
+def word_rows(evaluation: Sequence[Mapping[str, Any]], labels: Labels = BEFORE_AFTER) -> Rows | None:
+    """Word perplexity on each text that has documents; None without any."""
+    known = [(text_name(entry), entry["words"]) for entry in evaluation if entry.get("words")]
+    if not known:
+        return None
+    compared = any("before" in figures for _, figures in known)
+    rows = tuple((name, *_word_cells(figures)) for name, figures in known)
+    headers = ("text", *labels, "log ratio, paired") if compared else ("text", "perplexity")
+    notes = tuple(
+        f"{text_name(entry)}: {found['words']:,} words in {found['documents']:,} documents, in rolling windows as long as "
+        f"the model allows, as lm-eval's wikitext; sha256 of the text {short(entry['sha256'])}"
+        for entry in evaluation
+        if (found := entry.get("words"))
+    )
+    return Rows("Word perplexity (lower is better)", headers, rows, notes)
+
+
+def _word_cells(figures: Mapping[str, Any]) -> tuple[str, ...]:
+    """Word perplexity of one model, or of both and the change."""
+    of_models = [figures[key] for key in ("before", "after") if key in figures]
+    both = (plus_minus(one["word_perplexity"], one["stderr"]) for one in of_models)
+    change = [plus_minus(figures["log_ratio"], figures["stderr"], signed=True)] if len(of_models) > 1 else []
+    return (*both, *change)
+
+
+def _divergence_cells(figures: Mapping[str, Any]) -> tuple[str, ...]:
+    top, stderr = 100 * figures["top1_agreement"], figures.get("top1_stderr")
+    return (
+        plus_minus(figures["kl_mean"], figures.get("kl_stderr")),
+        *(f"{figures[key]:.4f}" for key in ("kl_median", "kl_p99", "kl_p999", "kl_max")),
+        plus_minus(figures["js_mean"], figures.get("js_stderr")),
+        plus_minus(top, None if stderr is None else 100 * stderr),
+    )
+
+
 def protocol(entry: Mapping[str, Any]) -> str:
     """What one perplexity was measured on, so that it can be reproduced."""
     bos = f", BOS token: {entry['bos']}" if entry.get("bos") else ""
@@ -63,9 +113,9 @@ def task_rows(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]], labels: Labe
     if all("value" in score for _, _, score in flat):
         rows = [(task, metric, plus_minus(score["value"], score["stderr"])) for task, metric, score in flat]
         return Rows("Tasks (lm-eval)", ("task", "metric", "score"), tuple(rows), _opening(flat))
-    headers = ("task", "metric", *labels, "change, paired", "answers lost", "answers won")
+    headers = ("task", "metric", *labels, "change, paired", "lost", "won")
     cells = tuple((task, metric, *_task_cells(score)) for task, metric, score in flat)
-    return Rows("Tasks (lm-eval)", headers, cells, _opening(flat))
+    return Rows("Tasks (lm-eval), with answers lost and won", headers, cells, _opening(flat))
 
 
 def _opening(flat: Sequence[tuple[str, str, Mapping[str, Any]]]) -> tuple[str, ...]:
@@ -108,14 +158,31 @@ def layer_kind(name: str) -> str:
     return ".".join([part for part in name.split(".") if not part.isdigit()][-2:])
 
 
+def bytes_by_part(before: Mapping[str, int], after: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Bytes of tensors by kind of the layer that they belong to: `{part, before, after}`, as in a report."""
+    parts: dict[str, dict[str, Any]] = {}
+    for key, tensors in (("before", before), ("after", after)):
+        for name, count in tensors.items():
+            part = layer_kind(name.rpartition(".")[0] or name)
+            parts.setdefault(part, {"part": part, "before": 0, "after": 0})[key] += count
+    return list(parts.values())
+
+
 def layer_rows(layers: Sequence[Layer]) -> Rows:
-    """A row for each kind of layer: models have hundreds of layers but only a dozen kinds."""
-    headers = ("layers", "count", "method", "kept", "relative error", "worst", "seconds")
-    note = (
-        "kept and relative error: means over a kind. Relative error: wrong share of the output's energy on calibration"
-    )
-    rows = tuple(_kind_row(kind, members) for kind, members in _grouped(layers, layer_kind).items())
-    return Rows("Layers", headers, rows, (note,))
+    """A row for each kind of layer: models have hundreds of layers but only a dozen kinds. Below: the worst one."""
+    methods = list(dict.fromkeys(layer["method"] for layer in layers))
+    headers = ("layers", "count", *(("method",) if len(methods) > 1 else ()), "kept", "error", "worst", "seconds")
+    notes = [
+        "error: share of the output's energy on the calibration text that is wrong; mean and worst of a kind. "
+        "kept: mean of a kind"
+    ]
+    errors = {layer["name"]: error for layer in layers if (error := layer["relative_error"]) is not None}
+    if errors:
+        worst = max(errors, key=errors.__getitem__)
+        notes.insert(0, f"worst: {number(errors[worst])} {worst}")
+    grouped = _grouped(layers, layer_kind).items()
+    rows = tuple(_kind_row(kind, members, several=len(methods) > 1) for kind, members in grouped)
+    return Rows(f"Layers, by {methods[0]}" if len(methods) == 1 else "Layers", headers, rows, tuple(notes))
 
 
 def rank_rows(layers: Sequence[Layer], name: Callable[[str], str] = layer_kind) -> Rows | None:
@@ -126,10 +193,10 @@ def rank_rows(layers: Sequence[Layer], name: Callable[[str], str] = layer_kind) 
     factored = [layer for layer in layers if layer.get("rank")]
     if not factored:
         return None
-    headers = ("ranks", "stored as", "rank", "loss predicted", "measured", "measured / predicted")
+    headers = ("ranks", "stored as", "rank", "predicted", "measured", "ratio")
     note = (
-        "losses: in the method's own metric, as a share of dropping the weight, means where a row is of several layers. "
-        "Predicted on the dense model, where ranks were spread by it; measured on what was stored"
+        "losses, and measured / predicted: in the method's own metric, as a share of dropping the weight, means where a "
+        "row is of several layers. Predicted on the dense model, where ranks were spread by it; measured on what was stored"
     )
     rows = tuple(_rank_row(group, members) for group, members in _grouped(factored, name).items())
     return Rows("Ranks and losses", headers, rows, (note,))
@@ -153,16 +220,17 @@ def _grouped(layers: Sequence[Layer], name: Callable[[str], str]) -> dict[str, l
     return groups
 
 
-def _kind_row(kind: str, layers: Sequence[Layer]) -> tuple[str, ...]:
-    errors = {layer["name"]: error for layer in layers if (error := layer["relative_error"]) is not None}
-    worst = max(errors, key=errors.__getitem__, default=None)
+def _kind_row(kind: str, layers: Sequence[Layer], *, several: bool) -> tuple[str, ...]:
+    """`several`: the methods of its layers have a column."""
+    methods = ", ".join(dict.fromkeys(layer["method"] for layer in layers))
+    errors = [error for layer in layers if (error := layer["relative_error"]) is not None]
     return (
         kind,
         str(len(layers)),
-        ", ".join(dict.fromkeys(layer["method"] for layer in layers)),
+        *((methods,) if several else ()),
         f"{fmean(layer['kept'] for layer in layers):.1%}",
-        number(fmean(errors.values())) if errors else "",
-        f"{number(errors[worst])} {worst}" if worst else "",
+        number(fmean(errors)) if errors else "",
+        number(max(errors)) if errors else "",
         f"{math.fsum(layer['seconds'] for layer in layers):.1f}",
     )
 

@@ -2,12 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 out_console = Console()
 err_console = Console(stderr=True, highlight=False)
+
+
+def in_words(seconds: float) -> str:
+    """Hours, minutes and seconds: 0:01:05."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def show_note(text: str) -> None:

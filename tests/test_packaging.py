@@ -21,6 +21,7 @@ PINS = dict(
 )
 DATA = [
     *ROOT.glob("kernels/tables/*.json"), *ROOT.glob("recipes/*.yaml"), *ROOT.glob("evaluation/tasks/*.yaml"), *ROOT.glob("evaluation/reference/model/*"),
+    *ROOT.glob("evaluation/html/templates/*"),
     ROOT / "compress/py.typed",
 ]  # fmt: skip
 
@@ -43,7 +44,7 @@ def test_kernels_holds_no_init_so_that_it_cannot_shadow_hugging_faces_kernels():
 
 @pytest.mark.parametrize("path", DATA, ids=lambda path: path.name)
 def test_every_data_file_of_the_checkout_is_installed(path):
-    below = path.parent.name in ("model", "tables")  # folders of data inside a package
+    below = path.parent.name in ("model", "tables", "templates")  # folders of data inside a package
     package = import_module(package_of(path.parent.parent if below else path.parent))
     installed = Path(next(iter(package.__path__)))
     inside = f"{path.parent.name}/" if below else ""

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from paredown.compress.errors import PareError
 from paredown.compress.methods.base import Choice, check_needs
 from paredown.compress.numerics.moments import Need
@@ -19,18 +17,6 @@ from paredown.compress.registry import Registry
 Options = dict[str, Any]  # layer -> its option; None: it stays dense
 Sensitivities = Mapping[str, Mapping[float, float]]  # layer -> share kept -> loss per token of the model
 Reads = Literal["shapes", "scores", "losses", "sensitivities"]
-
-
-class AllocationSpec(BaseModel):
-    """The recipe's key `allocation`: a strategy and the strategy's own options."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    strategy: str
-
-    def build(self) -> "Allocation":
-        """Raises PareError listing every fault."""
-        return ALLOCATIONS.build(self.strategy, self.model_extra or {})
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,16 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from paredown.compress.errors import PareError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FULL = {errno.ENOSPC, errno.EDQUOT}
 # what network and FUSE mounts answer that cannot flush: CIFS, WSL shares, object stores
 CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -32,8 +35,10 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def save_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file. Raises OSError if the system says why it cannot be written."""
+    from safetensors.torch import save_file  # imports torch
+
     try:
         save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as fault:

@@ -7,12 +7,22 @@ from typing import Any
 from paredown.compress.checkpoint.companions import COMPANIONS, SUFFIXES
 from paredown.compress.errors import PareError
 
-# of a repository. The hub's patterns also match / : folders are other forms of the model, but for that of chat templates;
-# consolidated files are the same weights once more
-FETCHED = ("*.safetensors", *COMPANIONS)
+# of a repository; the card says the licence. The hub's patterns also match / : folders are other forms of the model, but
+# for that of chat templates; consolidated files are the same weights once more
+FETCHED = ("*.safetensors", "README.md", *COMPANIONS)
 NOT_FETCHED = (*(f"*/{suffix}" for suffix in ("*.safetensors", *SUFFIXES) if suffix != "*.jinja"), "consolidated*")
 # any of which holds a vocabulary
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def local(model: str) -> Path | None:
+    """The folder of that name; None for a hub id. Raises PareError for what is neither."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise PareError(f"{model}: no such folder. Name a folder with a Hugging Face model, or a hub id like org/name.")
+    return None
 
 
 def resolve(model: str, revision: str | None = None) -> tuple[Path, str | None]:
@@ -20,11 +30,8 @@ def resolve(model: str, revision: str | None = None) -> tuple[Path, str | None]:
 
     Raises PareError if there is no such folder, and if the hub does not have the model or cannot be reached.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    if (path := local(model)) is not None:
         return path, None
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise PareError(f"{model}: no such folder. Name a folder with a Hugging Face model, or a hub id like org/name.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

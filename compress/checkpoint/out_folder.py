@@ -19,9 +19,8 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from paredown.compress.checkpoint.disk import in_words, sync
+from paredown.compress.checkpoint.disk import INDEX, SINGLE, in_words, sync
 from paredown.compress.checkpoint.out_lock import OutLock
-from paredown.compress.checkpoint.tensor_files import INDEX, SINGLE
 from paredown.compress.errors import PareError
 
 INSIDE = ".paredown-partial"
@@ -48,17 +47,24 @@ class OutFolder:
         self._lock: OutLock | None = None
         self._ours = False
 
+    def look(self) -> None:
+        """Find the place without touching it. Raises PareError if OUT is not free, or its path cannot be looked at."""
+        try:
+            self.target = _followed(self.out)
+            self.folder = _place(self.target)
+            if not _left(self.folder).moving:
+                self._check_free()
+        except OSError as fault:
+            raise in_words(fault, self.out, self.folder.parent) from fault
+
     def open(self) -> None:
         """Lock the folder and make it if it is not there.
 
         Raises PareError if OUT is not free, if another process writes it, if the folder is there and not ours, or if the
         place cannot be written.
         """
+        self.look()
         try:
-            self.target = _followed(self.out)
-            self.folder = _place(self.target)
-            if not _left(self.folder).moving:
-                self._check_free()
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._lock = OutLock(self.folder.with_name(self.folder.name + ".lock"))
             self._lock.acquire()

@@ -40,9 +40,15 @@ __all__ = [
 ]
 
 
-@cache
 def register() -> None:
     """Register our quantizer and our model types with transformers. Cheap: classes are built when a checkpoint needs them."""
+    import transformers  # noqa: F401 - first, for importing it may register them
+
+    _register()
+
+
+@cache
+def _register() -> None:
     from transformers import AutoConfig
 
     from paredown.compress.checkpoint import quantizer  # noqa: F401 - registers itself

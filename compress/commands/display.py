@@ -1,50 +1,19 @@
-"""What the user sees: progress on standard error, results on standard output."""
+"""Results on standard output, as tables."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import yaml
 from rich.table import Table
-from rich.text import Text
 
-from paredown.compress.progress import BlockDone
-from paredown.compress.recipe import Recipe, shipped_recipes
-from paredown.compress.run.curve import LossCurve
-from paredown.compress.run.plan import Plan
-from paredown.evaluation.terminal import err_console, out_console
+from paredown.compress.recipe import Recipe, shipped_names
+from paredown.evaluation.terminal import in_words, out_console
 
-
-def show_block(done: BlockDone) -> None:
-    """Print one line for a block: name, share kept, relative output error, seconds, peak memory."""
-    err_console.print(
-        f"[{done.index + 1:>3}/{done.total}] {done.name}  kept {done.kept:.3f}  "
-        f"error {done.relative_error:.2e}  {done.seconds:.1f} s  peak {done.peak_memory / 1e9:.2f} GB",
-        markup=False,
-    )
+if TYPE_CHECKING:
+    from paredown.compress.run.curve import LossCurve
+    from paredown.compress.run.plan import Plan
 
 
-@contextmanager
-def now_line() -> Iterator[Callable[[str], None]]:
-    """A status line at the bottom of a terminal: call it with the current step, or with "" to hide it."""
-    if not err_console.is_terminal:
-        yield lambda text: None
-        return
-    status = err_console.status("")
-
-    def show(text: str) -> None:
-        if not text:
-            status.stop()
-            return
-        status.update(Text(text, style="dim"))
-        status.start()
-
-    try:
-        yield show
-    finally:
-        status.stop()
-
-
-def show_plan(plan: Plan) -> None:
+def show_plan(plan: "Plan") -> None:
     """Print a plan as a table."""
     table = Table(title=f"{plan.family}: {plan.blocks} blocks", title_justify="left", show_header=False, box=None)
     most = "at most " if plan.at_most else ""
@@ -53,6 +22,7 @@ def show_plan(plan: Plan) -> None:
         return f"{parameters / max(plan.parameters, 1):.1%}"
 
     grows = "" if plan.shrinks or plan.at_most else "  the file does NOT shrink"
+    free = "" if plan.disk_free is None else f", {plan.disk_free / 1e6:,.0f} MB are free there"
     rows = {
         "parameters": f"{plan.parameters:,}",
         "targeted": f"{share(plan.targeted_parameters)} of the model: {len(plan.targeted)} layers, "
@@ -63,9 +33,13 @@ def show_plan(plan: Plan) -> None:
         "left as they are": _some(plan.left_out),
         "no method sees": _some(plan.unsupported),
         "bytes": f"{plan.bytes_before / 1e6:,.1f} MB -> {most}{plan.bytes_after / 1e6:,.1f} MB{grows}",
-        "disk needed": f"{plan.bytes_after / 1e6:,.1f} MB",
+        "disk needed": f"{plan.bytes_after / 1e6:,.1f} MB" + free,
         "memory needed": f"{plan.memory / 1e6:,.0f} MB above what the libraries take",
     }
+    if plan.seconds:
+        parts = sorted(plan.seconds.items(), key=lambda part: -part[1])
+        told = ", ".join(f"{name} {in_words(seconds)}" for name, seconds in parts if seconds >= 1)
+        rows["time"] = f"about {in_words(sum(plan.seconds.values()))} as busy as this machine is now ({told})"
     if not plan.known_family:
         rows["family"] = "not one that we test: blocks were found by structure"
     if plan.dense_export:
@@ -77,7 +51,7 @@ def show_plan(plan: Plan) -> None:
     out_console.print(table)
 
 
-def show_curve(curve: LossCurve) -> None:
+def show_curve(curve: "LossCurve") -> None:
     """Print what several shares would lose as a table."""
     table = Table(box=None)
     for key in curve.rows[0] if curve.rows else ():
@@ -91,14 +65,15 @@ def show_curve(curve: LossCurve) -> None:
 def show_recipes() -> None:
     """Print the shipped recipes as a table."""
     table = Table("recipe", "method", "what it does", box=None)
-    for name, recipe in shipped_recipes().items():
-        table.add_row(name, recipe.method, recipe.description)
+    for name in shipped_names():
+        recipe = Recipe.outline(name)
+        table.add_row(name, recipe.method if recipe.compresses else "recover", recipe.description)
     out_console.print(table)
 
 
 def show_recipe(name: str) -> None:
     """Print one recipe as YAML. Raises PareError if there is none of this name."""
-    out_console.print(yaml.safe_dump(Recipe.load(name).to_dict(), sort_keys=False, allow_unicode=True), end="")
+    out_console.print(yaml.safe_dump(Recipe.outline(name).to_dict(), sort_keys=False, allow_unicode=True), end="")
 
 
 def _some(names: list[str], most: int = 6) -> str:

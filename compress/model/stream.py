@@ -264,13 +264,19 @@ def next_token_nll(model: Any, ids: Tensor, head_tokens: int = HEAD_TOKENS) -> T
 
     The output head takes about `head_tokens` positions at once, so that logits stay small.
     """
-    parts = []
-    for positions in head_positions(ids, head_tokens):
-        logits = model(ids, use_cache=False, logits_to_keep=positions).logits  # (batch, positions, vocabulary)
+    losses = [target_nll(logits, ids[:, positions + 1]) for positions, logits in head_logits(model, ids, head_tokens)]
+    return torch.cat(losses, 1)
+
+
+def head_logits(model: Any, ids: Tensor, head_tokens: int = HEAD_TOKENS) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions (n,) of `ids` (batch, length) that have a next token, and the logits (batch, n, vocabulary) there."""
+    parts = head_positions(ids, head_tokens)
+    for positions in parts:
+        logits = model(ids, use_cache=False, logits_to_keep=positions).logits  # (batch, n, vocabulary)
         if logits.shape[1] != len(positions):  # a class that gives all of them
-            logits = logits[:, positions]
-        parts.append(target_nll(logits, ids[:, positions + 1]))
-    return torch.cat(parts, 1)
+            yield from ((some, logits[:, some]) for some in parts)
+            return
+        yield positions, logits
 
 
 def head_positions(ids: Tensor, head_tokens: int) -> tuple[Tensor, ...]:

@@ -59,7 +59,7 @@ def perplexity(nll: Tensor, seed: int = 0) -> dict[str, Any]:
     """
     per_window = nll.double().mean(1)  # (windows,)
     resampled = bootstrap_means(per_window, seed).exp()  # (resamples,)
-    return {"token_perplexity": float(per_window.mean().exp()), "stderr": _deviation(resampled, len(per_window))}
+    return {"token_perplexity": float(per_window.mean().exp()), "stderr": deviation(resampled, len(per_window))}
 
 
 def paired_delta(before: Tensor, after: Tensor, seed: int = 0) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def paired_delta(before: Tensor, after: Tensor, seed: int = 0) -> dict[str, Any]
         low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         interval = {"low": low, "high": high}
     return {
-        "log_ratio": mean, "stderr": _deviation(resampled, len(rise)), **interval, "ratio": math.exp(mean),
+        "log_ratio": mean, "stderr": deviation(resampled, len(rise)), **interval, "ratio": math.exp(mean),
         "windows": len(rise), "resamples": RESAMPLES, "seed": seed,
     }  # fmt: skip
 
@@ -94,6 +94,7 @@ def bootstrap_means(values: Tensor, seed: int, draws_at_once: int = DRAWS_AT_ONC
     return torch.cat(means)
 
 
-def _deviation(resampled: Tensor, windows: int) -> float | None:
+def deviation(resampled: Tensor, windows: int) -> float | None:
+    """The standard error that resampled means give; None for a single window."""
     spread = float(resampled.std())
     return spread if windows > 1 and math.isfinite(spread) else None

@@ -1,11 +1,11 @@
 """Block reconstruction: train an edited block so that its output comes near the dense block's.
 
 It needs no labels and only one block in memory. Adam trains float32 copies of the numbers that the edits store (factors,
-weights that a mask keeps) and of the block's vectors (norms, biases).
+weights that a mask keeps) and of the block's vectors (norms, biases); products are in the block's own dtype, as bfloat16.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 
 import torch
@@ -19,6 +19,8 @@ from paredown.compress.numerics.edits import WeightEdit
 from paredown.compress.progress import ignore
 from paredown.compress.recipe import ReconstructSpec
 
+EVALUATIONS, PATIENCE = 10, 3  # on held-out windows: how many, and how many without a lower error end training
+
 
 @dataclass(frozen=True)
 class Reconstructed:
@@ -26,6 +28,7 @@ class Reconstructed:
 
     before: float  # training
     after: float
+    steps: int = 0  # that were taken
 
 
 @torch.no_grad()
@@ -44,7 +47,9 @@ def reconstruct(
     `inputs` are the compressed model's hidden states before the block; `dense` and `targets` are the dense block's
     inputs and outputs (batch, length, hidden), in the same batches. `edits` are by full layer name; None: the whole
     weight is trained. Each step takes every window's input from `interpolated`, because calibration text is short and
-    the block would otherwise fit it too closely. If the error is no lower afterwards, the parameters are put back.
+    the block would otherwise fit it too closely. With `spec.heldout` the last windows are not trained on: what has the lowest
+    error on them is kept, and training ends once it no longer falls. If the error is no lower afterwards, the parameters are
+    put back.
     Raises PareError if the training diverges.
     """
     masks = _masks(block, edits)
@@ -59,11 +64,14 @@ def reconstruct(
     sizes = [max(float(m.detach().square().mean().sqrt()), 1e-3) for m in masters.values()]
     optimizer = torch.optim.Adam([{"params": [m], "size": s} for m, s in zip(masters.values(), sizes, strict=True)])
     generator = torch.Generator().manual_seed(seed)
+    seen = len(targets) - _held_out(targets, spec.heldout)  # batches that are trained on
+    watch = _Watch(masters, _error(block, inputs, targets, seen)) if seen < len(targets) else None
+    taken = 0
     for step in range(spec.steps):
         progress(step + 1)
         for group in optimizer.param_groups:
             group["lr"] = spec.lr * group["size"] * (1 - step / spec.steps)
-        picked = torch.randperm(len(targets), generator=generator)[: ceil(spec.batch / len(targets[0]))].tolist()
+        picked = torch.randperm(seen, generator=generator)[: ceil(spec.batch / len(targets[0]))].tolist()
         for i in picked:
             with torch.enable_grad():
                 parameters = {n: (m * masks[n] if n in masks else m).to(trained[n].dtype) for n, m in masters.items()}
@@ -73,9 +81,12 @@ def reconstruct(
                 ((output.float() - target).square().mean() / variance / len(picked)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    for name, parameter in trained.items():
-        result = masters[name].detach()
-        parameter.copy_(result * masks[name] if name in masks else result)
+        taken = step + 1
+        if watch and (taken % ceil(spec.steps / EVALUATIONS) == 0 or taken == spec.steps):
+            _show(trained, masters, masks)
+            if watch.ends(masters, _error(block, inputs, targets, seen)):
+                break
+    _show(trained, watch.kept if watch else masters, masks)
     after = _error(block, inputs, targets) / variance
     if not after < float("inf"):
         raise PareError(f"{block.name}: reconstruction diverged. Lower reconstruct.lr.")
@@ -83,7 +94,47 @@ def reconstruct(
         for name, parameter in trained.items():
             parameter.copy_(original[name])
         after = before
-    return Reconstructed(before, after)
+    return Reconstructed(before, after, taken)
+
+
+@dataclass
+class _Watch:
+    """What had the lowest error on held-out windows, by the name of each parameter."""
+
+    start: Mapping[str, Tensor]
+    lowest: float
+    kept: dict[str, Tensor] = field(init=False)
+    since: int = 0  # evaluations
+
+    def __post_init__(self) -> None:
+        self._keep(self.start)
+
+    def ends(self, masters: Mapping[str, Tensor], error: float) -> bool:
+        """Keep the numbers if their error is the lowest; whether it has not been for long."""
+        self.since = 0 if error < self.lowest else self.since + 1
+        if not self.since:
+            self.lowest = error
+            self._keep(masters)
+        return self.since >= PATIENCE
+
+    def _keep(self, masters: Mapping[str, Tensor]) -> None:
+        self.kept = {name: master.detach().clone() for name, master in masters.items()}
+
+
+def _held_out(targets: list[Tensor], windows: int) -> int:
+    """How many batches hold so many windows: at least one stays to be trained on. Raises PareError if there is but one."""
+    if windows and len(targets) == 1:
+        raise PareError(
+            "all calibration windows are one batch, of which none can be held out: raise calibration.sequences."
+        )
+    return min(ceil(windows / len(targets[0])), len(targets) - 1)
+
+
+def _show(trained: Mapping[str, nn.Parameter], masters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Let the block have the masters' numbers."""
+    for name, parameter in trained.items():
+        result = masters[name].detach()
+        parameter.copy_(result * masks[name] if name in masks else result)
 
 
 def interpolated(compressed: Tensor, dense: Tensor, generator: torch.Generator) -> Tensor:
@@ -117,10 +168,11 @@ def _masks(block: Block, edits: Mapping[str, WeightEdit | None]) -> dict[str, Te
     return masks
 
 
-def _error(block: Block, inputs: Stream, targets: list[Tensor]) -> float:
-    """Mean square difference of the block's output from the targets."""
+def _error(block: Block, inputs: Stream, targets: list[Tensor], first: int = 0) -> float:
+    """Mean square difference of the block's output from the targets, of the batches from `first` on."""
     total = count = 0.0
-    for output, target in zip(inputs.outputs(block), targets, strict=True):
+    outputs = (inputs.output(block, i) for i in range(first, len(targets))) if first else inputs.outputs(block)
+    for output, target in zip(outputs, targets[first:], strict=True):
         difference = output.float() - target.to(output.device).float()
         total += float(difference.square().sum(dtype=torch.float64))
         count += target.numel()

@@ -16,7 +16,8 @@ from paredown.compress.methods.base import BlockMethod, GroupMethod
 from paredown.compress.model.stream import hidden_bytes
 from paredown.compress.progress import ignore
 from paredown.compress.recipe import EvaluateSpec, Recipe
-from paredown.compress.run.open import open_source, read_texts, resolve_recipe
+from paredown.compress.run.open import open_source, resolve_recipe
+from paredown.compress.run.texts import read_texts
 from paredown.compress.shape_job import ShapeJob, block_numbers, resolve
 from paredown.compress.survey.depth import profile
 from paredown.compress.survey.widths import WINDOWS, unit_curves
@@ -109,7 +110,7 @@ def _by_width(
             rows.append({"kept": share, **dict(zip(("equal", "by cost"), losses, strict=True))})
     how = f"shrink: {method.shrink:g}"
     kind = job.all_groups[0].kind.replace("_", " ")
-    source = job.recipe.calibration.domain or job.recipe.calibration.source
+    source = job.recipe.calibration.domain or job.recipe.calibration.named
     return LossCurve(CHANNELS.format(tokens=ids.numel(), text=source, kind=kind, how=how), rows)
 
 
@@ -128,7 +129,7 @@ def _by_depth(
 ) -> LossCurve:
     ids = ids[: method.windows]
     removals = profile(job.source, job.blocks, ids, method, job.drop, note, doing).removals
-    text = BLOCKS.format(tokens=ids.numel(), text=job.recipe.calibration.source)
+    text = BLOCKS.format(tokens=ids.numel(), text=job.recipe.calibration.named)
     return LossCurve(text, list(_depth_rows(job, removals)))
 
 

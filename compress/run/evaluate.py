@@ -1,23 +1,29 @@
 """Score one model, or a model and its dense original, on the same windows and tasks."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
-from paredown.compress.checkpoint import transformers_plugin
 from paredown.compress.checkpoint.hub import load_tokenizer
 from paredown.compress.checkpoint.source import ModelSource
+from paredown.compress.checkpoint.writer import SCORES
 from paredown.compress.errors import PareError
-from paredown.compress.numerics.perplexity import paired_delta, perplexity
+from paredown.compress.numerics.perplexity import perplexity
+from paredown.compress.numerics.word_perplexity import word_perplexity
 from paredown.compress.progress import logger
+from paredown.compress.run.baseline import Baseline
 from paredown.compress.run.open import check_ids, max_length, open_source
-from paredown.compress.run.scoring import score
-from paredown.compress.text.corpora import load_corpus
-from paredown.compress.text.windows import Bos, evaluation_windows
-from paredown.evaluation.lm_tasks import TaskScores, check_tasks, compare_tasks, run_tasks
+from paredown.compress.run.remarks import only_stdlib
+from paredown.compress.run.score_cache import ScoreCache
+from paredown.compress.run.scoring import compare, evaluation_entry, walked
+from paredown.compress.run.texts import scored_texts
+from paredown.compress.run.whole import Answers, Asked, ask, side_by_side
+from paredown.compress.text.corpus import Bos, Corpus
+from paredown.compress.text.windows import Windows, evaluation_windows, plain_ids
+from paredown.evaluation.lm_tasks import check_tasks
 from paredown.evaluation.schema import EvalResult
+from paredown.evaluation.task_scores import compare_tasks
 
 
 def evaluate(
@@ -27,6 +33,11 @@ def evaluate(
     eval_text: Sequence[str] = ("stdlib",),
     tasks: Sequence[str] = (),
     task_folder: Path | None = None,
+    allow_task_code: bool = False,
+    samples: bool = False,
+    words: bool = False,
+    out: Path | None = None,
+    cache: bool = True,
     length: int = 2048,
     windows: int | None = None,
     bos: Bos = "auto",
@@ -39,51 +50,83 @@ def evaluate(
     """Token perplexity and task scores of a model, dense or packed; with `against`, the dense model's too, as `before`.
 
     `length`: tokens in a window, at most what the model allows; `windows`: the most of each text; `bos`: as in a recipe.
-    `progress` is called with (blocks done, blocks). Weights are read block by block, except for tasks.
+    `words`: word perplexity too, of texts that have documents; `samples`: how the model goes on after five prompts.
+    With `out`, `out/evaluation` gets the result, and each task's as soon as it is there: the same call goes on from them.
+    `cache`: dense scores are taken from the user's cache and kept there. `progress` is called with (blocks done, blocks).
+    Weights are read block by block, except for tasks, words and samples.
     Raises PareError if a model, a text or a task cannot be read, or if the two models have different tokenizers.
     """
-    check_tasks(tasks, task_folder, data=True)
+    digests = check_tasks(tasks, task_folder, allow_code=allow_task_code, data=True)
     source = open_source(str(model), revision, device, dtype)
+    dense = None if against is None else open_source(str(against), None, device, dtype)
+    if dense and dense.tokenizer_sha256() != source.tokenizer_sha256():
+        raise PareError(f"{model} and {against} have different tokenizers: their perplexities cannot be compared.")
+    kept, dense_cache = out / SCORES if out else None, ScoreCache.of_user() if cache and dense else None
     tokenizer = load_tokenizer(source.folder)
-    texts = [
-        evaluation_windows(load_corpus(text, "evaluation"), tokenizer, length, max_length(source), windows, bos=bos)
-        for text in eval_text
-    ]
+    corpora = scored_texts(eval_text, source.folder, tokenizer, note)
+    texts = [evaluation_windows(text, tokenizer, length, max_length(source), windows, bos=bos) for text in corpora]
     for cut in texts:
         check_ids(cut, source)
-    losses = [cut.of_text(nll) for cut, nll in zip(texts, score(source, texts, progress), strict=True)]
-    entries = [{**cut.provenance(), "after": perplexity(nll)} for cut, nll in zip(texts, losses, strict=True)]
-    result: dict[str, Any] = {"model": source.id, "evaluation": entries, "tasks": {}}
-    scored = score_tasks(source.folder, source, tokenizer, tasks, task_folder, bos) if tasks else None
-    if scored is not None:
-        result.update(tasks=scored.summary(), notes=list(scored.notes))
-    if against is None:
-        return cast(EvalResult, result)
-    dense = open_source(str(against), None, device, dtype)
-    if dense.tokenizer_sha256() != source.tokenizer_sha256():
-        raise PareError(f"{model} and {against} have different tokenizers: their perplexities cannot be compared.")
-    note(f"scoring {against}")
-    for entry, nll, cut, all_before in zip(entries, losses, texts, score(dense, texts, progress), strict=True):
-        before = cut.of_text(all_before)
-        entry.update(before=perplexity(before), paired_delta=paired_delta(before, nll))
-    if scored is not None:
-        result["tasks"] = compare_tasks(score_tasks(dense.folder, dense, tokenizer, tasks, task_folder, bos), scored)
-    return cast(EvalResult, {**result, "against": str(against)})
+    documents = [
+        _documents(corpus, cut, tokenizer) if words else () for corpus, cut in zip(corpora, texts, strict=True)
+    ]
+    asked = Asked(digests, task_folder, allow_task_code, bos, samples, tuple(documents) if any(documents) else ())
+    remarks = list(only_stdlib(source, (), eval_text))
+    baseline = Baseline(dense, dense_cache, note) if dense else None
+    result: dict[str, Any] = {"model": source.id, "evaluation": _entries(source, baseline, texts, progress)}
+    result |= {"tasks": {}} if against is None else {"tasks": {}, "against": str(against)}
+    if asked:
+        ours = ask(source.folder, source, tokenizer, asked, kept and kept / "after", note=note)
+        theirs = (
+            ask(dense.folder, dense, tokenizer, asked, kept and kept / "before", dense_cache, note) if dense else None
+        )
+        result["tasks"] = compare_tasks(theirs.tasks, ours.tasks) if theirs else ours.tasks.summary()
+        if samples:
+            result["samples"] = side_by_side(ours.samples, theirs.samples if theirs else ())
+        remarks += ours.tasks.notes
+        _add_words(result["evaluation"], asked.documents, ours, theirs)
+    result |= {"notes": remarks} if remarks else {}
+    if kept:
+        kept.mkdir(parents=True, exist_ok=True)
+        (kept / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return cast(EvalResult, result)
 
 
-def score_tasks(
-    folder: Path,
-    source: ModelSource,
-    tokenizer: Any,
-    names: Sequence[str],
-    task_folder: Path | None,
-    bos: Bos = "auto",
-) -> TaskScores:
-    """The tasks' scores of the checkpoint in `folder`. lm-eval needs the whole model in memory; it is freed afterwards."""
-    model = transformers_plugin.load(folder, dtype=source.dtype).to(source.device).eval()
-    try:
-        return run_tasks(model, tokenizer, names, include=task_folder, bos=bos)
-    finally:
-        del model
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+def _documents(corpus: Corpus, cut: Windows, tokenizer: Any) -> tuple[str, ...]:
+    """The first documents of a text that have together about as many tokens as its windows; none of a text without."""
+    if len(corpus.documents) < 2:
+        return ()
+    chosen, tokens = [], 0
+    for document in corpus.documents:
+        if tokens >= cut.tokens:
+            break
+        if document.strip():
+            chosen.append(document)
+            tokens += len(plain_ids(tokenizer, document))
+    return tuple(chosen)
+
+
+def _add_words(
+    entries: Sequence[dict[str, Any]], documents: Sequence[Sequence[str]], ours: Answers, theirs: Answers | None
+) -> None:
+    """Add word perplexity to the entries of those texts whose documents were scored."""
+    for i, texts in enumerate(documents):
+        if texts:
+            before = theirs.likelihoods[i] if theirs else None
+            entries[i]["words"] = word_perplexity(ours.likelihoods[i], texts, before)
+
+
+def _entries(
+    source: ModelSource, baseline: Baseline | None, texts: Sequence[Windows], progress: Callable[[int, int], None]
+) -> list[dict[str, Any]]:
+    """The perplexity of each text; with a dense model, that one's too, and how far both are apart."""
+    after = walked(source, texts, progress)
+    if baseline is None:
+        losses = [cut.of_text(stream.nll(source)) for cut, stream in zip(texts, after, strict=True)]
+        return [{**cut.provenance(), "after": perplexity(nll)} for cut, nll in zip(texts, losses, strict=True)]
+    baseline.note(f"scoring {baseline.source.id}")
+    before = baseline.behind(texts, progress=progress)
+    return [
+        evaluation_entry(cut, compare(dense, ours, baseline.source, source))
+        for cut, dense, ours in zip(texts, before, after, strict=True)
+    ]

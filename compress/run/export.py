@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from paredown.compress.numerics.masks import NofM, keep_mask
 from paredown.compress.run.biases import dense_form
 from paredown.compress.run.editor import EditedBlock
 from paredown.compress.run.export_deci import write_deci
+from paredown.compress.run.export_engine import write_for_engine
 from paredown.compress.run.record import finish
 from paredown.compress.run.recorded import read_record
 from paredown.compress.run.tokens import probe_tokens
@@ -36,7 +38,8 @@ from paredown.compress.run.write import (
 )
 from paredown.compress.storage.modules import PACKED, PackedConv1D, PackedExperts, PackedLinear
 from paredown.compress.storage.spec import Spec
-from paredown.evaluation.schema import ExportFormat, ExportResult
+from paredown.evaluation.card import CARD, export_card
+from paredown.evaluation.schema import BytesChange, ExportFormat, ExportResult
 
 PATTERN = NofM(2, 4)
 
@@ -50,8 +53,8 @@ def export(
     """Convert a checkpoint, a folder or hub id, into the folder `out`. Any checkpoint whose weights hold zeros can be packed.
 
     Without a format a packed checkpoint becomes dense, and any other packed. `deci` is for engines: a Llama whose blocks may
-    have sizes of their own, see export_deci.py. `progress` is called with (blocks done, blocks). Returns the bytes of the
-    weights before and after.
+    have sizes of their own, see export_deci.py. `gguf` is one file for llama.cpp, `onnx` a graph for onnxruntime. `progress`
+    is called with (blocks done, blocks). Returns the bytes of the weights before and after.
     Raises PareError if the checkpoint cannot be read or converted; `out` then does not exist.
     """
     folder, revision = resolve(str(old))
@@ -76,14 +79,21 @@ def export_source(
         )
     # our own checkpoints keep the record of the model that was compressed; for others it begins here
     record = {"model": source.provenance(), **_old_record(source), "format": format}
+    after = 0  # bytes of what is no tensor file
     with CheckpointWriter(out) as writer:
         if format == "deci":
             write_deci(source, writer, record, progress)
+        elif format == "gguf" or format == "onnx":
+            plain = partial(export_source, source, progress=progress)
+            after = write_for_engine(source, writer, format, record, plain)
         else:
             _write(source, writer, format, record, progress)
         before = sum(entry.bytes for entry in TensorFiles(source.folder).entries.values())  # as they are on disk
+        sizes: BytesChange = {"before": before, "after": after or writer.bytes}
+        result: ExportResult = {"model": source.id, "out": str(out), "format": format, "bytes": sizes}
+        writer.write_text(CARD, export_card(source.folder, result, record))
         writer.commit()
-    return {"model": source.id, "out": str(out), "format": format, "bytes": {"before": before, "after": writer.bytes}}
+    return result
 
 
 def _write(

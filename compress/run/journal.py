@@ -21,7 +21,7 @@ from paredown.compress.progress import ignore
 from paredown.compress.text.windows import Windows
 
 SAVE_EVERY = 300.0  # seconds
-STATE_FORMAT = 2  # of what a walk saves: another one cannot be gone on from
+STATE_FORMAT = 3  # of what a walk saves: another one cannot be gone on from
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from paredown.compress.shape_job import ShapeJob, block_numbers
 from paredown.compress.survey.depth import profile_bytes
 from paredown.compress.survey.direct import Pairs
 from paredown.compress.survey.expert_fit import ExpertFit
+from paredown.compress.survey.sides import KEPT_BYTES, kept_bytes
 from paredown.compress.survey.survey import TOKENS
 
 
@@ -38,6 +39,7 @@ def memory_parts(job: Job, targets: Sequence[View], calibration: int, evaluation
         "pending": pending_bytes(numbers * element),
         "solver": _statistics(job, edited) + max((method.working_bytes(v.shape) for v in edited), default=0),
         "activations": hidden_bytes(source, texts),
+        "kept": kept if job.paired and (kept := kept_bytes(edited, calibration, element)) <= KEPT_BYTES else 0,
         "batch": batch_bytes(source, widest),
         "tuning": _tuning(job, edited, calibration) if job.recipe.reconstruct else 0,
         # needed at the start and at the end, when no block is in memory
@@ -87,7 +89,9 @@ def smaller_parts(job: ShapeJob, calibration: int, evaluations: Sequence[int]) -
 
 def peak(parts: dict[str, int]) -> int:
     """The most bytes that are needed at the same time."""
-    walking = parts["block"] + parts["pending"] + max(parts["solver"], parts["batch"], parts["tuning"])
+    walking = (
+        parts["block"] + parts["pending"] + parts.get("kept", 0) + max(parts["solver"], parts["batch"], parts["tuning"])
+    )
     # groups are found before any text is there
     return max(parts["activations"] + max(walking, parts["outside"]), parts.get("finding", 0))
 

@@ -11,27 +11,31 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from paredown.compress.checkpoint.hub import load_tokenizer
 from paredown.compress.checkpoint.source import ModelSource
-from paredown.compress.checkpoint.writer import CheckpointWriter
+from paredown.compress.checkpoint.writer import SCORES, CheckpointWriter
 from paredown.compress.errors import PareError
 from paredown.compress.job import Format, Job
 from paredown.compress.machine import resident_memory, return_freed_memory
 from paredown.compress.progress import Progress
-from paredown.compress.recipe import Recipe
-from paredown.compress.run.evaluate import score_tasks
+from paredown.compress.recipe import EvaluateSpec, Recipe
 from paredown.compress.run.journal import SAVE_EVERY, Journal, key_of
-from paredown.compress.run.open import opened, read_texts
+from paredown.compress.run.open import opened
 from paredown.compress.run.pipeline import Run
 from paredown.compress.run.plan import Plan, check_room, make_plan
-from paredown.compress.run.record import make_report, write_record
+from paredown.compress.run.record import make_report, write_record, write_report
+from paredown.compress.run.remarks import only_stdlib
+from paredown.compress.run.score_cache import ScoreCache
 from paredown.compress.run.smaller import SmallerRun
+from paredown.compress.run.texts import read_texts
 from paredown.compress.run.tokens import check_companions
 from paredown.compress.run.walk import Task
+from paredown.compress.run.whole import Asked, ask, side_by_side
 from paredown.compress.shape_job import ShapeJob, check_ordinary, resolve
 from paredown.compress.text.windows import Windows
-from paredown.evaluation.lm_tasks import compare_tasks
-from paredown.evaluation.report import model_card
-from paredown.evaluation.schema import Report
+from paredown.evaluation.lm_tasks import check_tasks
+from paredown.evaluation.schema import Report, Sample, SeedResult
+from paredown.evaluation.seeds import with_seeds
 from paredown.evaluation.surroundings import versions
+from paredown.evaluation.task_scores import compare_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +54,11 @@ class How:
     save_every: float = SAVE_EVERY
     command: str | None = None
     passing: bool = False  # what is written is read by a further stage and removed then
+    later: EvaluateSpec | None = None  # what that stage or one after it scores: such text does not calibrate this one
+    seeds: Sequence[SeedResult] = ()  # what the same recipe came to by other seeds
+    allow_task_code: bool = False
+    samples: bool = False
+    cache: ScoreCache | None = None  # of the dense model's scores
 
 
 class Earlier(Protocol):
@@ -78,10 +87,15 @@ def compress_once(
         text_tokenizer = load_tokenizer(source.folder)
         memory_base = resident_memory()  # libraries and a model without weights; the plan's memory comes on top
         with CheckpointWriter(out, resumable) as writer:
-            calibrating = [name for name in (recipe.calibration.source, recipe.calibration.domain) if name]
+            calibrating = [name for name in (recipe.calibration.named, recipe.calibration.domain) if name]
             note(f"reading text: {', '.join([*calibrating, *recipe.evaluate.perplexity])}")
-            windows, evaluations, warnings = read_texts(recipe, source, text_tokenizer)
+            windows, evaluations, warnings = read_texts(recipe, source, text_tokenizer, how.later, note)
             warnings += [*source.remarks, *check_companions(source.folder, text_tokenizer)]
+            calibration = [text.source for text in recipe.calibration.texts]
+            remarks = list(only_stdlib(source, calibration, recipe.evaluate.perplexity))
+            for remark in remarks:
+                note(remark)
+            warnings += remarks
             job = resolve(source, recipe, how.format)
             if how.format == "dense" and not how.passing:
                 check_ordinary(job)
@@ -94,12 +108,12 @@ def compress_once(
             journal = Journal(writer, key, note, how.save_every) if resumable else None
             dense = earlier.source(source) if earlier else None
             if isinstance(job, ShapeJob):
-                result = SmallerRun(job, windows, evaluations, writer, how.progress, journal, dense).run()
+                result = SmallerRun(job, windows, evaluations, writer, how.progress, journal, dense, how.cache).run()
             else:
-                result = Run(job, windows, evaluations, writer, how.progress, journal, dense).run()
+                result = Run(job, windows, evaluations, writer, how.progress, journal, dense, how.cache).run()
             write_record(writer, job, result, windows, text_tokenizer)
             with result.timed("tasks"):
-                scores, remarks = _tasks(job, dense or source, writer.folder, text_tokenizer, how)
+                scores, samples, remarks = _tasks(job, dense or source, writer.folder, text_tokenizer, how)
             warnings += [*remarks, *result.pruned_before()]
             if writer.bytes >= plan.bytes_before and job.format == "packed":
                 warnings.append("the packed checkpoint is not smaller than the dense one: nothing was gained on disk")
@@ -110,14 +124,16 @@ def compress_once(
                 result,
                 windows,
                 scores,
-                writer.bytes,
+                {name: record["bytes"] for name, record in writer.tensors.items()},
                 command=how.command,
                 warnings=warnings,
                 memory_base=memory_base,
             )
+            if samples:
+                report["samples"] = samples
             report = earlier.merged(report) if earlier else report
-            writer.write_json("report.json", report)
-            writer.write_text("README.md", model_card(report))
+            report = with_seeds(report, how.seeds)
+            write_report(writer, report, source.folder, note)
             note("verifying what was written, in a new process")
             try:
                 _verify(writer.folder, note)
@@ -142,15 +158,21 @@ def _checked_plan(
     return plan
 
 
-def _tasks(job: Task, dense: ModelSource, written: Path, tokenizer: Any, how: How) -> tuple[dict[str, Any], list[str]]:
-    """Scores of the recipe's tasks by the dense model and by what was written, and lm-eval's remarks."""
-    names, source, folder = job.recipe.evaluate.tasks, job.source, how.task_folder
-    if not names:
-        return {}, []
-    how.progress.note(f"scoring tasks before and after: {', '.join(names)}")
-    before = score_tasks(dense.folder, source, tokenizer, names, folder, job.recipe.bos)
-    after = score_tasks(written, source, tokenizer, names, folder, job.recipe.bos)
-    return compare_tasks(before, after), list(dict.fromkeys([*before.notes, *after.notes]))
+def _tasks(
+    job: Task, dense: ModelSource, written: Path, tokenizer: Any, how: How
+) -> tuple[dict[str, Any], list[Sample], list[str]]:
+    """Scores of the recipe's tasks by the dense model and by what was written, samples of both, and lm-eval's remarks."""
+    names, source, note = job.recipe.evaluate.tasks, job.source, how.progress.note
+    digests = check_tasks(names, how.task_folder, allow_code=how.allow_task_code, data=True)
+    asked = Asked(digests, how.task_folder, how.allow_task_code, job.recipe.bos, how.samples and not how.passing)
+    if not asked:
+        return {}, [], []
+    note(f"scoring tasks before and after: {', '.join(names)}" if names else "samples of text before and after")
+    folder = written / SCORES
+    before = ask(dense.folder, source, tokenizer, asked, folder / "before", how.cache, note)
+    after = ask(written, source, tokenizer, asked, folder / "after")
+    remarks = list(dict.fromkeys([*before.tasks.notes, *after.tasks.notes]))
+    return compare_tasks(before.tasks, after.tasks), side_by_side(after.samples, before.samples), remarks
 
 
 def _verify(folder: Path, note: Callable[[str], None]) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,8 +13,7 @@ from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 from paredown.compress.machine import pick_device, pick_dtype
 from paredown.compress.recipe import Recipe
-from paredown.compress.text.corpora import load_corpus, overlap
-from paredown.compress.text.windows import Windows, calibration_windows, evaluation_windows
+from paredown.compress.text.windows import Windows
 
 UNLIMITED = 1 << 30  # tokens
 
@@ -76,6 +74,7 @@ def resolve_recipe(
     tasks: Sequence[str] | None = None,
     seed: int | None = None,
     plugins: Sequence[str | Path] = (),
+    allow_scored: bool = False,
 ) -> Recipe:
     """The recipe with the caller's changes: arguments as in `compress`. Raises PareError listing every fault."""
     if isinstance(recipe, Recipe) and overrides:
@@ -85,38 +84,17 @@ def resolve_recipe(
     if isinstance(recipe, Recipe) and plugins:
         raw["plugins"] = [*resolved.plugins, *map(str, plugins)]
     if calibration is not None:
+        raw["calibration"].pop("sources", None)
         raw["calibration"]["source"] = calibration
     if seed is not None:
         raw["calibration"]["seed"] = seed
+    if allow_scored:
+        raw["calibration"]["allow_scored"] = True
     if eval_text:
         raw["evaluate"]["perplexity"] = list(eval_text)
     if tasks is not None:
         raw["evaluate"]["tasks"] = list(tasks)
     return Recipe.parse(raw)
-
-
-def read_texts(recipe: Recipe, source: ModelSource, tokenizer: Any) -> tuple[Windows, list[Windows], list[str]]:
-    """Windows of the calibration text, windows of each evaluation text, and a warning for each text that overlaps it.
-
-    Raises PareError if a text cannot be read or is too short, and if the tokenizer is not the model's.
-    """
-    spec, scored, longest = recipe.calibration, recipe.evaluate, max_length(source)
-    corpora = [load_corpus(name, "calibration") for name in (spec.source, spec.domain) if name is not None]
-    texts = [
-        calibration_windows(corpus, tokenizer, spec.sequences, spec.length, spec.seed, longest, bos=recipe.bos)
-        for corpus in corpora
-    ]
-    windows = texts[0] if spec.domain is None else replace(texts[0], domain=texts[1])
-    for text in texts:
-        check_ids(text, source)
-    evaluations, warnings = [], []
-    for name in scored.perplexity:
-        scoring = load_corpus(name, "evaluation")
-        cut = evaluation_windows(scoring, tokenizer, scored.length, longest, scored.windows, bos=recipe.bos)
-        check_ids(cut, source)
-        evaluations.append(cut)
-        warnings += [warning for corpus in corpora if (warning := overlap(corpus, scoring))]
-    return windows, evaluations, warnings
 
 
 def check_ids(windows: Windows, source: ModelSource) -> None:

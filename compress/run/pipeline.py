@@ -7,10 +7,12 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
 from paredown.compress.job import Job
 from paredown.compress.machine import return_freed_memory
 from paredown.compress.model.blocks import Block, View
+from paredown.compress.model.stream import Stream
 from paredown.compress.numerics.moments import Need, Stats
 from paredown.compress.recovery.reconstruct import reconstruct
 from paredown.compress.run.editor import EditedBlock, Editor
@@ -39,9 +41,7 @@ class Run(Walk):
         self.remark_on_family(result)
         with self.writer.scratch() as scratch:
             editor = self._editor(scratch, result, state)
-            streams = Streams.start(job, self.calibration.ids, self.evaluations, result)
-            if state:
-                state.restore(streams.named())
+            streams = self.start(result, state)
             self._walk(editor, streams, result, state.facts["blocks"] if state else 0)
             with result.timed("evaluation"):
                 self.score(streams, result)
@@ -100,7 +100,7 @@ class Run(Walk):
             edited = stack.enter_context(editor.editing(block))
             twin = shared_copy(block) if streams.dense or independent else None  # stays dense
             with result.timed("evaluation"):
-                advance(streams.before, block)
+                advance(streams.before.values(), block)
             tuned = self._compress(edited, twin, editor, streams, result)
             doing(f"running {block.name} as compressed, and writing it")
             with result.timed("calibration"):
@@ -117,12 +117,14 @@ class Run(Walk):
     def _compress(
         self, edited: EditedBlock, twin: Block | None, editor: Editor, streams: Streams, result: Result
     ) -> bool:
-        """Edit the block's layers, advance the dense stream through its `twin`, and tune the block if asked.
+        """Edit the block's layers, move the dense stream through its `twin`, and tune the block if asked.
 
         Returns whether it was tuned.
         """
         block = edited.block
         gradients = editor.survey.gradients(block, self.job.source.device)
+        dense = streams.dense
+        inputs = list(dense.hidden) if dense and self.job.recipe.reconstruct else []  # of the dense block
         views = [v for v in edited.views if v.name in editor.targets]
         for group, stats in result.timing("calibration", self._observed(block, twin, views, streams)):
             with result.timed("compress"):
@@ -131,7 +133,10 @@ class Run(Walk):
                 for layer in editor.edit_group(edited, group, stats, gradients):
                     result.add(layer)
             del stats  # before the next ones are collected, and before the block is tuned
-        return twin is not None and streams.dense is not None and self._follow_dense(edited, twin, streams, result)
+        if twin and dense and not self.job.paired:
+            with result.timed("calibration"):
+                dense.advance(twin)
+        return dense is not None and self._tune(edited, inputs, dense, streams.calibration, result)
 
     def _observed(
         self, block: Block, twin: Block | None, views: list[View], streams: Streams
@@ -146,17 +151,14 @@ class Run(Walk):
         observe = observe_in_turn if recipe.order == "true_sequential" else observe_alone
         return observe(stream, block, views, job.collected, recipe.router_weight)
 
-    def _follow_dense(self, edited: EditedBlock, twin: Block, streams: Streams, result: Result) -> bool:
-        """Advance the dense stream through `twin`, the block as it was, and tune the edited block towards its outputs.
+    def _tune(
+        self, edited: EditedBlock, inputs: list[Tensor], dense: Stream, compressed: Stream, result: Result
+    ) -> bool:
+        """Tune the edited block towards the dense one's outputs, if asked: `dense` stands behind it, `inputs` before it.
 
-        Returns whether the block was tuned.
+        Returns whether it was tuned.
         """
-        recipe, dense, block = self.job.recipe, streams.dense, edited.block
-        assert dense is not None
-        spec = recipe.reconstruct
-        inputs = list(dense.hidden) if spec else []  # of the dense block
-        with result.timed("calibration"):
-            dense.advance(twin)
+        block, spec, seed = edited.block, self.job.recipe.reconstruct, self.job.recipe.calibration.seed
         if spec is None or not edited.edits:
             return False
 
@@ -166,8 +168,8 @@ class Run(Walk):
             self.progress.doing(f"tuning {block.name}, step {step} of {steps}")
 
         with result.timed("reconstruct"):
-            error = reconstruct(
-                block, streams.calibration, inputs, dense.hidden, edited.edits, spec, recipe.calibration.seed, show
-            )
-        self.progress.note(f"reconstructed {block.name}: error {error.before:.2e} -> {error.after:.2e}")
+            error = reconstruct(block, compressed, inputs, dense.hidden, edited.edits, spec, seed, show)
+        result.reconstruction.append({"block": block.name, "before": error.before, "after": error.after})
+        early = f", stopped after {error.steps} of {steps} steps" if error.steps < steps else ""
+        self.progress.note(f"reconstructed {block.name}: error {error.before:.2e} -> {error.after:.2e}{early}")
         return True

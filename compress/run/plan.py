@@ -1,27 +1,34 @@
 """What a run would do: which layers it edits, bytes, memory and disk, from shapes alone, before any weight is read."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from paredown.compress.allocation.base import Options
+from paredown.compress.checkpoint.hub import load_tokenizer
+from paredown.compress.checkpoint.out_folder import OutFolder
 from paredown.compress.errors import PareError
 from paredown.compress.job import Format, Job
 from paredown.compress.machine import available_memory
 from paredown.compress.methods.base import WeightMethod
 from paredown.compress.model.blocks import View, known
 from paredown.compress.model.stream import element_size
+from paredown.compress.progress import ignore
 from paredown.compress.recipe import Recipe
 from paredown.compress.run.biases import dense_export
+from paredown.compress.run.duration import stage_seconds
 from paredown.compress.run.memory import memory_parts, peak, smaller_parts
 from paredown.compress.run.open import max_length, open_source, resolve_recipe
+from paredown.compress.run.texts import read_texts
 from paredown.compress.shape_job import ShapeJob, check_ordinary, resolve
 from paredown.compress.storage.kinds import stored_bytes, stored_numbers
 from paredown.compress.storage.shapes import UNEVEN
 from paredown.compress.storage.spec import Spec
+from paredown.evaluation.lm_tasks import check_tasks
 
 OUTSIDE = "embeddings, head and others outside the blocks"
 EVALUATION_WINDOWS = 64  # a plan's guess for each evaluation text if the recipe sets no limit
@@ -51,6 +58,8 @@ class Plan:
         default_factory=dict
     )  # parameters that are not targeted, by the reason, most first
     dense_export: str = ""  # whether a packed checkpoint can be exported as a dense one, in words; "" for a dense one
+    seconds: Mapping[str, float] = field(default_factory=dict)  # of each step of the run; empty if not asked for
+    disk_free: int | None = None  # bytes, where OUT is to be; None if none is named
 
     @property
     def shrinks(self) -> bool:
@@ -59,7 +68,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "disk": self.bytes_after, "shrinks": self.shrinks}
+        total = sum(self.seconds.values()) or None
+        return {**asdict(self), "disk": self.bytes_after, "shrinks": self.shrinks, "total_seconds": total}
 
 
 def plan(
@@ -68,17 +78,39 @@ def plan(
     *,
     overrides: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
+    calibration: str | None = None,
+    eval_text: Sequence[str] = (),
+    tasks: Sequence[str] | None = None,
+    task_folder: Path | None = None,
+    allow_task_code: bool = False,
     format: Format = "packed",
     device: str = "auto",
     dtype: str = "auto",
+    seed: int | None = None,
+    allow_scored_calibration: bool = False,
     revision: str | None = None,
+    out: str | Path | None = None,
+    probe: bool = False,
+    startup: float = 0.0,
+    cache: bool = True,
+    runs: int = 1,
+    note: Callable[[str], None] = ignore,
 ) -> Plan:
     """What `compress` would do, without reading any text or weight: windows are counted as the recipe asks for them.
 
-    Arguments are those of `compress`. Raises PareError as it does.
+    Arguments are those of `compress`. With `probe` the text is read and counted, and the job done on the model's first block
+    alone, for some seconds: then the plan has the time that the run takes on this machine. `startup`: seconds that a new
+    process needs to import all this, which the run does twice. `runs`: how often all of it is done, for several seeds.
+    `cache`: the run may use scores that were kept. Raises PareError as `compress` does.
     """
-    resolved, later = resolve_recipe(recipe, overrides, plugins=plugins), ""
+    began = perf_counter()
+    allowed, later = allow_scored_calibration, ""
+    resolved = resolve_recipe(recipe, overrides, calibration, eval_text, tasks, seed, plugins, allowed)
+    check_tasks(resolved.evaluate.tasks, task_folder, allow_code=allow_task_code, data=True)
+    if out is not None:
+        OutFolder(Path(out)).look()
     source = open_source(str(model), revision, device, dtype)
+    every, recovers = resolved.each_stage or [resolved], bool(resolved.recover)
     if resolved.stages:
         later = f"this is the first of {len(resolved.stages)} stages; then {', '.join(s.method for s in resolved.stages[1:])}"
         resolved, format = resolved.each_stage[0], "packed" if len(resolved.stages) == 1 else "dense"
@@ -88,8 +120,20 @@ def plan(
     spec, scored = resolved.calibration, resolved.evaluate
     tokens = spec.sequences * min(spec.length, longest)
     texts = [(scored.windows or EVALUATION_WINDOWS) * min(scored.length, longest) for _ in scored.perplexity]
+    seconds: dict[str, float] = {}
+    if probe:
+        windows, evaluations, _ = read_texts(resolved, source, load_tokenizer(source.folder), note=note)
+        tokens, texts = windows.tokens, [text.tokens for text in evaluations]
+        opening = perf_counter() - began
+        note("timing the first block")
+        seconds, untold = stage_seconds(job, every, windows, evaluations, cache)
+        all_runs = {name: runs * part for name, part in seconds.items()}
+        seconds = {"start and check": startup + runs * (startup + opening), **all_runs} if seconds else {}
+        without = "the time is without that of the recovery" if seconds and recovers else ""
+        later = "; ".join(filter(None, (later, untold, without)))
     result = make_plan(job, tokens, texts)
-    return replace(result, remarks=[*result.remarks, later]) if later else result
+    free = None if out is None else _disk_free(Path(out))
+    return replace(result, remarks=[*result.remarks, *filter(None, [later])], seconds=seconds, disk_free=free)
 
 
 def make_plan(job: Job | ShapeJob, calibration: int, evaluations: Sequence[int]) -> Plan:
@@ -165,8 +209,7 @@ def check_room(plan: Plan, out: Path, written: int = 0) -> None:
 
     written: bytes of the checkpoint that a stopped run has left on that disk.
     """
-    folder = next(p for p in [out, *out.absolute().parents] if p.exists())
-    free = shutil.disk_usage(folder).free + written
+    folder, free = _standing(out), _disk_free(out) + written
     if free < plan.bytes_after:
         raise PareError(
             f"the disk of {folder} has {free / 1e9:.1f} GB free, and the checkpoint needs {plan.bytes_after / 1e9:.1f} GB: "
@@ -179,6 +222,16 @@ def check_room(plan: Plan, out: Path, written: int = 0) -> None:
             f"{(plan.memory - memory) / 1e9:.1f} GB are missing. Take fewer or shorter windows "
             "(--set calibration.sequences=..., --set evaluate.windows=...)."
         )
+
+
+def _standing(out: Path) -> Path:
+    """The folder nearest to `out` that is there."""
+    return next(p for p in [out, *out.absolute().parents] if p.exists())
+
+
+def _disk_free(out: Path) -> int:
+    """Bytes that are free where `out` is to be."""
+    return shutil.disk_usage(_standing(out)).free
 
 
 @dataclass(frozen=True)

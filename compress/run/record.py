@@ -1,6 +1,7 @@
-"""What a run writes beside the weights: report.json, paredown.json and config.json."""
+"""What a run writes beside the weights: report.json, report.html, the card, paredown.json and config.json."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from paredown.compress.checkpoint import transformers_plugin
@@ -13,6 +14,7 @@ from paredown.compress.job import Format
 from paredown.compress.machine import peak_memory
 from paredown.compress.model.blocks import blocks
 from paredown.compress.model.reshape import Reshaped
+from paredown.compress.recipe import CalibrationSpec
 from paredown.compress.run.plan import Plan
 from paredown.compress.run.recorded import read_record
 from paredown.compress.run.result import Result
@@ -21,9 +23,13 @@ from paredown.compress.run.walk import Task
 from paredown.compress.run.write import names_in_files
 from paredown.compress.shape_job import ShapeJob
 from paredown.compress.storage.spec import Spec
+from paredown.compress.text.corpora import NAMED, SELECTOR
 from paredown.compress.text.windows import Windows
+from paredown.evaluation.card import CARD, carried_over, model_card
+from paredown.evaluation.html.page import PAGE, report_page
 from paredown.evaluation.schema import SCHEMA, Report, check_report
-from paredown.evaluation.surroundings import versions
+from paredown.evaluation.surroundings import surroundings, versions
+from paredown.evaluation.tables import bytes_by_part
 
 RECORDED = ("kept", "sparsity", "kind", "rank", "relative_error")  # of each layer, in paredown.json
 
@@ -34,7 +40,7 @@ def make_report(
     result: Result,
     windows: Windows,
     tasks: Mapping[str, Any],
-    bytes_after: int,
+    written: Mapping[str, int],
     *,
     command: str | None = None,
     warnings: Sequence[str] = (),
@@ -42,10 +48,11 @@ def make_report(
 ) -> Report:
     """report.json, schema version SCHEMA.
 
-    windows: of the calibration. `memory_base` is how many bytes the process held before the run; `command` is what was
-    typed, if anything was.
+    windows: of the calibration. `written` is the bytes of each tensor that was written. `memory_base` is how many bytes the
+    process held before the run; `command` is what was typed, if anything was.
     """
     source = job.source
+    parts = bytes_by_part({name: entry.bytes for name, entry in source.files.entries.items()}, written)
     report = {
         "schema": SCHEMA,
         "model": {
@@ -56,11 +63,11 @@ def make_report(
             "tokenizer_sha256": source.tokenizer_sha256(),
         },
         "recipe": job.recipe.to_dict(),
-        "calibration": _calibration(windows.provenance()),
+        "calibration": _calibration(windows.provenance(), _paths(job.recipe.calibration)),
         "evaluation": result.evaluation,
         "tasks": tasks,
         "parameters": {"total": plan.parameters, "targeted": result.targeted, "kept": result.numbers},
-        "bytes": {"before": plan.bytes_before, "after": bytes_after},
+        "bytes": {"before": plan.bytes_before, "after": sum(written.values())},
         "layers": result.layers,
         "left_dense": plan.left_out,
         "unsupported": plan.unsupported,
@@ -72,6 +79,10 @@ def make_report(
         "command": command,
         "warnings": list(warnings),
         "memory_base_bytes": memory_base,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "parts": parts,
+        **({"reconstruction": result.reconstruction} if result.reconstruction else {}),
+        **{key: value for key, value in surroundings(source.device).items() if key != "versions"},
         **structure_of(job, result),
     }
     check_report(report)
@@ -114,10 +125,23 @@ def _names(source: ModelSource, small: Reshaped | None) -> dict[str, Any]:
     return {"verbatim": verbatim, **names_in_files(source)}
 
 
-def _calibration(text: dict[str, Any]) -> dict[str, Any]:
-    """A calibration text, and the domain's beside it, under the names of the report."""
-    nested = {"domain": _calibration(text["domain"])} if "domain" in text else {}
-    return {"source": text.pop("corpus"), **text, **nested}
+def _calibration(text: dict[str, Any], paths: Mapping[str, str]) -> dict[str, Any]:
+    """A calibration text, its parts and the domain's beside it, under the names of the report; `paths` as of `_paths`."""
+    nested = {"domain": _calibration(text["domain"], paths)} if "domain" in text else {}
+    parts = {"sources": [_calibration(part, paths) for part in text["sources"]]} if "sources" in text else {}
+    name = text.pop("corpus")
+    return {"source": paths.get(name, name), **text, **nested, **parts}
+
+
+def _paths(spec: CalibrationSpec) -> dict[str, str]:
+    """Absolute paths of the calibration texts that are files or folders, by the last part, which a corpus is named by."""
+    found: dict[str, set[str]] = {}
+    for name in (*(text.source for text in spec.texts), spec.domain):
+        if name and name != "stdlib" and name not in NAMED:
+            path = Path(name if Path(name).exists() else SELECTOR.split(name)[0]).expanduser()
+            if path.exists():
+                found.setdefault(path.name, set()).add(str(path.resolve()))
+    return {name: paths.pop() for name, paths in found.items() if len(paths) == 1}
 
 
 def write_record(writer: CheckpointWriter, job: Task, result: Result, windows: Windows, tokenizer: Any = None) -> None:
@@ -142,6 +166,20 @@ def write_record(writer: CheckpointWriter, job: Task, result: Result, windows: W
         }
         specs = {**source.modules, **result.specs}  # what was packed before stays so
         finish(writer, source, job.format, specs, record, small.config if small else None)
+
+
+def write_report(writer: CheckpointWriter, report: Report, model: Path, note: Callable[[str], None]) -> None:
+    """Write report.json, the card and report.html. `model` is the folder of the model, whose card says the licence."""
+    carried, damaged = carried_over(model)
+    report["warnings"] = [*report.get("warnings", []), *damaged]
+    writer.write_json("report.json", report)
+    writer.write_text(CARD, model_card(report, carried))
+    try:
+        page = report_page(report)
+    except Exception as fault:  # whatever a library for pictures raises: hours of work are not lost for a picture
+        note(f"{PAGE} was not written ({type(fault).__name__}: {fault}): try python -m paredown.evaluation.html OUT")
+    else:
+        writer.write_text(PAGE, page)
 
 
 def finish(

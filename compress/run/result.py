@@ -16,7 +16,8 @@ T = TypeVar("T")
 
 PRUNED = 0.1  # share of zeros above which a model has been pruned before
 
-SAVED = ("layers", "fallbacks", "targeted", "numbers", "read", "zeros")  # fields with which a resumed run starts
+# fields with which a resumed run starts
+SAVED = ("layers", "fallbacks", "reconstruction", "targeted", "numbers", "read", "zeros")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Result:
 
     layers: list[dict[str, Any]] = field(default_factory=list)  # an entry for each compressed layer
     fallbacks: list[str] = field(default_factory=list)
+    reconstruction: list[dict[str, Any]] = field(default_factory=list)  # an entry for each block that was tuned
     specs: dict[str, Spec] = field(default_factory=dict)  # of packed weights, for config.json
     evaluation: list[dict[str, Any]] = field(default_factory=list)  # an entry for each text
     targeted: int = 0  # numbers of the dense weights

@@ -63,9 +63,7 @@ class SmallerRun(Walk):
             small = smaller(job, chosen)
             result.fallbacks += [said for said in (*job.remarks, *small.remarks) if said not in result.fallbacks]
             result.seconds.setdefault("compress", 0.0)
-            streams = Streams.start(job, self.calibration.ids, self.evaluations, result)
-            if state:
-                state.restore(streams.named())
+            streams = self.start(result, state)
             self._walk(small, chosen, measured, streams, result, state.facts["blocks"] if state else 0)
             with result.timed("evaluation"):
                 self.score(streams, result)
@@ -142,7 +140,7 @@ class SmallerRun(Walk):
         refit = None
         with _timed_load(self, block, result):
             with result.timed("evaluation"):
-                advance(streams.before, block)
+                advance(streams.before.values(), block)
             inputs = list(dense.hidden) if dense else []
             if isinstance(job.method, GroupMethod):
                 changed = self._cut(block, target, chosen, measured, streams, result)
@@ -185,7 +183,7 @@ class SmallerRun(Walk):
                 with result.timed("calibration"):
                     advance([streams.dense] if streams.dense else [], block)
                 with result.timed("evaluation"):
-                    advance(streams.before, block)
+                    advance(streams.before.values(), block)
             result.add(LayerResult(block_numbers(block), 0))
 
     def _cut(
@@ -266,6 +264,7 @@ class SmallerRun(Walk):
         seed = self.job.recipe.calibration.seed
         with result.timed("reconstruct"):
             error = reconstruct(target, streams.calibration, inputs, dense.hidden, whole, spec, seed, show)
+        result.reconstruction.append({"block": target.name, "before": error.before, "after": error.after})
         self.progress.note(f"reconstructed {target.name}: error {error.before:.2e} -> {error.after:.2e}")
         return True
 

@@ -13,6 +13,7 @@ from paredown.compress.errors import PareError
 from paredown.compress.recipe import Recipe
 from paredown.compress.run.once import How, compress_once
 from paredown.compress.run.open import open_source
+from paredown.compress.text.corpora import OWN
 from paredown.evaluation.schema import Report, check_report
 
 if TYPE_CHECKING:
@@ -45,9 +46,12 @@ def compress_stages(
     for n, stage in enumerate(first, 1):
         stage, folder = Recipe.parse({**stage.to_dict(), **silent}), place / str(n)
         note(f"stage {n} of {len(recipe.stages)}: {stage.method}")
-        done = _finished(folder, read, stage)
+        done = finished(folder, read, stage)
         place.mkdir(parents=True, exist_ok=True)
-        own = replace(how, format="dense", passing=True, command=None, revision=how.revision if n == 1 else None)
+        own = replace(
+            how, format="dense", passing=True, later=recipe.evaluate, command=None, seeds=(),
+            revision=how.revision if n == 1 else None,
+        )  # fmt: skip
         reports.append(done or compress_once(read, stage, folder, own))
         read = str(folder)
     note(f"stage {len(recipe.stages)} of {len(recipe.stages)}: {last.method}")
@@ -58,7 +62,7 @@ def compress_stages(
     return report
 
 
-def _finished(folder: Path, read: str, stage: Recipe) -> Report | None:
+def finished(folder: Path, read: str, stage: Recipe) -> Report | None:
     """The report of a stage that an earlier run of the same command finished; None if there is none.
 
     Raises PareError for what another command left.
@@ -67,10 +71,15 @@ def _finished(folder: Path, read: str, stage: Recipe) -> Report | None:
     if not path.exists():
         return None
     report = json.loads(path.read_text(encoding="utf-8"))
-    if report.get("recipe") != json.loads(json.dumps(stage.to_dict())) or report["model"]["id"] != read:
+    if _asked(report.get("recipe")) != _asked(stage.to_dict()) or report["model"]["id"] != read:
         raise PareError(f"{folder.parent} holds stages of another command. Remove it, or name another output with -o.")
     check_report(report)
     return cast(Report, report)
+
+
+def _asked(recipe: Any) -> str:
+    """A recipe as it was asked for: text that the model wrote is `self`."""
+    return re.sub(rf'"{OWN}:\w+"', f'"{OWN}"', json.dumps(recipe))
 
 
 @dataclass(frozen=True)
@@ -97,17 +106,27 @@ class EarlierStages:
             "recipe": self.recipe.to_dict(),
             "parameters": {**first["parameters"], "targeted": targeted, "kept": targeted - removed},
             "bytes": {**report["bytes"], "before": first["bytes"]["before"]},
+            "parts": _parts(first, report),
             "layers": [layer for r in every for layer in r["layers"]],
             "seconds": _added([r["seconds"] for r in every]),
             "fallbacks": [remark for r in every for remark in r["fallbacks"]],
             "warnings": list(dict.fromkeys(remark for r in every for remark in r.get("warnings", []))),
             "command": self.command,
         }
+        if tuned := [entry for r in every for entry in r.get("reconstruction", [])]:
+            merged["reconstruction"] = tuned
         shapes = [cast(Mapping[str, Any], r["structure"]) for r in every if "structure" in r]
         if shapes:
             merged["structure"] = _shape(shapes)
         check_report(merged)
         return cast(Report, merged)
+
+
+def _parts(first: Report, last: Report) -> list[dict[str, Any]]:
+    """Bytes by part before the first stage and after the last."""
+    before = {part["part"]: part["before"] for part in first.get("parts", [])}
+    after = {part["part"]: part["after"] for part in last.get("parts", [])}
+    return [{"part": p, "before": before.get(p, 0), "after": after.get(p, 0)} for p in dict.fromkeys([*before, *after])]
 
 
 def _added(seconds: Sequence[Mapping[str, Any]]) -> dict[str, float]:

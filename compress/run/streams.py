@@ -1,6 +1,6 @@
-"""All hidden states that a run carries through the blocks, and the losses that they end in."""
+"""All hidden states that a run carries through the blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from paredown.compress.model.blocks import Block
 from paredown.compress.model.stream import Stream, start
-from paredown.compress.numerics.perplexity import paired_delta, perplexity
 from paredown.compress.run.result import Result
 from paredown.compress.text.windows import Windows
 
@@ -23,44 +22,51 @@ class Streams:
     dense: (
         Stream | None
     )  # the same text through the dense blocks, if the method or the reconstruction compares with them
-    before: list[Stream]  # each evaluation text through the dense blocks
+    before: dict[int, Stream]  # evaluation texts through the dense blocks, by their number: those not known beforehand
     after: list[Stream]  # each evaluation text through the compressed blocks
     probe: Stream  # the tokens that `verify` reads again, through the compressed blocks
 
     @classmethod
-    def start(cls, job: Any, calibration: Tensor, evaluations: Sequence[Windows], result: Result) -> "Streams":
-        """All streams before the first block; calibration (windows, length)."""
+    def start(
+        cls,
+        job: Any,
+        calibration: Tensor,
+        evaluations: Sequence[Windows],
+        result: Result,
+        known: Collection[int] = (),
+    ) -> "Streams":
+        """All streams before the first block; calibration (windows, length).
+
+        `known`: numbers of evaluation texts that need not go through the dense blocks.
+        """
         source = job.source
         with result.timed("calibration"):
             stream = start(source, calibration)
             dense = stream.copy() if job.follows_dense else None
         with result.timed("evaluation"):
-            before = [start(source, windows.ids) for windows in evaluations]
-            after = [s.copy() for s in before]
+            after = [start(source, windows.ids) for windows in evaluations]
+            before = {i: stream.copy() for i, stream in enumerate(after) if i not in known}
             probe = start(source, probe_ids(calibration))
         return cls(stream, dense, before, after, probe)
 
     def named(self) -> dict[str, Stream]:
         """All streams by the names under which their states are saved."""
         lists = {"calibration": [self.calibration], "dense": [self.dense] if self.dense else []}
-        lists |= {"before": self.before, "after": self.after, "probe": [self.probe]}
-        return {f"{name}-{i}": stream for name, streams in lists.items() for i, stream in enumerate(streams)}
+        lists |= {"after": self.after, "probe": [self.probe]}
+        all_of = {f"{name}-{i}": stream for name, streams in lists.items() for i, stream in enumerate(streams)}
+        return all_of | {f"before-{i}": stream for i, stream in self.before.items()}
+
+    def saved(self, names: Collection[str]) -> dict[str, Stream]:
+        """As `named`, for a run that goes on from a state with these names; a dense stream that it lacks is dropped."""
+        for i in [i for i in self.before if f"before-{i}" not in names]:
+            del self.before[i]
+        return self.named()
 
 
-def advance(streams: Sequence[Stream], block: Block) -> None:
+def advance(streams: Iterable[Stream], block: Block) -> None:
     """Run several streams through one block."""
     for stream in streams:
         stream.advance(block)
-
-
-def evaluation_entry(windows: Windows, before: Tensor, after: Tensor) -> dict[str, Any]:
-    """One element of the report's `evaluation`; before and after are losses per token (windows, length - 1), in nats."""
-    return {
-        **windows.provenance(),
-        "before": perplexity(windows.of_text(before)),
-        "after": perplexity(windows.of_text(after)),
-        "paired_delta": paired_delta(windows.of_text(before), windows.of_text(after)),
-    }
 
 
 def probe_ids(ids: Tensor) -> Tensor:  # (1, at most PROBE_TOKENS)

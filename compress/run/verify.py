@@ -27,18 +27,23 @@ from paredown.compress.text.windows import Windows
 PROBE_TOLERANCE, ROUNDINGS = 0.02, 4
 
 
-def verify(folder: str | Path, note: Callable[[str], None] = logger.info) -> list[str]:
+def verify(
+    folder: str | Path,
+    note: Callable[[str], None] = logger.info,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
     """All faults of a checkpoint that paredown wrote, a sentence each that names the tensor or file; empty if it is sound.
 
-    `note` is called with a sentence on what could not be checked on this machine.
+    `note` is called with a sentence on what could not be checked on this machine, `progress` with (tensors read, tensors).
     Raises PareError for a folder that paredown did not write, or whose paredown.json is damaged.
     """
     folder = Path(folder)
     record = read_record(folder)
-    faults = [*_tensor_faults(TensorFiles(folder), record["tensors"]), *_file_faults(folder, record.get("files", {}))]
+    tensors = _tensor_faults(TensorFiles(folder), record["tensors"], progress) if record["tensors"] else ()
+    faults = [*tensors, *_file_faults(folder, record.get("files", {}))]
     if faults:  # further checks would only repeat them
         return faults
-    if record.get("format") == "deci":
+    if record.get("format") in ("deci", "gguf", "onnx"):
         note(f"{folder} is for other engines, and is not loaded: tensors and files are those that were written")
         return []
     try:
@@ -65,7 +70,7 @@ def _file_faults(folder: Path, recorded: Mapping[str, str]) -> Iterator[str]:
             yield f"file {name!r} has changed since it was written (sha256 differs)"
 
 
-def _tensor_faults(files: TensorFiles, recorded: dict[str, Any]) -> Iterator[str]:
+def _tensor_faults(files: TensorFiles, recorded: dict[str, Any], progress: Callable[[int, int], None]) -> Iterator[str]:
     """Tensors that are missing, unknown, or not as they were recorded."""
     try:
         stored = files.entries
@@ -74,7 +79,8 @@ def _tensor_faults(files: TensorFiles, recorded: dict[str, Any]) -> Iterator[str
         return
     yield from (f"tensor {name!r} is missing" for name in sorted(set(recorded) - set(stored)))
     yield from (f"tensor {name!r} is not in {RECORD}" for name in sorted(set(stored) - set(recorded)))
-    for name in sorted(set(recorded) & set(stored)):
+    for n, name in enumerate(sorted(set(recorded) & set(stored))):
+        progress(n, len(recorded))
         entry, written = stored[name], recorded[name]
         dtype = str(entry.dtype).removeprefix("torch.")
         if list(entry.shape) != written["shape"] or dtype != written["dtype"]:

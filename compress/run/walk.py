@@ -11,12 +11,14 @@ from paredown.compress.checkpoint.writer import CheckpointWriter
 from paredown.compress.job import Format
 from paredown.compress.machine import peak_memory
 from paredown.compress.model.blocks import Block, known
-from paredown.compress.progress import BlockDone, Progress
+from paredown.compress.progress import BlockDone, Counted, Progress
 from paredown.compress.recipe import Recipe
-from paredown.compress.run.journal import Journal
+from paredown.compress.run.baseline import Baseline
+from paredown.compress.run.journal import Journal, State
 from paredown.compress.run.result import Result
-from paredown.compress.run.scoring import score
-from paredown.compress.run.streams import Streams, evaluation_entry, probe_ids
+from paredown.compress.run.score_cache import ScoreCache
+from paredown.compress.run.scoring import compare, evaluation_entry
+from paredown.compress.run.streams import Streams, probe_ids
 from paredown.compress.text.windows import Windows
 
 
@@ -44,24 +46,36 @@ class Walk:
     progress: Progress = field(default_factory=Progress)
     journal: Journal | None = None
     dense: ModelSource | None = None  # the model before any stage, which scores are compared with; None: the job's own
+    cache: ScoreCache | None = None  # of the dense model's scores
 
     def remark_on_family(self, result: Result) -> None:
         if not known(self.job.source):
             family = self.job.source.family
             result.fallbacks.append(f"family {family!r} is not one we test: blocks were found by structure")
 
+    @property
+    def baseline(self) -> Baseline:
+        return Baseline(self.dense or self.job.source, self.cache, self.progress.note)
+
+    def start(self, result: Result, state: State | None) -> Streams:
+        """All streams before the first block, or where an interrupted run stopped."""
+        known = {i for i, windows in enumerate(self.evaluations) if self.dense or self.baseline.has(windows)}
+        streams = Streams.start(self.job, self.calibration.ids, self.evaluations, result, known)
+        if state:
+            state.restore(streams.saved(state.facts["streams"]))
+        return streams
+
     def score(self, streams: Streams, result: Result) -> None:
-        """The losses of all texts behind the last block."""
+        """The losses of all texts behind the last block, and how far both models are apart on them."""
         source = self.job.source
-        if self.dense:
-            self.progress.doing("scoring the model before the first stage")
-            before = score(self.dense, self.evaluations, lambda done, total: None)
-        else:
-            before = [stream.nll(source) for stream in streams.before]
+        self.progress.doing("scoring the dense model" if len(streams.before) < len(self.evaluations) else "")
+        before = self.baseline.behind(self.evaluations, streams.before)
+        self.progress.doing("comparing both models' predictions")
         result.evaluation = [
-            evaluation_entry(windows, losses, after.nll(source))
-            for windows, losses, after in zip(self.evaluations, before, streams.after, strict=True)
+            evaluation_entry(windows, compare(dense, after, self.dense or source, source))
+            for windows, dense, after in zip(self.evaluations, before, streams.after, strict=True)
         ]
+        self.progress.doing("")
         ids = probe_ids(self.calibration.ids)
         result.probe = {"ids": ids[0].tolist(), "nll": streams.probe.nll(source)[0].tolist()}
 
@@ -74,6 +88,7 @@ class Walk:
         measured: Callable[[], tuple[Any, Mapping[str, Tensor]]],
     ) -> None:
         """Save the state after `done` blocks of `total`, with what was `measured` before, if the journal says it is time."""
+        self.progress.doing(Counted(f"{done} of {total} blocks are done", "compressing", done, total))
         if self.journal is None or not self.journal.due(done == total):
             return
         self.progress.doing("saving what is done so far")

@@ -40,24 +40,35 @@ def write_block(
     writer.end_block()
 
 
-def write_rest(writer: CheckpointWriter, source: ModelSource, all_blocks: Sequence[Block], format: Format) -> None:
+def write_rest(
+    writer: CheckpointWriter,
+    source: ModelSource,
+    all_blocks: Sequence[Block],
+    format: Format,
+    changed: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write what lies outside the blocks as it was stored: embeddings, final norm, head, and tensors that the model class
-    does not know."""
-    for tensors in outside(source, all_blocks, format):
+    does not know. Those of the weights that are `changed`, by name, get new values."""
+    for tensors in outside(source, all_blocks, format, changed):
         add_dense(writer, tensors)
         writer.end_block()
     write_verbatim(writer, source)
 
 
-def outside(source: ModelSource, all_blocks: Sequence[Block], format: Format) -> Iterator[dict[str, Tensor]]:
-    """The weights outside the blocks as they were stored, those together that the files hold as one tensor."""
-    inside = tuple(block.prefix for block in all_blocks)
+def outside(
+    source: ModelSource, all_blocks: Sequence[Block], format: Format, changed: Mapping[str, Tensor] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """The weights outside the blocks as they were stored or `changed`, those together that the files hold as one tensor."""
+    inside, new = tuple(block.prefix for block in all_blocks), changed or {}
     written: set[str] = set()
     for name in source.parameters:
         if not name.startswith(inside) and name not in written:
             together = source.origins[name].weights or (name,)
             written.update(together)
-            yield dict(source.as_stored([name], {})) if format == "dense" else source.read(together)
+            if format == "dense":
+                yield dict(source.as_stored([name], new))
+            else:
+                yield {weight: new.get(weight, tensor) for weight, tensor in source.read(together).items()}
 
 
 def write_verbatim(writer: CheckpointWriter, source: ModelSource) -> None:

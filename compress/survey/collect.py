@@ -11,14 +11,14 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from paredown.compress.errors import PareError
 from paredown.compress.machine import return_freed_memory
 from paredown.compress.model.blocks import Block, View, by_owner
 from paredown.compress.model.routing import RouterWeights
 from paredown.compress.model.stream import Stream
-from paredown.compress.numerics.moments import InputStats, Need, Stats
-from paredown.compress.survey.products import InputObserver, input_of
-from paredown.compress.survey.residual import ResidualLayers, observe_residual
+from paredown.compress.numerics.moments import Need, Stats
+from paredown.compress.survey.products import InputObserver
+from paredown.compress.survey.residual import ResidualLayers
+from paredown.compress.survey.sides import Side, dense_side, observe_paired, observe_residual
 
 
 def observe(
@@ -65,24 +65,27 @@ def observe_both(
 ) -> Iterator[tuple[list[View], dict[str, Stats]]]:
     """Each group of views, with statistics of both streams by view name, in the order in which the block calls them.
 
-    The caller edits a group before it asks for the next one, whose input then comes from the edited layers. `residual`:
-    layers that add to the residual stream get a Residual instead of the cross moment.
+    The caller edits a group before it asks for the next one, whose input then comes from the edited layers. In the end the
+    dense stream stands behind its block. `residual`: layers that add to the residual stream get a Residual instead of the
+    cross moment.
     """
     in_order = fused_together(groups(stream, block, views))
     layers = ResidualLayers.of(stream, block, in_order) if residual else ResidualLayers([])
+    own = Side(stream, block, layers)
+    other = dense_side(dense, twin, layers.of_twin(twin), [group[0] for group in in_order])
     for group in in_order:
-        if group[0].expert is not None:  # the two models do not send the same tokens to an expert
+        view = group[0]
+        if view.expert is not None:  # the two models do not send the same tokens to an expert
             yield group, observe(stream, block, group, needs - {Need.CROSS}, router_weight)
             return_freed_memory()
             continue
-        if group[0] in layers.views:
-            stats = observe_residual(stream, dense, block, twin, group[0], layers.after(group[0]), needs)
-        else:
-            stats = observe_paired(stream, dense, block, twin, group, needs)
+        observe_one = observe_residual if view in layers.views else observe_paired
+        stats = observe_one(own, other, view, needs)
         return_freed_memory()
         by_name = {} if stats is None else {view.name: stats for view in group}
         yield group, by_name
         del stats, by_name  # free them before the next group's are collected
+    other.advance()
 
 
 def groups(stream: Stream, block: Block, views: list[View]) -> list[list[View]]:
@@ -106,27 +109,6 @@ def fused_together(in_order: list[list[View]]) -> list[list[View]]:
         if others := [view for view in group if view.expert is None]:
             together.append(others)
     return together
-
-
-def observe_paired(
-    stream: Stream, dense: Stream, block: Block, twin: Block, group: list[View], needs: frozenset[Need]
-) -> Stats | None:
-    """Statistics, on both streams, of the input that a group of views shares; None if no token reaches it.
-
-    Each block runs no further than that input.
-    """
-    view = group[0]
-    dense_view = next(v for v in twin.views() if v.name == view.name)
-    stats = InputStats(view.shape[1], needs, stream.device)
-    for i in range(len(stream.hidden)):
-        x, dense_x = input_of(stream, block, view, i), input_of(dense, twin, dense_view, i)
-        if x is None or dense_x is None or x.shape != dense_x.shape:
-            return None
-        try:
-            stats.update(x, dense_x)
-        except PareError as error:
-            raise PareError(f"{view.name}: {error}") from error
-    return Stats(stats)
 
 
 def shared_copy(block: Block) -> Block:

@@ -18,7 +18,7 @@ from paredown.compress.model.calls import Recorder, recorders
 from paredown.compress.model.removal import check_removable
 from paredown.compress.model.rest import materialised_rest
 from paredown.compress.model.stream import Stream, hidden_bytes, next_token_nll, start
-from paredown.compress.progress import ignore
+from paredown.compress.progress import Counted, ignore
 from paredown.compress.survey.merged import Merging
 
 STEP = 4  # of how many positions one prediction is compared
@@ -73,7 +73,7 @@ def _states(source: ModelSource, all_blocks: Sequence[Block], ids: Tensor, note:
             stream.advance(block)
         similarity.append(_mean_cosine(before, stream.hidden))
         last.append(_last(stream))
-        note(f"survey, depth: block {block.index + 1} of {len(all_blocks)}")
+        note(Counted.block("survey, depth", block.index, len(all_blocks)))
     return Profile(similarity, torch.stack(last, 1))
 
 
@@ -120,7 +120,8 @@ def _removals(
             raise PareError("whichever block is removed, the model's logits overflow: try --dtype bfloat16 or float32.")
         kept = [block for block in kept if block.index != best]
         tried = worth_trying(found, {block.index for block in kept})
-        note(f"survey, depth: {n} of {drop} blocks chosen, the last one {best}, {what} {found[best]:.3g}")
+        said = f"survey, depth: {n} of {drop} blocks chosen, the last one {best}, {what} {found[best]:.3g}"
+        note(Counted(said, "survey, depth", n, drop))
         yield best, found[best]
     doing("")
 

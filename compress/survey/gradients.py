@@ -23,7 +23,7 @@ from paredown.compress.model.rest import materialised_rest
 from paredown.compress.model.stream import Stream, head_positions
 from paredown.compress.numerics.moments import GRADIENT_NEEDS, Labels, Need, Stats
 from paredown.compress.numerics.perplexity import target_nll
-from paredown.compress.progress import ignore
+from paredown.compress.progress import Counted, ignore
 from paredown.compress.survey.products import InputObserver, routed
 
 _Later = dict[Any, Tensor]  # by path: gradients at what blocks hand on, from the blocks that take it
@@ -147,7 +147,7 @@ def backward(
         save_file(unshared(tensors), _inputs(scratch, block))
         with source.loaded(block):
             stream.advance(block)
-        note(f"survey, forward: block {block.index + 1} of {len(all_blocks)}")
+        note(Counted.block("survey, forward", block.index, len(all_blocks)))
     upstream = head_gradients(source, stream, labels)
     later: list[_Later] = [{} for _ in upstream]
     for block in reversed(all_blocks):
@@ -159,7 +159,7 @@ def backward(
             upstream = _block_backward(block, stream, upstream, later, observer)
             return_freed_memory()
             yield block, observer.means()
-        note(f"survey, backward: block {block.index + 1} of {len(all_blocks)}")
+        note(Counted.block("survey, backward", block.index, len(all_blocks)))
 
 
 def _block_backward(

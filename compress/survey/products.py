@@ -5,7 +5,7 @@ expert's slice of a fused parameter and the batched product with all of them are
 other way is not seen.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from time import perf_counter
 from typing import Any
@@ -130,32 +130,32 @@ class StopForward(Exception):
 
 
 class Capture(ProductMode):
-    """Keeps the input of one view's product. Then stops the block (`stop`), or keeps the product's output too."""
+    """Keeps the inputs and outputs of the products of some views, by view name. A block ends where `stop` has its input."""
 
-    def __init__(self, view: View, stop: bool) -> None:
-        super().__init__([view])
-        self.input: Tensor | None = None  # (..., in)
-        self.output: Tensor | None = None  # (..., out)
+    def __init__(self, views: Sequence[View], stop: View | None = None) -> None:
+        super().__init__([*views, *([stop] if stop else [])])
+        self.inputs: dict[str, Tensor] = {}  # (..., in)
+        self.outputs: dict[str, Tensor] = {}  # (..., out)
         self._stop = stop
 
     def on_product(self, view: View, x: Tensor, output: Tensor, expert: int | None = None) -> None:
-        self.input = x
-        if self._stop:
+        self.inputs[view.name] = x
+        if view is self._stop:
             raise StopForward
-        self.output = output.clone()  # some blocks add to it in place
+        self.outputs[view.name] = output.clone()  # some blocks add to it in place
 
 
 def input_of(stream: Stream, block: Block, view: View, i: int) -> Tensor | None:
     """The input (..., in) of a view in batch `i`, None if no token reaches it. The block runs no further than that."""
-    capture = Capture(view, stop=True)
+    capture = Capture([], stop=view)
     with suppress(StopForward), capture:
         stream.output(block, i)
-    return capture.input
+    return capture.inputs.get(view.name)
 
 
-def run_with_capture(stream: Stream, block: Block, view: View, i: int) -> tuple[Tensor, Capture]:
+def run_with_capture(stream: Stream, block: Block, view: View, i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The block's output (batch, length, hidden) for batch `i`, and the input and output of one view on the way."""
-    capture = Capture(view, stop=False)
+    capture = Capture([view])
     with capture:
         output = stream.output(block, i)
-    return output, capture
+    return output, capture.inputs.get(view.name), capture.outputs.get(view.name)

@@ -37,10 +37,10 @@ def refit_towards(
     try:
         with silenced(later):
             for i in range(len(stream.hidden)):
-                output, capture = run_with_capture(stream, block, view, i)
-                if capture.input is None:
+                output, x, _ = run_with_capture(stream, block, view, i)
+                if x is None:
                     continue
-                y = capture.input.reshape(-1, view.shape[1]).float()  # (tokens, in)
+                y = x.reshape(-1, view.shape[1]).float()  # (tokens, in)
                 missing = (target(i).to(stream.device).float() - output.float()).reshape(len(y), -1)  # (tokens, out)
                 inputs.update(y)
                 cross += missing.T @ y

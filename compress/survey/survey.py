@@ -22,7 +22,7 @@ from paredown.compress.methods.base import Choice
 from paredown.compress.model.blocks import Block, View, by_owner
 from paredown.compress.model.stream import start
 from paredown.compress.numerics.moments import GRADIENT_NEEDS, INPUT_NEEDS, InputStats, Need, Stats
-from paredown.compress.progress import ignore
+from paredown.compress.progress import Counted, ignore
 from paredown.compress.survey.direct import Pairs
 from paredown.compress.survey.gradients import Pair, backward
 from paredown.compress.survey.products import InputObserver
@@ -192,7 +192,7 @@ def _forward(
                 for _ in stream.advancing(block):
                     observer.next_batch()
             yield block, {name: Stats(inputs) for name, inputs in observer.stats.items()}
-        note(f"survey: block {block.index + 1} of {len(job.blocks)}")
+        note(Counted.block("survey", block.index, len(job.blocks)))
 
 
 def _weights_alone(job: Job, layers: set[str], note: Callable[[str], None]) -> Iterator[tuple[Block, dict[str, Stats]]]:
@@ -201,7 +201,7 @@ def _weights_alone(job: Job, layers: set[str], note: Callable[[str], None]) -> I
         with job.source.loaded(block):
             views = [v for v in block.views() if v.name in layers]
             yield block, {v.name: Stats(InputStats(v.shape[1], frozenset(), job.source.device)) for v in views}
-        note(f"survey: block {block.index + 1} of {len(job.blocks)}")
+        note(Counted.block("survey", block.index, len(job.blocks)))
 
 
 def _angles(job: Job, ids: Tensor, note: Callable[[str], None]) -> list[float]:
@@ -215,7 +215,7 @@ def _angles(job: Job, ids: Tensor, note: Callable[[str], None]) -> list[float]:
         with source.loaded(block):
             stream.advance(block)
         angles.append(_mean_angle(before, stream.hidden))
-        note(f"survey, angles: block {block.index + 1} of {len(job.blocks)}")
+        note(Counted.block("survey, angles", block.index, len(job.blocks)))
     return angles
 
 

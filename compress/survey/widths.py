@@ -18,7 +18,7 @@ from paredown.compress.model.blocks import Block
 from paredown.compress.model.groups import units_of
 from paredown.compress.model.stream import start
 from paredown.compress.numerics.moments import Stats
-from paredown.compress.progress import ignore
+from paredown.compress.progress import Counted, ignore
 from paredown.compress.shape_job import ShapeJob, unit_numbers
 from paredown.compress.survey.direct import Batches, Layer, Pairs, rises
 from paredown.compress.survey.gradients import backward
@@ -98,7 +98,7 @@ def unit_scores(
                 if group.reader not in observer.stats:
                     raise PareError(f"{group.reader}: {NEVER}.")
                 scores[group.name] = method.unit_scores(units_of(group, block, Stats(observer.stats[group.reader])))
-        note(f"survey, scores: block {block.index + 1} of {len(job.blocks)}")
+        note(Counted.block("survey, scores", block.index, len(job.blocks)))
     return scores
 
 

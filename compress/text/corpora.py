@@ -1,26 +1,29 @@
 """Where text comes from: the standard library, the field's corpora under their exact protocol, the hub, your own files.
 
-    stdlib | wikitext2 | c4 | ptb | org/name[:config[:split[:column]]] | file[:column] | folder
+    stdlib | wikitext2 | c4 | ptb | self:key | org/name[:config[:split[:column]]] | file[:column] | folder
 
-A file is .txt (one document), .jsonl, .json or .parquet. The protocols are those of the code behind the published figures,
-`datautils.py` of SparseGPT and `data.py` of Wanda. Rows of a dataset stay on disk until they are used.
+A file is .txt (one document), .jsonl, .json or .parquet. A column holds strings, or conversations (lists of messages with a
+role and a content), which are read as the model's chat template writes them. The protocols are those of the code behind the
+published figures, `datautils.py` of SparseGPT and `data.py` of Wanda. Rows of a dataset stay on disk until they are used.
 """
 
+import hashlib
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from paredown.compress.errors import PareError, did_you_mean
 from paredown.compress.text import stdlib_text
-from paredown.compress.text.by_content import folder_options
+from paredown.compress.text.by_content import cache_folder, folder_options
+from paredown.compress.text.chat import Chat, Kind
 from paredown.compress.text.columns import Form, JsonRows, Parquet, read_column
-from paredown.compress.text.corpus import Corpus, Rows, overlap
+from paredown.compress.text.corpus import Corpus, Rows
 
-__all__ = ["DEFAULT_SPLITS", "NAMED", "Corpus", "Role", "Rows", "load_corpus", "overlap"]
+__all__ = ["DEFAULT_SPLITS", "NAMED", "Corpus", "Role", "Rows", "load_corpus"]
 
 Role = Literal["calibration", "evaluation"]
 T = TypeVar("T")
@@ -38,6 +41,7 @@ HOW_TO_SET: dict[Role, str] = {
 # By default the split `train` never scores: it calibrates.
 DEFAULT_SPLITS: dict[Role, tuple[str, ...]] = {"calibration": ("train",), "evaluation": ("test", "validation")}
 
+OWN = "self"  # the text that the model writes itself; with a key once it is written
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # a colon between two parts of a name: not that of a drive (C:\), nor one inside a slice such as train[:10%]
 SELECTOR = re.compile(r":(?!(?<=^[A-Za-z]:)[\\/])(?![^\[]*\])")
@@ -83,10 +87,34 @@ NAMED = {
 }  # fmt: skip
 
 
-def load_corpus(spec: str, role: Role) -> Corpus:
+@dataclass(frozen=True)
+class _Request:
+    """What a caller asks for."""
+
+    spec: str
+    role: Role
+    chat: Chat | None = None
+    only_chat: bool = False
+
+    @property
+    def mark(self) -> str:
+        """Tells apart, in names of caches, two ways to choose a column."""
+        return "-messages" if self.only_chat else ""
+
+    @property
+    def template(self) -> Chat:
+        """The chat template, for a column of conversations. Raises PareError if there is none."""
+        if self.chat is None:
+            raise PareError(f"{self.spec} holds conversations, and a chat template is not known here. Name plain text.")
+        self.chat.check(self.spec)
+        return self.chat
+
+
+def load_corpus(spec: str, role: Role, chat: Chat | None = None, only_chat: bool = False) -> Corpus:
     """The corpus that `spec` names (see the forms above), in its split for `role`.
 
-    The column is `text`, or the only one that holds strings. Of a hub dataset, or a local folder laid out like one, the
+    The column is `text`, or `messages` if it holds conversations, which need `chat`, or the only one of conversations, or
+    of strings; `only_chat` takes no strings. Of a hub dataset, or a local folder laid out like one, the
     split `train` calibrates, and `test` scores, or `validation` where there is no `test`. Any other folder is read
     recursively, its files in sorted order. Raises PareError for an unknown name, a file that cannot be read, a missing
     column or split, and a corpus without text.
@@ -96,31 +124,58 @@ def load_corpus(spec: str, role: Role) -> Corpus:
     if "\0" in spec or not _is_unicode(spec):
         raise PareError(f"the name {spec[:200]!r} is no UTF-8 text. Rename the file, or name {FORMS}.")
     try:
-        corpus = _load(spec, role)
+        corpus = _load(_Request(spec, role, chat, only_chat))
     except (OSError, RuntimeError) as fault:  # no right to read it, a name that is too long, ~ of nobody
         told = fault.strerror if isinstance(fault, OSError) else str(fault).rstrip(".")
         raise PareError(f"the text {spec[:200]} cannot be read: {told}. Name {FORMS}.") from fault
+    if only_chat and not corpus.chat:
+        raise PareError(
+            f"{spec} holds no conversations: leave out `chat: true`, or name a file with a column of messages."
+        )
     if not any(document.strip() for document in corpus.documents):
         raise PareError(f"{spec} holds no text. Name a file or split with text in it.")
     return corpus
 
 
-def _load(spec: str, role: Role) -> Corpus:
+def _load(asked: _Request) -> Corpus:
+    spec, role = asked.spec, asked.role
     if spec == "stdlib":
         documents = [document.text for document in stdlib_text.documents(role)]
         return Corpus("stdlib", role, documents, stdlib_text.JOINER, f"Python {platform.python_version()}")
     if spec in NAMED:
         return _load_named(spec, NAMED[spec], role)
+    if spec.partition(":")[0] == OWN:
+        return _load_own(asked)
     path, *selectors = [spec] if Path(spec).exists() else SELECTOR.split(spec)
     if path.strip() and _is_local(path):
-        return _load_local(spec, Path(path).expanduser(), selectors, role)
+        return _load_local(asked, Path(path).expanduser(), selectors)
     if HUB_NAME.fullmatch(path) and len(selectors) <= 3:
-        return _load_hub(spec, path, selectors, role)
+        return _load_hub(asked, path, selectors)
     names = ["stdlib", *NAMED]
     raise PareError(
         f"unknown text {spec!r}.{did_you_mean(spec, names)} Name one of {', '.join(names)}, a hub dataset "
         f"org/name[:config[:split[:column]]], or {FORMS}."
     )
+
+
+def own_file(key: str) -> Path:
+    """Where the text of this key is that a model wrote."""
+    return cache_folder() / f"{OWN}-{key}.jsonl"
+
+
+def _load_own(asked: _Request) -> Corpus:
+    key = asked.spec.partition(":")[2]
+    path = own_file(key)
+    if not key:
+        raise PareError(
+            "self is text that the model writes, which only compress reads. Name a file of that name as ./self."
+        )
+    if not path.is_file():
+        raise PareError(
+            f"the text {asked.spec} is not in {path.parent} any more: name it self, to have it written again."
+        )
+    corpus = _load_local(_Request(str(path), asked.role), path, [])
+    return replace(corpus, name=OWN, split="written by the model")
 
 
 def _load_named(name: str, named: _Named, role: Role) -> Corpus:
@@ -139,7 +194,7 @@ def _load_named(name: str, named: _Named, role: Role) -> Corpus:
     return Corpus(
         name,
         split,
-        Rows(data, _column(data, named.column, name)),
+        Rows(data, _chosen(_kinds_of(data), named.column, _Request(name, role))),
         named.joiner[role],
         _revision(data) or named.revision,
         named.max_windows if role == "evaluation" else None,
@@ -147,10 +202,11 @@ def _load_named(name: str, named: _Named, role: Role) -> Corpus:
     )
 
 
-def _load_hub(spec: str, path: str, selectors: Sequence[str], role: Role) -> Corpus:
+def _load_hub(asked: _Request, path: str, selectors: Sequence[str]) -> Corpus:
     """A dataset on the hub, or a local folder laid out like one."""
     import datasets
 
+    spec, role = asked.spec, asked.role
     config, split, column = [*(part or None for part in selectors), None, None, None][:3]
     options = _fetch(lambda: folder_options(path, config), spec, role) if Path(path).is_dir() else {}
     if split is None:
@@ -163,22 +219,47 @@ def _load_hub(spec: str, path: str, selectors: Sequence[str], role: Role) -> Cor
             )
     data = _fetch(lambda: datasets.load_dataset(path, config, split=split, **options), spec, role)
     name = Path(path).name if Path(path).exists() else path
-    return Corpus(name, split, Rows(data, _column(data, column, spec)), revision=_revision(data))
+    kinds, revision = _kinds_of(data), _revision(data)
+    chosen = _chosen(kinds, column, asked)
+    if kinds[chosen] == "chat":
+        chat = asked.template
+        return Corpus(name, split, _talks(data, chosen, chat, asked), chat.joiner, revision, chat=True)
+    return Corpus(name, split, Rows(data, chosen), revision=revision)
 
 
-def _load_local(spec: str, path: Path, selectors: Sequence[str], role: Role) -> Corpus:
+def _talks(data: Any, column: str, chat: Chat, asked: _Request) -> Rows:
+    """The conversations of a dataset as text, which its own cache keeps."""
+    mark = hashlib.sha256(f"{data._fingerprint}-{column}-{chat.key}".encode()).hexdigest()
+
+    def text(row: dict[str, Any]) -> dict[str, str]:
+        return {"text": chat.text(row[column])}
+
+    def rendered() -> Any:
+        return data.map(text, remove_columns=data.column_names, new_fingerprint=mark)
+
+    return Rows(_fetch(rendered, asked.spec, asked.role), "text")
+
+
+def _load_local(asked: _Request, path: Path, selectors: Sequence[str]) -> Corpus:
+    spec = asked.spec
     if not path.exists():
         raise PareError(f"the text {spec} does not exist. Name {FORMS}.")
     if path.is_dir() and len(selectors) <= 3 and (selectors or _has_hub_layout(path)):
-        return _load_hub(spec, str(path), selectors, role)
+        return _load_hub(asked, str(path), selectors)
     if len(selectors) > (3 if path.is_dir() else 1):
         raise PareError(f"too many parts in {spec}. Name file:column, or folder[:config[:split[:column]]].")
     files = sorted(_text_files(path)) if path.is_dir() else [path]
     if not files or not all(_is_text(file) and file.is_file() for file in files):
         raise PareError(f"{path} is no text to read: wanted {FORMS}.")
     column = selectors[0] if selectors else None
-    parts = [_read(reader, list(group), column, spec) for reader, group in groupby(files, _reader)]
-    return Corpus(path.name, "all", parts[0] if len(parts) == 1 else list(chain.from_iterable(parts)))
+    read = [_read(reader, list(group), column, asked) for reader, group in groupby(files, _reader)]
+    parts, talks = [rows for rows, _ in read], {is_chat for _, is_chat in read}
+    if len(talks) > 1:
+        raise PareError(f"some files of {spec} hold text, and others conversations. Name them one by one.")
+    documents = parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
+    if talks == {True}:
+        return Corpus(path.name, "all", documents, asked.template.joiner, chat=True)
+    return Corpus(path.name, "all", documents)
 
 
 def _has_hub_layout(folder: Path) -> bool:
@@ -206,12 +287,22 @@ def _reader(path: Path) -> Form | None:
     return next((reader for suffix, reader in READERS.items() if path.name.endswith(suffix)), None)
 
 
-def _read(reader: Form | None, files: list[Path], column: str | None, spec: str) -> Sequence[str]:
+def _read(reader: Form | None, files: list[Path], column: str | None, asked: _Request) -> tuple[Sequence[str], bool]:
+    """The documents of files that one reader reads, and whether they are conversations."""
     if reader is None:
         if column is not None:
-            raise PareError(f"a .txt file has no columns, and {spec} names the column {column!r}. Name the file alone.")
-        return [_read_text(path) for path in files]
-    return read_column(reader, files, column, lambda columns: _chosen(columns, column, spec))
+            raise PareError(
+                f"a .txt file has no columns, and {asked.spec} names the column {column!r}. Name the file alone."
+            )
+        return [_read_text(path) for path in files], False
+
+    def choose(kinds: Mapping[str, Kind]) -> str:
+        chosen = _chosen(kinds, column, asked)
+        if kinds[chosen] == "chat":
+            _ = asked.template  # tell before all rows are read that there is none
+        return chosen
+
+    return read_column(reader, files, column, choose, asked.chat, asked.mark)
 
 
 def _read_text(path: Path) -> str:
@@ -225,26 +316,42 @@ def _read_text(path: Path) -> str:
         raise PareError(f"{path} cannot be read: {fault.strerror}.") from fault
 
 
-def _column(data: Any, column: str | None, spec: str) -> str:
-    kinds = {name: getattr(kind, "dtype", "") in ("string", "large_string") for name, kind in data.features.items()}
-    return _chosen(kinds, column, spec)
+def _kinds_of(data: Any) -> dict[str, Kind]:
+    """What each column of a dataset holds, by its type."""
+    import datasets
+
+    kinds: dict[str, Kind] = {}
+    for name, feature in data.features.items():
+        inner = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else None
+        talks = isinstance(inner, dict) and {"role", "content"} <= inner.keys()
+        strings = getattr(feature, "dtype", "") in ("string", "large_string")
+        kinds[name] = "chat" if talks else "text" if strings else "other"
+    return kinds
 
 
-def _chosen(columns: Mapping[str, bool], column: str | None, spec: str) -> str:
-    """The column to read, of those of strings. Raises PareError where none is named and more than one could be meant."""
-    strings = [name for name, of_strings in columns.items() if of_strings]
-    chosen = column or ("text" if "text" in strings else strings[0] if len(strings) == 1 else None)
-    if chosen is not None and chosen in strings:
-        return chosen
-    wanted = chosen or "text"
-    lack = f"no column of strings named {chosen!r}" if chosen else "no column 'text', and not just one of strings"
+def _chosen(columns: Mapping[str, Kind], column: str | None, asked: _Request) -> str:
+    """The column to read, of those that hold what is asked for.
+
+    Raises PareError where none is named and more than one could be meant.
+    """
+    talks = [name for name, kind in columns.items() if kind == "chat"]
+    strings = [name for name, kind in columns.items() if kind == "text" and not asked.only_chat]
+    alone = [names[0] for names in (talks, strings) if len(names) == 1]
+    usual = [name for name, held in (("text", strings), ("messages", talks)) if name in held]
+    chosen = column or next(iter([*usual, *alone]), None)
+    if chosen in (*talks, *strings):
+        return str(chosen)
+    what = "messages ([{role, content}, ...])" if asked.only_chat else "strings"
+    wanted = chosen or ("messages" if asked.only_chat else "text")
+    lack = f"no column of {what} named {chosen!r}" if chosen else f"no column {wanted!r}, and not just one of {what}"
     if wanted in columns:
-        lack = f"values in its column {wanted!r} that are no strings"
-    path = SELECTOR.split(spec)[0]
+        lack = f"values in its column {wanted!r} that are no {what}"
+    path = SELECTOR.split(asked.spec)[0]
     form = f"{path}:column" if _is_text(Path(path)) else f"{path}:config:split:column"
+    fitting = talks if asked.only_chat else strings
     raise PareError(
-        f"{spec} has {lack}. Columns: {', '.join(columns) or 'none'}; of strings: {', '.join(strings) or 'none'}."
-        f"{did_you_mean(chosen or '', strings)} Name one as {form}, or call it 'text' in a file of your own."
+        f"{asked.spec} has {lack}. Columns: {', '.join(columns) or 'none'}; of {what}: {', '.join(fitting) or 'none'}."
+        f"{did_you_mean(chosen or '', fitting)} Name one as {form}, or call it {wanted!r} in a file of your own."
     )
 
 

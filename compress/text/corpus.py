@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, cast, overload
+from typing import Any, Literal, cast, overload
 
 ROWS_PER_READ = 1000
-# Shorter documents, such as headings and blank rows, occur in both of two splits that share nothing.
-MIN_SHARED_CHARACTERS = 64
+Bos = Literal["auto", "none"]  # before every window, if the tokenizer adds one; or only where the papers have it
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +24,13 @@ class Corpus:
     revision: str | None = None
     max_windows: int | None = None  # the protocol reads no more windows than this
     pooled: bool = False  # windows are cut from the joined text even where single documents are long enough
+    chat: bool = False  # its documents are conversations
+    whole: str | None = None  # where it is a part of a text that is divided: the digest of all of it
+
+    @property
+    def title(self) -> str:
+        """The name for a message; of a part of a text, with which part it is."""
+        return f"{self.name} ({self.split})" if self.whole else self.name
 
     @property
     def text(self) -> str:
@@ -93,23 +99,13 @@ class Rows(Sequence[str]):
         value = self._data[key][self._column]
         return [row or "" for row in value] if isinstance(key, slice) else cast(str, value or "")
 
+    def part(self, start: int, stop: int) -> "Rows":
+        """The rows from `start` up to `stop`, still on disk."""
+        return Rows(self._data.select(range(start, stop)), self._column)
+
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), ROWS_PER_READ):
             yield from self[start : start + ROWS_PER_READ]
-
-
-def overlap(calibration: Corpus, evaluation: Corpus) -> str | None:
-    """A sentence for the report if a model is scored on text that calibrated it, the whole or some documents; else None."""
-    if calibration.sha256 == evaluation.sha256:
-        return f"{evaluation.name} both calibrates and scores: the figure after compression is flattered."
-    scored = {document for document in evaluation.documents if len(document.strip()) >= MIN_SHARED_CHARACTERS}
-    shared = len(scored.intersection(calibration.documents))
-    if not shared:
-        return None
-    return (
-        f"{shared} of the {len(scored)} documents of {evaluation.name} ({evaluation.split}) also calibrate: "
-        "the figure after compression is flattered."
-    )
 
 
 def _last_line_start(text: str, most: int) -> int:

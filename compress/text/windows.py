@@ -9,15 +9,14 @@ as every text does that the model was trained on. `bos="none"` is the papers' pr
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from paredown.compress.errors import PareError
-from paredown.compress.text.corpus import Corpus
+from paredown.compress.text.corpus import Bos, Corpus
 
-Bos = Literal["auto", "none"]  # before every window, if the tokenizer adds one; or only where the papers have it
 # A text is long enough to calibrate on if its windows repeat each token about so many times at most.
 MAX_REPEATS_PER_TOKEN = 8
 
@@ -52,6 +51,9 @@ class Windows:
     text_tokens: int | None = None  # of the whole text, where all of it was tokenised
     pieces: int | None = None  # into how many pieces a very long text was cut, after line breaks, to tokenise it
     domain: "Windows | None" = None  # beside a calibration text: the one on which gradients are taken
+    parts: "tuple[Windows, ...]" = ()  # the windows of each text, where several calibrate
+    whole: str | None = None  # where only a part of a text is taken: the digest of all of it
+    chat: bool = False  # conversations, as the model's chat template writes them
 
     @property
     def surveyed(self) -> Tensor:  # (windows, length)
@@ -76,6 +78,8 @@ class Windows:
             "split": self.split, "sha256": self.sha256, "revision": self.revision, "seed": self.seed,
             "sequences": len(self.ids), "length": self.length, "tokens": self.tokens, "text_tokens": self.text_tokens,
             "pieces": self.pieces, "sampling": self.sampling, "bos": self.bos, "capped_from": self.capped_from,
+            "whole_sha256": self.whole, "chat": self.chat or None,
+            "sources": [part.provenance() for part in self.parts] or None,
             "domain": None if self.domain is None else self.domain.provenance(),
         }  # fmt: skip
         return {"corpus": self.corpus, **{k: v for k, v in fields.items() if v is not None}}
@@ -102,6 +106,10 @@ class _Opening:
         special = torch.tensor(self.window, dtype=rows.dtype).expand(len(rows), -1)
         return torch.cat([special, rows], 1)
 
+    def at(self, ids: Tensor) -> int:
+        """How many tokens a window is moved that would begin with the special one which stands before it anyway."""
+        return int(len(self.window) == 1 and ids[0] == self.window[0])
+
     def told(self, of_text: str) -> str:
         """Which windows begin with a BOS, for the report; `of_text` names those that begin with the text's."""
         return "every window" if self.window else of_text if self.text else "none"
@@ -116,11 +124,13 @@ def calibration_windows(
     max_length: int,
     sizes: ReadSizes = READ_SIZES,
     bos: Bos = "auto",
+    alone: bool = True,
 ) -> Windows:
     """`sequences` random windows of `length` tokens, or of `max_length`, the most that the model takes, if that is less.
 
     They come from documents longer than a window where there are enough of them, else from the joined text. No more
-    documents are tokenised than are needed. Raises PareError if the text is too short.
+    documents are tokenised than are needed. Raises PareError if the text is too short; `alone` says that no other text
+    calibrates beside it, so that fewer windows can be asked for.
     """
     opening = _Opening.of(tokenizer, bos)
     window = _width(length, max_length, "calibration.length", len(opening.window))
@@ -142,8 +152,9 @@ def calibration_windows(
             parts = [part for part, _ in _encode_pieces(corpus, tokenizer, opening, corpus.characters, sizes)]
             ids = torch.cat(parts)  # (tokens,)
             text_tokens = len(ids)
-            _check_enough(corpus, text_tokens, sequences, width, len(opening.window))
+            _check_enough(corpus, text_tokens, sequences, width, len(opening.window), alone)
             offsets = [draw.randint(0, len(ids) - width - 1) for _ in range(sequences)]
+            offsets = [offset + opening.at(ids[offset : offset + 2]) for offset in offsets]
             rows = [ids[offset : offset + width] for offset in offsets]
     begun = offsets.count(0)  # windows that begin a text
     return Windows(
@@ -158,6 +169,8 @@ def calibration_windows(
         len(opening.window),
         length if window < length else None,
         text_tokens,
+        whole=corpus.whole,
+        chat=corpus.chat,
     )
 
 
@@ -197,7 +210,7 @@ def evaluation_windows(
         least = max(1 if special else 2, len(ids) // 2)
         shorter = f", or shorten the window: --set evaluate.length={least + special}" if len(ids) >= least else "."
         raise PareError(
-            f"the evaluation text {corpus.name} has {len(ids)} tokens, fewer than one window of {width}. "
+            f"the evaluation text {corpus.title} has {len(ids)} tokens, fewer than one window of {width}. "
             f"Name a longer text{shorter}"
         )
     count = min([len(ids) // width, *limits])
@@ -212,6 +225,8 @@ def evaluation_windows(
         capped_from=length if window < length else None,
         text_tokens=len(ids) if read == corpus.characters else None,
         pieces=len(parts) if len(parts) > 1 else None,
+        whole=corpus.whole,
+        chat=corpus.chat,
     )
 
 
@@ -220,6 +235,11 @@ def special_prefix(tokenizer: Any) -> tuple[int, ...]:
     plain, full = plain_ids(tokenizer, "a"), _ids(tokenizer, "a", special=True)
     starts = (start for start in range(len(full)) if full[start : start + len(plain)] == plain)
     return tuple(full[: next(starts, 0)])
+
+
+def opening_text(tokenizer: Any) -> str:
+    """The special tokens before a text as a chat template writes them."""
+    return "".join(tokenizer.convert_ids_to_tokens(list(special_prefix(tokenizer))))
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
@@ -310,7 +330,7 @@ def _from_stretches(
         if len(ids) < width:
             shorter = max(2, len(ids) + len(opening.window))
             raise PareError(
-                f"the calibration text {corpus.name} has {len(ids)} tokens in {excerpt} characters, too few for a window of "
+                f"the calibration text {corpus.title} has {len(ids)} tokens in {excerpt} characters, too few for a window of "
                 f"{width}. Name another text, or shorten the windows: --set calibration.length={shorter}"
             )
         rows.append(ids.clone())
@@ -318,19 +338,22 @@ def _from_stretches(
     return rows, offsets
 
 
-def _check_enough(corpus: Corpus, tokens: int, sequences: int, width: int, special: int) -> None:
+def _check_enough(corpus: Corpus, tokens: int, sequences: int, width: int, special: int, alone: bool) -> None:
     """Raise PareError, with settings that work, if `sequences` windows of `width` need more tokens than there are.
 
-    `special`: how many tokens a window holds beside its text.
+    `special`: how many tokens a window holds beside its text; `alone`: no other text calibrates beside it.
     """
     needed = max(width + 1, sequences * width // MAX_REPEATS_PER_TOKEN)
     if tokens >= needed:
         return
-    fewer = f"take fewer windows: --set calibration.sequences={tokens // width}" if tokens > width else None
+    most = tokens // width
+    fewer = (
+        f"take fewer windows: --set calibration.sequences={most}" if alone else f"lower its weight: {most} are enough"
+    )
     longest = min(max(2, tokens // 2), tokens - 1, MAX_REPEATS_PER_TOKEN * tokens // sequences)
     enough = longest >= (1 if special else 2)
     shorter = f"shorten the windows: --set calibration.length={longest + special}" if enough else None
-    ways = "".join(f", or {way}" for way in (fewer, shorter) if way)
+    ways = "".join(f", or {way}" for way in (fewer if tokens > width else None, shorter) if way)
     need = (
         f"a window needs {width + 1}"
         if tokens <= width
@@ -338,5 +361,5 @@ def _check_enough(corpus: Corpus, tokens: int, sequences: int, width: int, speci
         f"{MAX_REPEATS_PER_TOKEN} times"
     )
     raise PareError(
-        f"the calibration text {corpus.name} has {tokens} tokens, and {need}. Name a longer text{ways or '.'}"
+        f"the calibration text {corpus.title} has {tokens} tokens, and {need}. Name a longer text{ways or '.'}"
     )

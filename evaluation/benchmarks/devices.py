@@ -26,9 +26,10 @@ from paredown.compress.checkpoint.writer import CheckpointWriter
 from paredown.compress.job import resolve_job
 from paredown.compress.machine import pick_device
 from paredown.compress.recipe import Recipe
-from paredown.compress.run.open import open_source, read_texts
+from paredown.compress.run.open import open_source
 from paredown.compress.run.pipeline import Run
 from paredown.compress.run.record import write_record
+from paredown.compress.run.texts import read_texts
 from paredown.compress.text.windows import Windows
 from paredown.evaluation.benchmarks.footprint import make_model
 from paredown.evaluation.benchmarks.shapes import SHAPES

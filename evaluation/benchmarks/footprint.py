@@ -77,7 +77,9 @@ def main() -> None:
     command = [sys.executable, "-m", "paredown.commands.app"]
     what = [str(model), "-r", chosen.recipe, *changes, "--json", "--device", chosen.device]
     environment = {**os.environ, "OMP_NUM_THREADS": str(chosen.threads)}
-    planned = subprocess.run([*command, "plan", *what], check=True, capture_output=True, text=True, env=environment)
+    planned = subprocess.run(
+        [*command, "plan", "--no-probe", *what], check=True, capture_output=True, text=True, env=environment
+    )
     done = subprocess.run(
         [*command, "compress", *what, "-o", str(out)], check=True, stdout=subprocess.PIPE, text=True, env=environment
     )

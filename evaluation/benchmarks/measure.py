@@ -26,8 +26,8 @@ from paredown.compress.progress import BlockDone, ignore
 from paredown.compress.recipe import Recipe
 from paredown.compress.run.open import max_length
 from paredown.compress.text.corpora import Role, load_corpus
-from paredown.compress.text.corpus import Corpus
-from paredown.compress.text.windows import Bos, Windows, evaluation_windows
+from paredown.compress.text.corpus import Bos, Corpus
+from paredown.compress.text.windows import Windows, evaluation_windows
 from paredown.evaluation.benchmarks.rows import Row
 
 Losses = dict[str, list[float]]  # text -> mean loss of each window, in nats per token

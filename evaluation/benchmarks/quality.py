@@ -25,7 +25,7 @@ from rich.console import Console
 
 from paredown.compress.checkpoint.hub import resolve
 from paredown.compress.errors import PareError
-from paredown.compress.text.corpus import overlap
+from paredown.compress.text.held_out import overlap
 from paredown.evaluation.benchmarks import rows as naming
 from paredown.evaluation.benchmarks.measure import Entry, Setting, Store, code, corpus, dense_losses, entry_of, measure
 from paredown.evaluation.benchmarks.quality_table import Line, line_of, markdown, mean, rich_table
@@ -92,7 +92,7 @@ def run(chosen: argparse.Namespace) -> list[str]:
     )  # fmt: skip
     for text in texts.values():
         if remark := overlap(corpus(chosen.calibration, "calibration"), corpus(text, "evaluation")):
-            show_note(remark)
+            show_note(remark.told)
     failed = measure_all(rows, seeds, setting)
     setting.store.again = False  # what failed has its former figures, if any
     found = {row.label: [entry for seed in seeds if (entry := entry_of(row, seed, setting))] for row in rows}

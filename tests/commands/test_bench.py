@@ -1,34 +1,20 @@
 """`paredown bench` as a person types it."""
 
 import json
-import sys
 import xml.etree.ElementTree as ET
+from functools import partial
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import transformers as t
 
-from paredown.commands.app import main
-
 QUICK = ["--batch", "1,2", "--context", "16", "--decode", "4", "--repeats", "1", "--device", "cpu"]
 
 
 @pytest.fixture
-def bench(capsys, monkeypatch):
-    """Run it in this process; returns exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["paredown", "bench", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+def bench(paredown):
+    return partial(paredown, "bench")
 
 
 @pytest.fixture

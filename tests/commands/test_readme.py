@@ -5,10 +5,13 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+
+from paredown.compress.run import whole
 
 README = Path(__file__).parents[2] / "README.md"
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README.read_text(), re.S)
@@ -30,31 +33,35 @@ def workplace(tmp_path_factory, save_model, text_file):
     return folder
 
 
-def run(arguments, folder):
-    # a wide terminal, so that no table is folded
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=folder, env={**os.environ, "COLUMNS": "200"})
+def new_process(code, *arguments, cwd):
+    """What Python code prints in a process that has seen nothing; a wide terminal, so that no table is folded."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "COLUMNS": "200"})
     assert done.returncode == 0, f"{arguments}\n{done.stderr[-3000:]}"
     return done.stdout
 
 
-def test_every_command_and_every_python_block_runs_in_order(workplace):
+def test_every_command_and_every_python_block_runs_in_order(workplace, paredown, monkeypatch, verified_here):
+    monkeypatch.chdir(workplace)
     assert len(COMMANDS) >= 7
     for command in COMMANDS:
-        if not command.startswith(("paredown demo", "paredown tune")):
-            run([sys.executable, "-m", "paredown.commands.app", *shlex.split(command, comments=True)[1:]], workplace)
-    needs_a_gpu = next(command for command in COMMANDS if command.startswith("paredown tune"))
-    if not torch.cuda.is_available():
-        tuned = [sys.executable, "-m", "paredown.commands.app", *shlex.split(needs_a_gpu, comments=True)[1:]]
-        done = subprocess.run(tuned, capture_output=True, text=True, cwd=workplace)
-        assert done.returncode == 1 and "this machine has none" in done.stderr
-    for kind, text in BLOCKS:
-        if kind == "python":
-            run([sys.executable, "-c", text], workplace)
+        code, _, said = paredown(*shlex.split(command, comments=True)[1:]) if "demo" not in command else (0, "", "")
+        if command.startswith("paredown tune") and not torch.cuda.is_available():
+            assert code == 1 and "this machine has none" in said
+        else:
+            assert code == 0, f"{command}\n{said[-3000:]}"
+    # in a new process, which knows nothing of packed checkpoints before it imports us
+    each = "import sys\nfor block in sys.argv[1:]: exec(block, {'__name__': 'readme'})"
+    new_process(each, *(text for kind, text in BLOCKS if kind == "python"), cwd=workplace)
 
 
-def test_the_demo_prints_its_table(tmp_path):
+def test_the_demo_prints_its_table(tmp_path, paredown, monkeypatch, verified_here):
+    """Of a part of its text and of its questions."""
     assert any(command.startswith("paredown demo") for command in COMMANDS)
-    told = run([sys.executable, "-m", "paredown.commands.app", "demo", "-o", "out/demo"], tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(whole, "run_tasks", partial(whole.run_tasks, limit=20))
+    code, told, said = paredown("demo", "-o", "out/demo", "--eval-windows", "16")
+    assert code == 0, said
     assert "stdlib (evaluation)" in told and "stdlib_lines" in told
     assert (tmp_path / "out" / "demo" / "report.json").exists()
 

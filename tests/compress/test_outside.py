@@ -160,7 +160,8 @@ def test_what_is_defined_outside_the_package_runs_from_a_recipe(what, tiny_model
 
 def test_the_command_line_takes_plugins_too(tiny_model, tmp_path):
     path = plugin(tmp_path, "a pruner with an option of its own, no sparsity and no needs")
-    command = [sys.executable, "-m", "paredown.commands.app", "plan", str(tiny_model), "--json", "--plugin", str(path)]
+    command = [sys.executable, "-m", "paredown.commands.app", "plan", str(tiny_model), "--json", "--no-probe"]
+    command += ["--plugin", str(path)]
     (tmp_path / "recipe.yaml").write_text("method: outside_columns")
     done = subprocess.run([*command, "-r", str(tmp_path / "recipe.yaml")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ from paredown.compress.methods import Method
 from paredown.compress.recipe import Recipe, shipped_recipes
 
 
-@pytest.mark.parametrize("name", list(shipped_recipes()))
+@pytest.mark.parametrize("name", [name for name, recipe in shipped_recipes().items() if recipe.compresses])
 def test_every_shipped_recipe_loads_builds_and_cites(name):
     recipe = Recipe.load(name)
     assert recipe.name == name and re.search(r"arXiv|ICLR|baseline", recipe.citation) and recipe.description

@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from paredown.compress.errors import PareError
 from paredown.compress.text import stdlib_text
 from paredown.compress.text.windows import special_prefix
-from paredown.evaluation.lm_tasks import Score, TaskScores, check_tasks, compare_tasks, run_tasks, task_manager
+from paredown.evaluation.lm_tasks import check_tasks, run_tasks
 from paredown.evaluation.reference import model_path
 from paredown.evaluation.tables import task_rows
+from paredown.evaluation.task_index import task_manager
+from paredown.evaluation.task_scores import Score, TaskScores, compare_tasks
 from paredown.evaluation.tasks import stdlib_lines
 
 EOS = 256
@@ -77,7 +79,6 @@ def folder(tmp_path):
         "own_choice": "task: own_choice\n" + choice,
         "own_twin": "task: own_twin\n" + choice,
         "own_pages": "task: own_pages\n" + rolling,
-        "own_code": "task: own_code\n" + choice.replace("doc_to_text: q", "doc_to_text: !function mark.text"),
         "own_far": "task: own_far\n" + choice.replace("dataset_path: json", "dataset_path: nobody/nothing-at-all"),
         "own_group": "group: own_group\ntask: [own_choice, own_twin]\naggregate_metric_list:\n  - metric: acc\n",
         "own_bag": "group: own_bag\ntask: [own_choice, own_pages]\n",
@@ -85,6 +86,17 @@ def folder(tmp_path):
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     return tmp_path
+
+
+@pytest.fixture
+def coded(folder):
+    """The same folder with a task whose text comes from Python."""
+    text = (folder / "own_choice.yaml").read_text()
+    text = text.replace("doc_to_text: q", "doc_to_text: !function mark.text").replace(
+        "task: own_choice", "task: own_code"
+    )
+    (folder / "own_code.yaml").write_text(text)
+    return folder
 
 
 # The bundled task
@@ -348,20 +360,53 @@ def test_a_users_group_is_known_without_indexing_those_of_lm_eval_unless_it_name
     assert "hellaswag" in task_manager(["own_mixed"], folder).all_tasks
 
 
-def test_unknown_names_are_all_listed_with_a_suggestion_and_a_path_is_no_name(folder):
+def test_unknown_names_are_all_listed_with_a_suggestion_and_a_path_is_no_name(coded):
     with pytest.raises(PareError) as fault:
-        check_tasks(["stdlib_line", "helaswag", str(folder / "own_code.yaml")])
+        check_tasks(["stdlib_line", "helaswag", str(coded / "own_code.yaml")])
     assert "Did you mean 'stdlib_lines'?" in str(fault.value)
     assert "Did you mean 'hellaswag'?" in str(fault.value)
     assert "own_code.yaml" in str(fault.value)
-    assert not (folder / "MARK").exists()
+    assert not (coded / "MARK").exists()
 
 
-def test_code_of_a_users_folder_runs_only_when_the_task_itself_is_wanted(tokenizer, folder):
-    check_tasks(["own_code"], include=folder)
-    assert not (folder / "MARK").exists()
-    run_tasks(tiny(), tokenizer, ["own_code"], include=folder, limit=1)
-    assert (folder / "MARK").exists()
+def test_code_of_a_users_folder_is_refused_unless_it_is_allowed(tokenizer, coded):
+    for refused in (
+        lambda: check_tasks(["own_choice"], include=coded),
+        lambda: run_tasks(tiny(), tokenizer, ["own_code"], include=coded, limit=1),
+    ):
+        with pytest.raises(PareError, match=r"own_code.yaml names code.*!function mark.text.*--allow-task-code"):
+            refused()
+    check_tasks(["own_code"], include=coded, allow_code=True)
+    assert not (coded / "MARK").exists()
+    run_tasks(tiny(), tokenizer, ["own_code"], include=coded, allow_code=True, limit=1)
+    assert (coded / "MARK").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "task: t\ndoc_to_text: !<!function> mark.text\n",
+        "%TAG ! !\n---\ntask: t\ndoc_to_text: !function mark.text\n",
+        "group: g\ntask: [{task: t, doc_to_text: !function mark.text}]\n",
+        "include: ../outside\ntask: t\n",
+        "group: g\ntask: [{include: [../outside], task: t}]\n",
+        "task: t\nmetric_list: [{metric: somebody/script, hf_evaluate: true}]\n",
+    ],
+)
+def test_code_is_found_however_it_is_written(tmp_path, text):
+    (tmp_path / "outside").write_text("doc_to_text: !function mark.text\n")
+    (tmp_path / "tasks" / "deep").mkdir(parents=True)
+    (tmp_path / "tasks" / "deep" / "t.yaml").write_text(text.replace("../outside", "../../outside"))
+    with pytest.raises(PareError, match="names code"):
+        check_tasks(["stdlib_lines"], include=tmp_path / "tasks")
+
+
+def test_a_template_of_a_users_task_reaches_no_python(tokenizer, folder):
+    text = (folder / "own_choice.yaml").read_text()
+    evil = 'doc_to_text: "{{ q.__class__.__mro__[1].__subclasses__()|length }}"'
+    (folder / "own_choice.yaml").write_text(text.replace("doc_to_text: q", evil))
+    with pytest.raises(Exception, match="unsafe"):
+        run_tasks(tiny(), tokenizer, ["own_choice"], include=folder, limit=1)
 
 
 def test_data_that_cannot_be_had_is_a_fault_and_can_be_found_before_the_weights(tokenizer, folder):

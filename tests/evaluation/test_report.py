@@ -1,106 +1,18 @@
-"""The report: what it must hold, what the screen and the model card say."""
+"""The report: what it must hold, and what the screen says."""
 
-import copy
 import io
 import json
 import subprocess
 import sys
 
 import pytest
-import torch
-import yaml
-from huggingface_hub import ModelCard
 from rich.console import Console
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from paredown.compress.errors import PareError
-from paredown.evaluation.report import SCHEMA, check_report, loading_code, model_card, render, render_eval
+from paredown.evaluation.card import model_card
+from paredown.evaluation.report import SCHEMA, check_report, render, render_eval
 from paredown.evaluation.schema import report_json_schema
 from paredown.evaluation.tables import base_name, bytes_text, layer_kind, plus_minus, seconds_text
-
-
-@pytest.fixture
-def report():
-    layers = [
-        {
-            "name": f"model.layers.{block}.{kind}",
-            "method": "wanda",
-            "kept": 0.5,
-            "relative_error": 0.01 * (block + 1),
-            "damping": None,
-            "seconds": 0.5,
-        }
-        for block in range(40)
-        for kind in ("self_attn.q_proj", "mlp.down_proj", "mlp.experts.3.down_proj")
-    ]
-    return {
-        "schema": SCHEMA,
-        "model": {
-            "id": "meta-llama/Llama-3.2-1B",
-            "revision": "abc123",
-            "family": "llama",
-            "parameters": 1_200_000_000,
-        },
-        "recipe": {
-            "name": "wanda-2-4",
-            "method": "wanda",
-            "options": {"sparsity": "2:4"},
-            "citation": "Sun et al. 2023",
-        },
-        "calibration": {
-            "source": "stdlib",
-            "split": "calibration",
-            "sequences": 128,
-            "length": 2048,
-            "seed": 7,
-            "sha256": "cafe" * 16,
-        },
-        "evaluation": [
-            {
-                "corpus": "wikitext2",
-                "split": "test",
-                "sha256": "beef" * 16,
-                "length": 2048,
-                "tokens": 341_469,
-                "before": {"token_perplexity": 9.761, "stderr": 0.052},
-                "after": {"token_perplexity": 14.52, "stderr": 0.081},
-                "paired_delta": {"log_ratio": 0.3971, "stderr": 0.0021, "low": 0.3931, "high": 0.4012},
-                "note": "first windows only",
-            }
-        ],
-        "tasks": {
-            "boolq": {
-                "acc": {
-                    "before": 0.64,
-                    "after": 0.61,
-                    "stderr_before": 0.0084,
-                    "stderr_after": 0.0085,
-                    "paired_stderr": 0.0031,
-                    "correct_to_wrong": 210,
-                    "wrong_to_correct": 111,
-                }
-            },
-            "wikitext": {
-                "word_perplexity": {
-                    "before": 11.5,
-                    "after": 17.25,
-                    "stderr_before": None,
-                    "stderr_after": None,
-                    "paired_stderr": None,
-                }
-            },
-        },
-        "parameters": {"total": 1_200_000_000, "targeted": 900_000_000, "kept": 450_000_000},
-        "bytes": {"before": 2_400_000_000, "after": 1_612_500_000},
-        "layers": layers,
-        "seconds": {"calibration": 2.5, "compress": 61.0, "evaluation": 3700.0, "write": 5.0, "total": 3768.5},
-        "peak_memory_bytes": {"host": 3_100_000_000, "device": None},
-        "fallbacks": [f"model.layers.{i}.mlp.experts.3.down_proj: no token" for i in range(15)],
-        "versions": {"torch": "2.11.0"},
-        "command": "paredown compress meta-llama/Llama-3.2-1B --recipe=/home/me/wanda-2-4.yaml -o /data/out/small",
-        "format": "packed",
-        "warnings": ["the [bold]window[/bold] was capped at 512"],
-    }
 
 
 def screen(renderable, width=200):
@@ -261,11 +173,18 @@ def test_the_screen_shows_both_figures_with_errors_protocol_and_seed(report):
 
 
 def test_hundreds_of_layers_become_a_row_for_each_kind(report):
-    shown = screen(render(report))
-    assert shown.count("wanda ") < 10
-    assert "experts.down_proj" in shown and "mlp.down_proj" in shown
+    shown = screen(render(report), width=80)
+    assert "Layers, by wanda" in shown and "worst: 0.4 model.layers.39.self_attn.q_proj\n" in shown
+    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if "50.0%" in line}
+    assert rows["self_attn.q_proj"] == ["40", "50.0%", "0.205", "0.4", "20.0"]
+    assert rows["mlp.down_proj"] == rows["experts.down_proj"] == rows["self_attn.q_proj"]
+
+
+def test_methods_have_a_column_where_there_are_several(report):
+    report["layers"][0]["method"] = "sparsegpt"
+    shown = screen(render(report), width=80)
     row = next(line for line in shown.splitlines() if line.strip().startswith("self_attn.q_proj"))
-    assert "40" in row and "50.0%" in row and "0.205" in row and "0.4 model.layers.39.self_attn.q_proj" in row
+    assert "Layers, by" not in shown and "sparsegpt, wanda" in row
 
 
 def factored(report):
@@ -293,17 +212,14 @@ def factored(report):
     return {**report, "layers": layers}
 
 
-def test_losses_stand_predicted_beside_measured_by_kind_on_the_screen_and_by_layer_in_the_card(report):
-    told = screen(render(factored(report)), width=100)
+def test_losses_stand_predicted_beside_measured_by_kind(report):
+    told = screen(render(factored(report)), width=80)
     rows = {line.split()[0]: line.split()[1:] for line in told.splitlines() if " pifa " in line}
     assert rows == {
         "self_attn.q_proj": ["pifa", "16-17", "0.02", "0.035", "1.75"],
         "mlp.down_proj": ["pifa", "40", "0.02", "0.035", "1.50"],
     }
-    card = model_card(factored(report))
-    assert "| model.layers.1.self_attn.q_proj | pifa | 17 | 0.02 | 0.04 | 2.00 |" in card
-    assert "| model.layers.1.mlp.down_proj | pifa | 40 |  | 0.04 |  |" in card
-    assert "Ranks and losses" not in screen(render(report)) + model_card(report)
+    assert "Ranks and losses" not in screen(render(report))
 
 
 def test_long_lists_say_how_much_is_left_out(report):
@@ -346,68 +262,6 @@ def test_eval_against_a_dense_model_names_both(report):
     result = {key: report[key] for key in ("evaluation", "tasks")}
     shown = screen(render_eval({"model": {"id": "/data/out/small"}, "against": "meta-llama/Llama-3.2-1B", **result}))
     assert "meta-llama/Llama-3.2-1B (dense)" in shown and "+0.3971 ± 0.0021" in shown and "/data" not in shown
-
-
-# The card
-
-
-def test_the_front_matter_is_yaml_with_base_model_library_and_tags(report):
-    front = yaml.safe_load(model_card(report).split("---\n")[1])
-    assert front == ModelCard(model_card(report)).data.to_dict()  # as the Hub's own library reads it
-    assert front["base_model"] == "meta-llama/Llama-3.2-1B"
-    assert front["library_name"] == "transformers"
-    assert {"paredown", "wanda", "wanda-2-4"} <= set(front["tags"])
-
-
-def test_the_card_holds_the_command_the_table_the_protocol_and_the_limits(report):
-    card = model_card(report)
-    assert "paredown compress meta-llama/Llama-3.2-1B --recipe=wanda-2-4.yaml -o small" in card
-    assert "| wikitext2 (test) | 9.761 ± 0.052 | 14.520 ± 0.081 |" in card
-    for words in ("341,469 tokens", "Zeros are not bytes, and bytes are not speed until measured", "Sun et al. 2023"):
-        assert words in card
-    assert "sparsity 2:4" in card and "abc123" in card
-    assert "- Fallbacks: 15\n" in card and "  - the [bold]window[/bold] was capped at 512\n" in card
-
-
-def test_the_card_tells_nothing_of_the_machine_it_was_made_on(report, tmp_path):
-    report["model"]["id"] = str(tmp_path / "my-model")
-    report["calibration"]["source"] = report["evaluation"][0]["corpus"] = str(tmp_path / "notes.txt")
-    report["command"] = f"paredown compress {tmp_path}/my-model --source={tmp_path}/notes.txt"
-    card = model_card(report)
-    assert str(tmp_path) not in card
-    assert "my-model" in card and "notes.txt" in card
-    assert "base_model" not in yaml.safe_load(card.split("---\n")[1])
-
-
-def test_a_dense_card_needs_no_import_and_owns_up_to_its_size(report):
-    assert "import paredown.compress" in model_card(report)
-    dense = copy.deepcopy(report) | {"format": "dense"}
-    dense["bytes"]["after"] = dense["bytes"]["before"]
-    assert "paredown.compress" not in model_card(dense)
-    assert "as large as the original" in model_card(dense)
-    assert "as large as the original" not in model_card(report)
-
-
-def test_every_row_of_a_card_table_has_as_many_cells_as_its_header(report):
-    report["tasks"]["a|b"] = report["tasks"]["boolq"]
-    tables = [block for block in model_card(report).split("\n\n") if block.startswith("|")]
-    assert len(tables) == 3
-    for table in tables:
-        widths = {line.replace("\\|", "").count("|") for line in table.splitlines()}
-        assert len(widths) == 1
-
-
-def test_the_loading_code_of_a_dense_card_loads_the_model_without_paredown(report, tmp_path):
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
-    model.save_pretrained(tmp_path)
-    code = loading_code({**report, "format": "dense"}, str(tmp_path))
-    assert code in model_card({**report, "format": "dense"}).replace("path/to/this/folder", str(tmp_path))
-    code += "\nimport sys; print(sum(p.double().sum().item() for p in model.parameters()), 'paredown' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert float(told[0]) == pytest.approx(sum(p.double().sum().item() for p in model.parameters()), rel=1e-9)
-    assert told[1] == "False"
 
 
 # Words for numbers

@@ -17,7 +17,9 @@ from paredown.compress.recipe import Recipe, shipped_recipes
 from paredown.compress.registry import option_fields
 from paredown.compress.survey.gradients import moments
 
-FILES = {f.name.removesuffix(".yaml"): f for f in files("paredown.recipes").iterdir() if f.name.endswith(".yaml")}
+ALL = {f.name.removesuffix(".yaml"): f for f in files("paredown.recipes").iterdir() if f.name.endswith(".yaml")}
+RECOVERIES = [name for name in ALL if name.startswith("recover-")]  # of checkpoints that are compressed already
+FILES = {name: f for name, f in ALL.items() if name not in RECOVERIES}
 PAPERS = {
     "magnitude": ["1506.02626"], "wanda": ["2306.11695"], "sparsegpt": ["2301.00774"], "masked": ["2306.11695"],
     "svd": ["2207.00112"], "fwsvd": ["2207.00112"], "asvd": ["2312.05821"], "awsvd": ["2404.09695"],
@@ -100,12 +102,21 @@ def numbers(edit, rank):
 
 
 def test_the_shipped_recipes_are_the_files_of_the_folder():
-    assert list(shipped_recipes()) == sorted(FILES) and len(FILES) >= 22
+    assert list(shipped_recipes()) == sorted(ALL) and len(FILES) >= 22
 
 
 def test_every_method_has_a_recipe():
     ours = {name for name, cls in METHODS.classes().items() if cls.__module__.startswith("paredown.")}
-    assert {recipe.method for recipe in shipped_recipes().values()} == set(PAPERS) == ours
+    assert {shipped_recipes()[name].method for name in FILES} == set(PAPERS) == ours
+
+
+@pytest.mark.parametrize("name", RECOVERIES)
+def test_a_recovery_says_its_name_whose_work_it_is_and_every_setting_that_a_reader_may_change(name):
+    raw, recipe = yaml.safe_load(ALL[name].read_text()), Recipe.load(name)
+    assert list(raw) == ["name", "description", "citation", "recover", "calibration", "evaluate"]
+    assert recipe.name == name and "arXiv" in recipe.citation and "paredown recover" in recipe.description
+    assert Recipe.parse(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
+    assert recipe.recover[0].distill.tokens == 400_000 and recipe.calibration.source == "stdlib"
 
 
 @every

@@ -317,6 +317,7 @@ def _decode_row(name: str, row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def recovery(log: str) -> Figures:
-    """Of `paredown recover`: its last line that holds a figure."""
-    lines = [line.strip() for line in log.splitlines() if re.search(r"\d", line) and not line.startswith(("$", "#"))]
-    return Figures(lines[-1][:120] if lines else "", lines[-20:])
+    """Of `paredown recover`: what it did, and each text's perplexity as dense, compressed and recovered."""
+    found = re.findall(r"^(?:Recovery: .*|\S+: perplexity .* recovered;.*)$", log, re.M)
+    texts = [line.split("; ", 1)[0] for line in found if not line.startswith("Recovery")]
+    return Figures("; ".join(texts)[:120], found)

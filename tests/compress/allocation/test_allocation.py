@@ -8,10 +8,11 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from paredown.compress.allocation.base import AllocationSpec, Budget, Layer
+from paredown.compress.allocation.base import Budget, Layer
 from paredown.compress.allocation.by_share import PerType
 from paredown.compress.allocation.global_loss import Global, hull, points
 from paredown.compress.allocation.sensitivity import Sensitivity
+from paredown.compress.allocation.spec import AllocationSpec
 from paredown.compress.allocation.theoretical_loss import TheoreticalLoss
 from paredown.compress.errors import PareError
 from paredown.compress.methods import Choice, build

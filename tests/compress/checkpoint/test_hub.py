@@ -67,10 +67,11 @@ def test_weights_and_their_companions_are_fetched_once_and_nothing_else():
     wanted = [
         "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model", "LICENSE",
         "License.txt", "USE_POLICY.md", "additional_chat_templates/rag.jinja", "qwen.tiktoken", "chat_template.jinja",
+        "README.md",
     ]  # fmt: skip
     others = [
         "original/model.safetensors", "original/params.json", "original/tokenizer.model", "consolidated.safetensors",
-        "consolidated-00001-of-00002.safetensors", "onnx/config.json", "model.gguf", "pytorch_model.bin", "x.py", "README.md",
+        "consolidated-00001-of-00002.safetensors", "onnx/config.json", "model.gguf", "pytorch_model.bin", "x.py", "onnx/README.md",
     ]  # fmt: skip
     found = filter_repo_objects([*wanted, *others], allow_patterns=list(FETCHED), ignore_patterns=list(NOT_FETCHED))
     assert list(found) == wanted

@@ -12,9 +12,9 @@ from paredown.compress.methods import build
 from paredown.compress.model.stream import start
 from paredown.compress.numerics.moments import GRADIENT_NEEDS, INPUT_NEEDS, InputStats, Need, Stats
 from paredown.compress.recipe import Recipe
-from paredown.compress.run.open import read_texts
 from paredown.compress.run.pipeline import Run
 from paredown.compress.run.record import write_record
+from paredown.compress.run.texts import read_texts
 from paredown.compress.survey.gradients import backward, moments
 from paredown.compress.text.windows import Windows
 
@@ -85,7 +85,7 @@ def test_a_domain_is_read_recorded_and_warned_of_where_it_scores_too(tiny_model,
     recipe = Recipe.parse(
         {
             "method": "d_pruner",
-            "calibration": {"source": str(general), "domain": str(text_file), **small},
+            "calibration": {"source": str(general), "domain": str(text_file), "allow_scored": True, **small},
             "evaluate": {"perplexity": [str(general), str(text_file)], "length": 16, "windows": 2},
         }
     )

@@ -93,7 +93,7 @@ def tuned(tmp_path_factory, windows):
         dense = stream.copy()
         for block in job.blocks:
             with job.source.loaded(block), editor.editing(block) as edited:
-                gradients, twin = made.gradients(block, stream.device), shared_copy(block)
+                gradients, twin, inputs = made.gradients(block, stream.device), shared_copy(block), list(dense.hidden)
                 views = [view for view in block.views() if view.name in editor.targets]
                 if job.paired:
                     observed = observe_both(
@@ -104,8 +104,8 @@ def tuned(tmp_path_factory, windows):
                 for group, stats in observed:
                     for _ in editor.edit_group(edited, group, stats, gradients):
                         pass
-                inputs = list(dense.hidden)
-                dense.advance(twin)
+                if not job.paired:
+                    dense.advance(twin)
                 targets = dense.hidden
                 hidden = [torch.cat(part) for part in (stream.hidden, inputs, targets)]
                 weights, before = parameters(block), slow_error(block, stream, targets)
@@ -381,3 +381,23 @@ def test_the_record_tells_how_each_tensor_is_stored(model_of, tmp_path, prune):
     recipe = {"method": "sparse_low_rank", "options": {"sparsity": 0.5, "rank": 2}}
     _, writer = prune(model_of(), tmp_path / "out", **recipe, reconstruct={"steps": 2})
     assert writer.tensors["model.layers.0.mlp.up_proj.values"]["kind"] == "bitmap_lowrank"
+
+
+def test_held_out_windows_end_a_training_that_only_fits_the_others(model_of, tuned):
+    raw = {"steps": 60, "batch": 1, "lr": 0.03}
+    long = tuned(model_of(), **MASK, batch_tokens=24, reconstruct=raw)
+    held = tuned(model_of(), **MASK, batch_tokens=24, reconstruct={**raw, "lr": 0.5, "heldout": 3})
+    assert all(call.result.steps == 60 for call in long)
+    assert any(call.result.steps < 60 and call.result.steps % 6 == 0 for call in held)
+    assert all(call.after <= call.before for call in held)
+
+
+def test_what_had_the_lowest_held_out_error_is_kept(model_of, tuned):
+    spec = {"steps": 40, "batch": 2, "lr": 0.01, "heldout": 2}
+    calls = tuned(model_of(), **MASK, batch_tokens=24, reconstruct=spec)
+    assert calls[0].after < calls[0].before
+    for call in calls:
+        assert call.result.after == pytest.approx(call.after, rel=1e-4) and call.after <= call.before
+        for name, edit in call.edits.items():
+            weight = call.weights[f"{name.removeprefix(call.prefix)}.weight"]
+            assert not weight[~edit.keep].any()

@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 from paredown.commands.app import app
 from paredown.compress.errors import PareError
 from paredown.compress.run.evaluate import evaluate
-from paredown.compress.run.open import open_source, read_texts, resolve_recipe
+from paredown.compress.run.open import open_source, resolve_recipe
+from paredown.compress.run.texts import read_texts
 
 SMALL = ["calibration.sequences=3", "calibration.length=16", "evaluate.length=16", "evaluate.windows=4"]
 

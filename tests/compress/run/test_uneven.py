@@ -12,7 +12,7 @@ import yaml
 
 from paredown.compress import PareError, bench, compress, evaluate, export, load, plan, verify
 from paredown.compress.checkpoint.source import ModelSource
-from paredown.evaluation.report import model_card
+from paredown.evaluation.card import model_card
 from paredown.evaluation.schema import check_report
 from paredown.evaluation.speed import Settings
 

@@ -20,8 +20,10 @@ from paredown.compress.model.stream import start
 from paredown.compress.numerics.moments import PAIRED_NEEDS, Need
 from paredown.compress.recipe import Recipe
 from paredown.compress.run.pipeline import Run
-from paredown.compress.survey.collect import groups, observe, observe_both, observe_paired, shared_copy
-from paredown.compress.survey.residual import ResidualLayers, observe_residual, silenced
+from paredown.compress.survey import sides
+from paredown.compress.survey.collect import groups, observe, observe_both, shared_copy
+from paredown.compress.survey.residual import ResidualLayers, silenced
+from paredown.compress.survey.sides import KeptSide, Side, observe_paired, observe_residual
 
 C = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -108,6 +110,11 @@ def test_each_expert_is_a_group_of_its_own(tmp_path, save_model, windows):
     assert found[2:] == [[f"mlp.experts.{part}.{e}"] for e in range(4) for part in ("gate_up_proj", "down_proj")]
 
 
+def both(walk, dense, block, twin, layers=ResidualLayers([])):  # noqa: B008 - it is frozen
+    """The two sides of a block."""
+    return Side(walk, block, layers), Side(dense, twin, layers.of_twin(twin))
+
+
 def altered(model, seed=0):
     """A copy of a model in which every Linear of the blocks is a little different."""
     other, draw = copy.deepcopy(model), torch.Generator().manual_seed(seed)
@@ -139,7 +146,7 @@ def test_paired_moments_are_those_of_hooks_on_two_whole_models(dtype, batch_toke
     _, block, walk = opened(tmp_path / "other", windows.ids, 1, batch_tokens)
     rtol, atol = (1e-4, 1e-6) if dtype == torch.float32 else (1e-2, 1e-3)
     for group in groups(walk, block, block.views()):
-        stats = observe_paired(walk, dense, block, twin, group, PAIRED_NEEDS).inputs
+        stats = observe_paired(*both(walk, dense, block, twin), group[0], PAIRED_NEEDS).inputs
         assert stats.count == windows.tokens
         for view in group:
             x, y = inputs_of(model, view.name, windows.ids), inputs_of(other, view.name, windows.ids)
@@ -160,7 +167,7 @@ def test_paired_moments_of_two_equal_streams_are_those_of_one(tmp_path, save_mod
     _, block, walk = opened(tmp_path / "m", windows.ids)
     alone = observe(walk, block, block.views(), frozenset({"gram", "mean"}))
     for group in groups(walk, block, block.views()):
-        stats = observe_paired(walk, walk.copy(), block, shared_copy(block), group, PAIRED_NEEDS).inputs
+        stats = observe_paired(*both(walk, walk.copy(), block, shared_copy(block)), group[0], PAIRED_NEEDS).inputs
         assert torch.equal(stats.gram, alone[group[0].name].inputs.gram) and torch.equal(stats.dense_mean, stats.mean)
         torch.testing.assert_close(stats.cross, stats.gram, rtol=1e-6, atol=1e-9)
 
@@ -170,7 +177,8 @@ def test_a_block_runs_only_as_far_as_the_input_that_is_wanted(tmp_path, save_mod
     _, block, walk = opened(tmp_path / "m", windows.ids)
     block.module.mlp.register_forward_pre_hook(lambda m, args: pytest.fail("the MLP was run"))
     group = [v for v in block.views() if v.name.endswith("o_proj")]
-    assert observe_paired(walk, walk, block, shared_copy(block), group, PAIRED_NEEDS).inputs.count == windows.tokens
+    sides_of = both(walk, walk, block, shared_copy(block))
+    assert observe_paired(*sides_of, group[0], PAIRED_NEEDS).inputs.count == windows.tokens
 
 
 def test_a_layer_that_no_token_reaches_has_no_paired_moments(tmp_path, save_model, windows):
@@ -179,7 +187,7 @@ def test_a_layer_that_no_token_reaches_has_no_paired_moments(tmp_path, save_mode
     twin, attention = shared_copy(block), block.module.self_attn
     attention.k_proj.forward = partial(by_hand, attention.k_proj)
     group = [v for v in block.views() if v.name.endswith("k_proj")]
-    assert observe_paired(walk, walk, block, twin, group, PAIRED_NEEDS) is None
+    assert observe_paired(*both(walk, walk, block, twin), group[0], PAIRED_NEEDS) is None
 
 
 def test_inputs_that_are_not_finite_name_the_layer(tmp_path, save_model, windows):
@@ -190,7 +198,7 @@ def test_inputs_that_are_not_finite_name_the_layer(tmp_path, save_model, windows
     )
     group = [v for v in block.views() if v.name.endswith("down_proj")]
     with pytest.raises(PareError, match=r"layers.0.mlp.down_proj: its inputs hold NaN"):
-        observe_paired(walk, walk, block, shared_copy(block), group, PAIRED_NEEDS)
+        observe_paired(*both(walk, walk, block, shared_copy(block)), group[0], PAIRED_NEEDS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -382,7 +390,7 @@ def test_what_a_residual_stream_lost_is_that_of_hooks_on_two_whole_models(
     before = [streams_of(m, family, windows.ids) for m in (model, other)]
     assert len(writers.views) == 2
     for view, theirs, mine in zip(writers.views, *before, strict=True):
-        stats = observe_residual(walk, dense, block, twin, view, writers.after(view), PAIRED_NEEDS)
+        stats = observe_residual(*both(walk, dense, block, twin, writers), view, PAIRED_NEEDS)
         x, y = inputs_of(model, view.name, windows.ids), inputs_of(other, view.name, windows.ids)
         lost = theirs - mine
         assert lost.norm() > 0.05 * theirs.norm() and stats.inputs.count == len(y)
@@ -403,13 +411,68 @@ def test_between_equal_blocks_nothing_is_lost(family, tmp_path, save_model, wind
     twin, before = shared_copy(block), torch.cat(list(walk.outputs(block)))
     writers = ResidualLayers.of(walk, block, groups(walk, block, block.views()))
     for view in writers.views:
-        stats = observe_residual(walk, walk.copy(), block, twin, view, writers.after(view), PAIRED_NEEDS)
+        stats = observe_residual(*both(walk, walk.copy(), block, twin, writers), view, PAIRED_NEEDS)
         assert not stats.residual.missing.any() and not stats.residual.missing_mean.any()
-        paired = observe_paired(walk, walk.copy(), block, twin, [view], PAIRED_NEEDS)
+        paired = observe_paired(*both(walk, walk.copy(), block, twin), view, PAIRED_NEEDS)
         for name in PAIRED_NEEDS - {"cross"}:  # of which `missing` is all that a wide weight needs
             assert torch.equal(getattr(stats.inputs, name), getattr(paired.inputs, name)), name
     for one in (block, twin):
         assert torch.equal(torch.cat(list(walk.outputs(one))), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox, side by side", "opt"])
+def test_what_is_kept_of_a_block_and_a_pass_for_each_layer_are_the_same(family, dtype, tmp_path, save_model, windows):
+    _, block, walk = opened_strong(tmp_path / "m", WRITERS[family][0], save_model, windows.ids, 1, dtype, 48)
+    in_order = groups(walk, block, block.views())
+    writers = ResidualLayers.of(walk, block, in_order)
+    assert writers.alone
+    kept = KeptSide(walk.copy(), block, writers, [group[0].name for group in in_order])
+    part, whole = Side(walk, block, writers), Side(walk, block, replace(writers, alone=False))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    for i in range(len(walk.hidden)):
+        for group in in_order:
+            assert torch.equal(kept.input(group[0].name, i), part.input(group[0].name, i))
+        for view in writers.views:
+            found, again, other = (side.input_and_rest(view.name, i) for side in (kept, part, whole))
+            assert all(map(torch.equal, found, again)) and torch.equal(found[0], other[0])
+            torch.testing.assert_close(found[1], other[1], **tolerance)
+    wanted = torch.cat(list(walk.outputs(block)))
+    for side in (kept, Side(walk.copy(), block, writers)):
+        side.advance()
+        assert torch.equal(torch.cat(side.stream.hidden), wanted)
+
+
+def test_up_to_a_writer_a_block_runs_no_further(tmp_path, save_model, windows):
+    _, block, walk = opened_strong(tmp_path / "m", FAMILIES["llama"][0], save_model, windows.ids)
+    writers = ResidualLayers.of(walk, block, groups(walk, block, block.views()))
+    block.module.mlp.register_forward_pre_hook(lambda m, args: pytest.fail("the MLP was run"))
+    x, rest = Side(walk, block, writers).input_and_rest(writers.views[0].name, 0)
+    assert x is not None and torch.equal(rest, walk.hidden[0].float())
+
+
+def test_a_block_that_adds_more_than_its_known_writers_do_is_run_whole(tmp_path, save_model, windows):
+    """Of a layer that is no target nothing is known, and its output is in the stream."""
+    _, block, walk = opened_strong(tmp_path / "m", FAMILIES["llama"][0], save_model, windows.ids)
+    last = [v for v in block.views() if v.name.endswith("down_proj")]
+    writers = ResidualLayers.of(walk, block, [last])
+    assert writers.views == last and not writers.alone
+    side = sides.dense_side(walk, block, writers, last)
+    assert type(side) is Side
+    with silenced(last):
+        wanted = walk.output(block, 0).float()
+    torch.testing.assert_close(side.input_and_rest(last[0].name, 0)[1], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_no_more_is_kept_than_may_be(tmp_path, save_model, windows, monkeypatch):
+    save_model(tmp_path / "m", t.LlamaConfig(**C))
+    _, block, walk = opened(tmp_path / "m", windows.ids)
+    firsts = [group[0] for group in groups(walk, block, block.views())]
+    bytes_ = sides.kept_bytes(firsts, windows.tokens, 2)
+    assert bytes_ == 2 * windows.tokens * (64 + 64 + 64 + 96)
+    for most, kind in ((bytes_, KeptSide), (bytes_ - 1, Side)):
+        monkeypatch.setattr(sides, "KEPT_BYTES", most)
+        assert type(sides.dense_side(walk.copy(), block, ResidualLayers([]), firsts)) is kind
 
 
 def test_a_writer_whose_inputs_are_not_finite_is_named(tmp_path, save_model, windows):
@@ -418,7 +481,7 @@ def test_a_writer_whose_inputs_are_not_finite_is_named(tmp_path, save_model, win
     view = next(v for v in block.views() if v.name.endswith("down_proj"))
     block.module.mlp.gate_proj.weight = torch.nn.Parameter(torch.full((96, 64), torch.inf), requires_grad=False)
     with pytest.raises(PareError, match=r"layers.0.mlp.down_proj: its inputs hold NaN"):
-        observe_residual(walk, walk, block, twin, view, [], PAIRED_NEEDS)
+        observe_residual(*both(walk, walk, block, twin, ResidualLayers([view])), view, PAIRED_NEEDS)
 
 
 def disturbed(walk, seed=0):
@@ -439,7 +502,7 @@ def edited(walk, dense, block, twin, method, chosen):
     """As the pipeline goes: group by group, each edit in place before the next is observed."""
     views = [v for v in block.views() if v.name.endswith(chosen)]
     needs, residual = method.needs & PAIRED_NEEDS, Need.RESIDUAL in method.needs
-    for group, stats in observe_both(walk, dense, block, twin, views, needs, residual):
+    for group, stats in observe_both(walk, dense.copy(), block, twin, views, needs, residual):
         for view in group:
             view.assign(method.compress(view.weight, stats[view.name]).dense())
     return block_error(walk, dense, block, twin)
@@ -471,14 +534,14 @@ def test_what_the_stream_lost_is_asked_of_writers_alone_with_the_later_ones_sile
     _, block, dense = opened_strong(tmp_path / "m", FAMILIES["llama"][0], save_model, windows.ids)
     twin, walk = shared_copy(block), disturbed(dense)
     views = {v.name.removeprefix(block.prefix): v for v in block.views()}
-    o, down = views["self_attn.o_proj"], views["mlp.down_proj"]
+    writers = ResidualLayers([views["self_attn.o_proj"], views["mlp.down_proj"]], alone=True)
     wanted = {
-        view.name: observe_residual(walk, dense, block, twin, view, later, PAIRED_NEEDS).residual
-        for view, later in [(o, [down]), (down, [])]
+        view.name: observe_residual(*both(walk, dense, block, twin, writers), view, PAIRED_NEEDS).residual
+        for view in writers.views
     }
     for residual in (True, False):
         found = {}
-        for _, stats in observe_both(walk, dense, block, twin, list(views.values()), PAIRED_NEEDS, residual):
+        for _, stats in observe_both(walk, dense.copy(), block, twin, list(views.values()), PAIRED_NEEDS, residual):
             found |= stats
         assert found.keys() == {v.name for v in views.values()}
         assert {name for name, s in found.items() if s.residual is not None} == (wanted.keys() if residual else set())

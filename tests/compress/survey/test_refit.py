@@ -50,9 +50,9 @@ class Case:
         """The layer's inputs y (tokens, in), and what the stream behind it misses (tokens, out), float64."""
         with silenced(later):
             runs = [run_with_capture(self.stream, self.block, view, i) for i in range(len(self.wanted))]
-        y = torch.cat([capture.input.flatten(0, -2) for _, capture in runs]).double()
+        y = torch.cat([x.flatten(0, -2) for _, x, _ in runs]).double()
         missing = [
-            (w.double() - output.double()).flatten(0, 1) for w, (output, _) in zip(self.wanted, runs, strict=True)
+            (w.double() - output.double()).flatten(0, 1) for w, (output, *_) in zip(self.wanted, runs, strict=True)
         ]
         return y, torch.cat(missing)
 

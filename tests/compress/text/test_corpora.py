@@ -15,7 +15,8 @@ import pytest
 
 from paredown.compress.errors import PareError
 from paredown.compress.text.corpora import load_corpus
-from paredown.compress.text.corpus import Corpus, overlap
+from paredown.compress.text.corpus import Corpus
+from paredown.compress.text.held_out import overlap
 
 LONG = "a document that is long enough to be told from a heading or a blank row, number "
 
@@ -365,9 +366,9 @@ def test_the_former_address_gives_the_same_function():
 def test_scoring_what_was_calibrated_on_is_told_wholly_or_in_part():
     documents = [LONG + str(i) for i in range(4)]
     ours = Corpus("ours", "all", [*documents, "a heading"])
-    assert "both calibrates and scores" in overlap(ours, Corpus("same", "all", list(ours.documents)))
+    assert "both calibrates and scores" in overlap(ours, Corpus("same", "all", list(ours.documents))).told
     part = Corpus("part", "test", [documents[2], LONG + "of another kind", "a heading"])
-    assert overlap(ours, part).startswith("1 of the 2 documents of part (test) also calibrate")
+    assert overlap(ours, part).told.startswith("1 of the 2 documents of part (test) also calibrate")
     assert overlap(ours, Corpus("other", "test", [LONG + "apart", "a heading"])) is None
 
 

@@ -10,7 +10,8 @@ from paredown.compress.errors import PareError
 from paredown.compress.numerics.perplexity import paired_delta, perplexity, token_nll
 from paredown.compress.text import corpora, stdlib_text
 from paredown.compress.text.corpora import load_corpus
-from paredown.compress.text.corpus import Corpus, overlap
+from paredown.compress.text.corpus import Corpus
+from paredown.compress.text.held_out import overlap
 from paredown.compress.text.windows import calibration_windows, evaluation_windows
 
 
@@ -76,7 +77,7 @@ def test_files_and_folders_are_read_through_datasets(tmp_path):
 def test_scoring_on_the_calibration_text_is_told():
     one = Corpus("words", "all", ["a", "b"])
     assert (
-        "flattered" in overlap(one, Corpus("same", "all", ["a\n\nb"]))
+        "flattered" in overlap(one, Corpus("same", "all", ["a\n\nb"])).told
         and overlap(one, Corpus("x", "all", ["c"])) is None
     )
 

@@ -1,0 +1,79 @@
+"""The text that a recovery trains on, the windows beside it that tell when to stop, and the texts that are scored."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from paredown.compress.checkpoint.source import ModelSource
+from paredown.compress.errors import PareError
+from paredown.compress.recipe import DistillSpec, Recipe
+from paredown.compress.run.open import check_ids, max_length
+from paredown.compress.run.texts import open_texts
+from paredown.compress.text.corpus import Corpus
+from paredown.compress.text.held_out import overlap, shared_windows
+from paredown.compress.text.mix import counts, mixed
+from paredown.compress.text.windows import Windows, evaluation_windows
+
+SPREAD = 4  # so many times as much text as is trained on is read, and windows are drawn from it
+HELDOUT = 5  # of a short text, one window in so many is held out
+
+
+@dataclass(frozen=True)
+class RecoveryTexts:
+    """Of each step windows to train on and windows held out, which share no token; windows of each scored text."""
+
+    steps: list[tuple[Windows, Windows]]
+    evaluations: list[Windows]
+    warnings: list[str]
+
+
+def recovery_texts(recipe: Recipe, source: ModelSource, tokenizer: Any, note: Callable[[str], None]) -> RecoveryTexts:
+    """The texts of a recipe's recovery: it trains on those that calibrate, in the proportion of their weights.
+
+    Raises PareError if a text is too short, if what is trained on is scored too, and if the tokenizer is not the model's.
+    """
+    scored, longest = recipe.evaluate, max_length(source)
+    corpora, scoring = open_texts(recipe, tokenizer, note=note)
+    corpora = corpora[: len(recipe.calibration.texts)]  # without the domain's
+    steps = [_windows(recipe, step.distill, corpora, source, tokenizer) for step in recipe.recover]
+    evaluations = [
+        evaluation_windows(corpus, tokenizer, scored.length, longest, scored.windows, bos=recipe.bos)
+        for corpus in scoring
+    ]
+    for windows in (*(w for pair in steps for w in pair), *evaluations):
+        check_ids(windows, source)
+    warnings = []
+    for corpus, cut in zip(scoring, evaluations, strict=True):
+        seen = max((shared_windows(text.ids, cut.ids) for text, _ in steps), default=0.0)
+        for trained in corpora:
+            found = overlap(trained, corpus, seen)
+            if found and found.much and not recipe.calibration.allow_scored:
+                raise PareError(f"{found.told} Train on another text, or set calibration.allow_scored to true.")
+            warnings += [found.told] if found else []
+    return RecoveryTexts(steps, evaluations, list(dict.fromkeys(warnings)))
+
+
+def _windows(
+    recipe: Recipe, spec: DistillSpec, corpora: Sequence[Corpus], source: ModelSource, tokenizer: Any
+) -> tuple[Windows, Windows]:
+    """What one step trains on, and what it holds out. Fewer windows than asked for where the text is short."""
+    seed, weights = recipe.calibration.seed, [text.weight for text in recipe.calibration.texts]
+    wanted = counts(max(-(-spec.tokens // spec.length), len(weights)), weights)
+    held = counts(max(spec.heldout, len(weights)), weights)
+    pairs = []
+    for corpus, number, last in zip(corpora, wanted, held, strict=True):
+        limit = SPREAD * (number + last)
+        cut = evaluation_windows(corpus, tokenizer, spec.length, max_length(source), limit, bos=recipe.bos)
+        if len(cut.ids) < 2:
+            raise PareError(
+                f"the text {corpus.name} has one window of {cut.length} tokens, and one is trained on and one held out. "
+                "Name a longer text, or take shorter windows: --set recover.0.distill.length=..."
+            )
+        last = min(last, max(1, len(cut.ids) // HELDOUT))
+        others = cut.ids[:-last]
+        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
+        drawn = replace(cut, ids=others[order[:number]], seed=seed, sampling="drawn from the windows in order")
+        pairs.append((drawn, replace(cut, ids=cut.ids[-last:], sampling="the last of the windows in order")))
+    return mixed([drawn for drawn, _ in pairs], seed), mixed([last for _, last in pairs], seed)
