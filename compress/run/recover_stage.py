@@ -5,6 +5,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
+from paredown.compress.checkpoint.out_folder import OutFolder
 from paredown.compress.errors import PareError
 from paredown.compress.recipe import Recipe
 from paredown.compress.run.once import How, compress_once
@@ -30,8 +31,7 @@ def compress_and_recover(
         raise PareError(
             "a recipe with recover reads its model from the disk: save yours with save_pretrained, and name the folder."
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PareError(f"{out} exists. Remove it, or name another output with -o.")
+    OutFolder(out).look()
     place = out.with_name(f"{out.name}.stages")
     folder = place / "compressed"
     silent: dict[str, Any] = {"evaluate": {"perplexity": [], "tasks": []}, "recover": []}

@@ -7,6 +7,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
+from paredown.compress.checkpoint.out_folder import OutFolder
 from paredown.compress.errors import PareError
 from paredown.compress.recipe import Recipe
 from paredown.compress.run.once import How
@@ -43,8 +44,7 @@ def compress_seeds(run: Run, model: Any, recipe: Recipe, seeds: Sequence[int], o
         raise PareError(
             "several seeds read the model from the disk: save yours with save_pretrained, and name the folder."
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PareError(f"{out} exists. Remove it, or name another output with -o.")
+    OutFolder(out).look()
     place = Path(f"{os.path.abspath(out)}.seeds")
     found, note = list[SeedResult](), how.progress.note
     for n, seed in enumerate(seeds[1:], 1):

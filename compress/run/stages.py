@@ -8,6 +8,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any, cast
 
+from paredown.compress.checkpoint.out_folder import OutFolder
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 from paredown.compress.recipe import Recipe
@@ -35,8 +36,7 @@ def compress_stages(
         raise PareError(
             "a recipe with stages reads models from the disk: save yours with save_pretrained, and name the folder."
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PareError(f"{out} exists. Remove it, or name another output with -o.")
+    OutFolder(out).look()
     *first, last = recipe.each_stage
     if not first:
         return compress_once(model, last, out, how)
