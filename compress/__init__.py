@@ -3,8 +3,9 @@
 Importing this package teaches transformers to load packed checkpoints: `AutoModelForCausalLM.from_pretrained` then works
 on them as on any other model. torch and transformers themselves are imported when something of ours is first used.
 
-compress, plan: `paredown compress` and `plan`            evaluate, bench, verify, export: of the commands of these names
+compress, plan, recover, evaluate, bench, verify, export: of the commands of these names
 load: a packed or dense checkpoint as a model             fuse: join packed layers after `.to("cuda")`
+enable_peft: LoRA of peft adapts packed layers too
 Recipe, PareError: what is done, and what went wrong      register, WeightMethod, ...: `paredown.compress.methods`
 """
 
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from paredown.compress.run.evaluate import evaluate
     from paredown.compress.run.export import export
     from paredown.compress.run.plan import plan
+    from paredown.compress.run.recover import recover
     from paredown.compress.run.verify import verify
+    from paredown.compress.serving.adapters import enable_peft
     from paredown.compress.storage.fuse import fuse
 
 
@@ -48,19 +51,25 @@ __all__ = [
     "__version__",
     "bench",
     "compress",
+    "enable_peft",
     "evaluate",
     "export",
     "fuse",
     "load",
     "logger",
     "plan",
+    "recover",
     "verify",
 ]
 
 # imported when it is first asked for: name -> its module
 _LATE = {
-    **{name: f"paredown.compress.run.{name}" for name in ("bench", "compress", "evaluate", "export", "plan", "verify")},
+    **{
+        name: f"paredown.compress.run.{name}"
+        for name in ("bench", "compress", "evaluate", "export", "plan", "recover", "verify")
+    },
     "Recipe": "paredown.compress.recipe",
+    "enable_peft": "paredown.compress.serving.adapters",
     "fuse": "paredown.compress.storage.fuse",
     "load": "paredown.compress.checkpoint.transformers_plugin",
 }

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from paredown.compress.allocation.spec import AllocationSpec
@@ -155,9 +155,23 @@ class DistillSpec(_Strict):
 
 
 class RecoverStep(_Strict):
-    """One step of the recovery."""
+    """One step of the recovery: `reconstruct` tunes block by block on the calibration windows, `distill` the whole model."""
 
-    distill: DistillSpec
+    reconstruct: ReconstructSpec | None = None
+    distill: DistillSpec | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.reconstruct is None) == (self.distill is None):
+            raise PydanticCustomError("step", "each step is either reconstruct or distill")
+        return self
+
+    @property
+    def spec(self) -> ReconstructSpec | DistillSpec:
+        """The settings of the step."""
+        spec = self.reconstruct or self.distill
+        assert spec is not None
+        return spec
 
 
 class _About(_Strict):
@@ -191,6 +205,15 @@ class Recipe(Stage, _About):
     stages: tuple[Stage, ...] = ()  # each works on what the one before left; then there is no method beside them
     recover: tuple[RecoverStep, ...] = ()  # after the last stage, or, without any method, of a checkpoint that is named
     plugins: tuple[str, ...] = ()  # Python files that register methods, masks, updates or allocations; they are run
+
+    @field_validator("recover")
+    @classmethod
+    def _in_order(cls, steps: tuple[RecoverStep, ...]) -> tuple[RecoverStep, ...]:
+        """Blocks are tuned from the dense model's embedding on, which distillation may change."""
+        kinds = [step.reconstruct is None for step in steps]
+        if kinds != sorted(kinds):
+            raise PydanticCustomError("order", "reconstruct comes before distill, which would be undone")
+        return steps
 
     @property
     def compresses(self) -> bool:

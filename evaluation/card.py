@@ -63,6 +63,7 @@ def model_card(report: Report, carried: Mapping[str, Any] | None = None, export:
         f"# {name}, compressed with paredown",
         f"`{name}` after post-training compression by {recipe_words(recipe)}.{citation}{remark}",
         _example(format),
+        *_engines(export or report),
         f"## Before and after\n\n{tables}",
         f"## How it was made\n\n{_provenance(report)}",
         f"## Limits\n\n{_limits(format, report['bytes'])}",
@@ -87,6 +88,7 @@ def export_card(old: Path, result: ExportResult, record: Mapping[str, Any]) -> s
         f"# {name}, converted with paredown",
         f"The weights of `{name}`{how}, stored as {result['format']}. Nothing was scored.",
         _example(result["format"]),
+        *_engines(result),
         markdown_table(rows),
         f"## Limits\n\n{_limits(result['format'], size)}",
     ]
@@ -138,6 +140,12 @@ def _example(format: str) -> str:
         else "This is an ordinary checkpoint: anything that reads the original reads this one."
     )
     return f"## Load it\n\n{IN_FOLDER}```python\n{loading_code(format)}\n```\n\n{note}"
+
+
+def _engines(told: Report | ExportResult) -> list[str]:
+    """The section on what runs the checkpoint; none where that is not told."""
+    lines = [f"- {name}: {how}" for name, how in told.get("engines", {}).items()]
+    return ["## What runs it\n\n" + "\n".join(lines)] if lines else []
 
 
 def _metadata(

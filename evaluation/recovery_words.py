@@ -12,10 +12,14 @@ def recovery_lines(report: Report) -> list[str]:
 
 def _step(step: RecoveryStep) -> str:
     remarks = "".join(f"; {remark}" for remark in step["remarks"])
+    came = f"{step['before']:.4f} -> {step['after']:.4f}"
+    if step["step"] == "reconstruct":
+        found = f"mean error of the blocks {came} of the dense ones' variance"
+    else:
+        found = f"divergence on held-out text {came} nats after {step['best_tokens']:,} tokens"
     return (
         f"Recovery: {step['step']}, {step['trained']:,} numbers on {step['tokens']:,} tokens towards "
-        f"{base_name(step['teacher'])}; divergence on held-out text {step['before']:.4f} -> {step['after']:.4f} nats after "
-        f"{step['best_tokens']:,} tokens; ended because {step['stopped']}{remarks}"
+        f"{base_name(step['teacher'])}; {found}; ended because {step['stopped']}{remarks}"
     )
 
 

@@ -360,7 +360,7 @@ class Reconstruction(TypedDict):
 class RecoveryStep(TypedDict):
     """One step of the training of a compressed model."""
 
-    step: Literal["distill"]
+    step: Literal["reconstruct", "distill"]
     """What was done."""
     recipe: dict[str, Any]
     """The recipe of the recovery, with every default."""
@@ -379,7 +379,7 @@ class RecoveryStep(TypedDict):
     curve: list[list[Number]]
     """Tokens seen and the held-out divergence from the teacher then, in nats per token."""
     before: Number
-    """The held-out divergence before training."""
+    """The held-out divergence before training; of `reconstruct` the mean of the blocks' errors."""
     after: Number
     """The lowest, of the weights that were kept."""
     best_tokens: int
@@ -392,6 +392,8 @@ class RecoveryStep(TypedDict):
     """Of the teacher's probabilities on the disk, while it ran."""
     remarks: list[str]
     """What went otherwise than planned: a sentence each."""
+    blocks: NotRequired[list[Reconstruction]]
+    """Of `reconstruct`: each block."""
 
 
 @_strict
@@ -494,6 +496,8 @@ class Report(TypedDict):
     """Text that both models write; missing unless it was asked for."""
     format: NotRequired[Format]
     """How the checkpoint is stored: `packed` needs paredown to load, `dense` is an ordinary checkpoint."""
+    engines: NotRequired[dict[str, str]]
+    """What runs the checkpoint, by name: how it takes it."""
     command: NotRequired[str | None]
     """The command line; null for a call from Python."""
     warnings: NotRequired[list[str]]
@@ -562,6 +566,8 @@ class ExportResult(TypedDict):
     """The folder that was written."""
     format: ExportFormat
     """The format that was written."""
+    engines: NotRequired[dict[str, str]]
+    """What runs it, by name: how it takes it."""
     bytes: BytesChange
     """Bytes of the weights on disk."""
 

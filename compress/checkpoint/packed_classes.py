@@ -157,8 +157,8 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def _without_notice(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What was read from config.json, as it is without the notice."""
-    result = dict(raw)
+    """What was read from config.json, as it is without the notice, and without code, which does not go where it is saved."""
+    result = {key: value for key, value in raw.items() if key != "auto_map"}
     settings = result.get("quantization_config")
     if result.get(NOTICE_KEY) == NOTICE:
         del result[NOTICE_KEY]

@@ -38,6 +38,8 @@ class CheckpointWriter:
     A shard is written, once `flush_bytes` are pending, by a thread that is at most one shard behind the caller: what was
     added must not change. One tensor aside, no shard exceeds `max_shard_bytes`.
 
+    `remote_code`: code that loads packed weights goes along, see remote_code.py.
+
     Raises PareError if OUT exists and is not empty, if it cannot be written, if another process is writing it, if what
     another run left would be lost, or if the disk is full.
     """
@@ -48,8 +50,10 @@ class CheckpointWriter:
         resumable: bool = False,
         flush_bytes: int = FLUSH_BYTES,
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        remote_code: bool = False,
     ) -> None:
         self.out, self.resumable, self.key = Path(out), resumable, ""
+        self.remote_code = remote_code
         self.flush_bytes, self.max_shard_bytes = flush_bytes, max_shard_bytes
         self.place = OutFolder(self.out)
         self.tensors: dict[str, dict[str, Any]] = {}  # name -> its record

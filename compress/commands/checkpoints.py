@@ -9,7 +9,7 @@ import typer
 
 from paredown.commands.compress import uploaded
 from paredown.commands.early import check
-from paredown.commands.options import ExportFormat, Json, Out, Private, Push, Quiet, Verbose
+from paredown.commands.options import ExportFormat, Json, Out, Private, Push, Quiet, RemoteCode, Verbose
 
 
 def export(
@@ -31,6 +31,7 @@ def export(
             "other packed.",
         ),
     ] = None,
+    remote_code: RemoteCode = False,
     push: Push = None,
     private: Private = False,
     json_output: Json = False,
@@ -44,7 +45,7 @@ def export(
     from paredown.evaluation.terminal import out_console
 
     with screen("exporting", quiet, verbose) as shown:
-        result = run(folder, out, format.value if format else None, shown.bar)
+        result = run(folder, out, format.value if format else None, shown.bar, remote_code)
     sizes = result["bytes"]
     summary = f"{out}: {result['format']}, {sizes['before'] / 1e6:.1f} MB -> {sizes['after'] / 1e6:.1f} MB of weights"
     print(json.dumps(result, indent=2)) if json_output else out_console.print(summary)

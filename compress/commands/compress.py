@@ -25,6 +25,7 @@ from paredown.commands.options import (
     Push,
     Quiet,
     RecipeName,
+    RemoteCode,
     Revision,
     Samples,
     Seed,
@@ -59,6 +60,7 @@ def compress(
     format: Annotated[
         Format, typer.Option("--format", help="packed is smaller; dense loads everywhere.")
     ] = Format.packed,
+    remote_code: RemoteCode = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = None,
@@ -81,9 +83,9 @@ def compress(
         report = run(
             model, recipe, out, overrides=overrides, plugins=plugins, calibration=calibration,
             eval_text=eval_text, tasks=listed(tasks), task_folder=task_folder, allow_task_code=allow_task_code,
-            samples=samples, cache=not no_cache, format=format.value, device=device, dtype=dtype, seed=seed,
-            seeds=seeds or (), allow_scored_calibration=allow_scored, revision=revision, progress=shown.block,
-            note=shown.note, doing=shown.doing, command=typed(),
+            samples=samples, cache=not no_cache, format=format.value, remote_code=remote_code, device=device,
+            dtype=dtype, seed=seed, seeds=seeds or (), allow_scored_calibration=allow_scored, revision=revision,
+            progress=shown.block, note=shown.note, doing=shown.doing, command=typed(),
         )  # fmt: skip
     print_report(report, json_output)
     uploaded(out, push, private)

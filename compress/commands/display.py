@@ -44,6 +44,8 @@ def show_plan(plan: "Plan") -> None:
         rows["family"] = "not one that we test: blocks were found by structure"
     if plan.dense_export:
         rows["dense export"] = plan.dense_export
+    if plan.engines:
+        rows["runs in"] = "\n".join(f"{name}: {how}" for name, how in plan.engines.items())
     if plan.remarks:
         rows["remarks"] = "\n".join(plan.remarks)
     for key, value in rows.items():

@@ -69,6 +69,14 @@ Samples = Annotated[bool, typer.Option("--samples", help="How the models go on a
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="Score the dense model anew, and keep nothing in ~/.cache/paredown/scores.")
 ]
+RemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--remote-code",
+        help="Beside packed weights a file by which trust_remote_code=True loads them where paredown is installed, as in "
+        "lm_eval --model hf.",
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (as stored), bfloat16, float16 or float32.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Commit, branch or tag of a hub model.")]

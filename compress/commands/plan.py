@@ -24,6 +24,7 @@ from paredown.commands.options import (
     Push,
     Quiet,
     RecipeName,
+    RemoteCode,
     Revision,
     Samples,
     Seed,
@@ -55,6 +56,7 @@ def plan(
     samples: Samples = False,
     no_cache: NoCache = False,
     format: Annotated[Format, typer.Option("--format")] = Format.packed,
+    remote_code: RemoteCode = False,
     probe: Annotated[
         bool,
         typer.Option(
@@ -82,12 +84,15 @@ def plan(
     check(model, recipe=recipe, overrides=overrides, out=out, push=push)
     from paredown.commands.display import show_curve, show_plan
     from paredown.commands.screen import screen
+    from paredown.compress.checkpoint.remote_code import check_packed
     from paredown.compress.run.curve import loss_curve
     from paredown.compress.run.open import resolve_recipe
     from paredown.compress.run.plan import plan as run
     from paredown.compress.run.seeds import seeds_of
 
     startup = running()
+    if remote_code:
+        check_packed(format.value)
     resolved = resolve_recipe(recipe, overrides, calibration, eval_text, listed(tasks), seed, plugins, allow_scored)
     runs = len(seeds_of(seeds, resolved.calibration.seed)) if seeds else 1
     with screen(quiet=quiet, verbose=verbose) as shown:

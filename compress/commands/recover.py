@@ -1,6 +1,5 @@
 """`paredown recover`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +11,7 @@ from paredown.commands.options import (
     Device,
     EvalText,
     Json,
+    NoCache,
     Out,
     Quiet,
     RecipeName,
@@ -34,6 +34,7 @@ def recover(
     eval_text: EvalText = [],  # noqa: B006
     device: Device = "auto",
     seed: Seed = None,
+    no_cache: NoCache = False,
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -41,14 +42,11 @@ def recover(
     """Train what a compressed checkpoint stores towards its dense model, into a NEW one; masks stay as they are."""
     check(checkpoint, teacher, recipe=recipe, overrides=overrides, out=out)
     from paredown.commands.screen import screen
-    from paredown.compress.progress import Progress
-    from paredown.compress.run.once import How
-    from paredown.compress.run.open import resolve_recipe
     from paredown.compress.run.recover import recover as run
 
-    resolved = resolve_recipe(recipe, overrides, calibration, eval_text, seed=seed)
     with screen(quiet=quiet, verbose=verbose) as shown:
-        progress = Progress(note=shown.note, doing=shown.doing)
-        how = How(device=device, progress=progress, command=typed())
-        report = run(checkpoint, resolved, Path(out), teacher, how)
+        report = run(
+            checkpoint, teacher, recipe, out, overrides=overrides, calibration=calibration, eval_text=eval_text,
+            cache=not no_cache, device=device, seed=seed, note=shown.note, doing=shown.doing, command=typed(),
+        )  # fmt: skip
     print_report(report, json_output)

@@ -31,6 +31,14 @@ class Reconstructed:
     steps: int = 0  # that were taken
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What of a block is trained, by parameter name within it; False in a mask: there it stays zero."""
+
+    parameters: Mapping[str, nn.Parameter]
+    masks: Mapping[str, Tensor]
+
+
 @torch.no_grad()
 def reconstruct(
     block: Block,
@@ -42,20 +50,38 @@ def reconstruct(
     seed: int,
     progress: Callable[[int], None] = ignore,
 ) -> Reconstructed:
-    """Train the block in place, by `spec`, with random draws from `seed`; `progress` is called with the number of each step.
+    """`tuned` for a block that was edited now: what the edits store, and its vectors.
 
-    `inputs` are the compressed model's hidden states before the block; `dense` and `targets` are the dense block's
-    inputs and outputs (batch, length, hidden), in the same batches. `edits` are by full layer name; None: the whole
-    weight is trained. Each step takes every window's input from `interpolated`, because calibration text is short and
-    the block would otherwise fit it too closely. With `spec.heldout` the last windows are not trained on: what has the lowest
-    error on them is kept, and training ends once it no longer falls. If the error is no lower afterwards, the parameters are
-    put back.
-    Raises PareError if the training diverges.
+    `edits` are by full layer name; None: the whole weight is trained.
     """
     masks = _masks(block, edits)
     trained = {
         name: p for name, p in block.module.named_parameters() if name in masks or _is_trained(name, p, block, edits)
     }
+    return tuned(block, inputs, dense, targets, Chosen(trained, masks), spec, seed, progress)
+
+
+@torch.no_grad()
+def tuned(
+    block: Block,
+    inputs: Stream,
+    dense: list[Tensor],
+    targets: list[Tensor],
+    chosen: Chosen,
+    spec: ReconstructSpec,
+    seed: int,
+    progress: Callable[[int], None] = ignore,
+) -> Reconstructed:
+    """Train what is `chosen` of the block, by `spec`, with random draws from `seed`, in place.
+
+    `inputs` are the compressed model's hidden states before the block; `dense` and `targets` are the dense block's
+    inputs and outputs (batch, length, hidden), in the same batches. `progress` is called with the number of each step. Each
+    takes every window's input from `interpolated`, because calibration text is short and the block would otherwise fit it
+    too closely. With `spec.heldout` the last windows are not trained on: what has the lowest error on them is kept, and
+    training ends once it no longer falls. If the error is no lower afterwards, the parameters are put back.
+    Raises PareError if the training diverges.
+    """
+    trained, masks = chosen.parameters, chosen.masks
     variance = _variance(targets)
     before = _error(block, inputs, targets) / variance
     original = {name: p.detach().clone() for name, p in trained.items()}

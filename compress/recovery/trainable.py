@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paredown.compress.model.blocks import Block
+from paredown.compress.recovery.reconstruct import Chosen
 from paredown.compress.storage.modules import PACKED, PackedLinear
 from paredown.compress.storage.unpacked import keep_unpacked
 
@@ -126,6 +128,18 @@ class Trainable:
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True  # of the block alone: what is in it has no dropout still
+
+
+def trained_of(block: Block, pruned: frozenset[str]) -> Chosen:
+    """All that a block in memory stores: parts of packed weights, dense weights with masks of their zeros, vectors.
+
+    Parameters that others share are not among them. `pruned` is as in `Trainable`.
+    """
+    packed = {f"{name}.{part}" for name, m in block.module.named_modules() if isinstance(m, PACKED) for part in m.parts}
+    own = block.module.named_parameters()
+    trained = {name: p for name, p in own if p.is_floating_point() and block.prefix + name not in block.shared}
+    found = {name: _keep(p, block.prefix + name in pruned) for name, p in trained.items() if name not in packed}
+    return Chosen(trained, {name: keep for name, keep in found.items() if keep is not None})
 
 
 def pruned_layers(names: Iterable[str], layers: Mapping[str, Any]) -> frozenset[str]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paredown.compress.checkpoint.remote_code import check_packed
 from paredown.compress.job import Format
 from paredown.compress.progress import BlockDone, Progress, ignore, logger
 from paredown.compress.recipe import Recipe
@@ -38,6 +39,7 @@ def compress(
     samples: bool = False,
     cache: bool = True,
     format: Format = "packed",
+    remote_code: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     seed: int | None = None,
@@ -58,19 +60,22 @@ def compress(
     these, does all of it by several seeds, keeps the first one's checkpoint and reports the figures of all. A text that is
     scored does not calibrate unless `allow_scored_calibration` says so: one for both is divided. `task_folder` holds lm-eval
     tasks of your own, whose Python code runs only with `allow_task_code`; `samples`: how both models go on after five
-    prompts; `cache`: dense scores are taken from the user's cache, and kept there. `progress` is called
+    prompts; `cache`: dense scores are taken from the user's cache, and kept there. `remote_code`: packed weights get a file
+    beside them by which `trust_remote_code=True` loads them where nothing imported paredown. `progress` is called
     after each block, `note` with sentences worth keeping, `doing` with the current step. A run of a folder or hub id saves
     its state every `save_every` seconds, from which the same call resumes after an interruption. The report is also
     written to `out/report.json`.
 
     Raises PareError, if possible before any weight is read; `out` then does not exist.
     """
+    if remote_code:
+        check_packed(format)
     resolved = resolve_recipe(recipe, overrides, calibration, eval_text, tasks, seed, plugins, allow_scored_calibration)
     check_tasks(resolved.evaluate.tasks, task_folder, allow_code=allow_task_code, data=True)
     shown = Progress(progress, note, doing)
     how = How(
         task_folder, format, device, dtype, revision, shown, save_every, command, allow_task_code=allow_task_code,
-        samples=samples, cache=ScoreCache.of_user() if cache else None,
+        samples=samples, cache=ScoreCache.of_user() if cache else None, remote_code=remote_code,
     )  # fmt: skip
 
     def run(model: Any, recipe: Recipe, out: Path, how: How, tokenizer: Any = None) -> Report:

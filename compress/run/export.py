@@ -11,6 +11,7 @@ from torch import Tensor
 
 from paredown.compress.checkpoint.hub import load_tokenizer, resolve
 from paredown.compress.checkpoint.origins import reverted
+from paredown.compress.checkpoint.remote_code import check_packed
 from paredown.compress.checkpoint.skeleton import skeleton
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.tensor_files import TensorFiles
@@ -36,6 +37,7 @@ from paredown.compress.run.write import (
     write_rest,
     write_verbatim,
 )
+from paredown.compress.serving.engines import engines
 from paredown.compress.storage.modules import PACKED, PackedConv1D, PackedExperts, PackedLinear
 from paredown.compress.storage.spec import Spec
 from paredown.evaluation.card import CARD, export_card
@@ -49,16 +51,19 @@ def export(
     out: str | Path,
     format: ExportFormat | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    remote_code: bool = False,
 ) -> ExportResult:
     """Convert a checkpoint, a folder or hub id, into the folder `out`. Any checkpoint whose weights hold zeros can be packed.
 
     Without a format a packed checkpoint becomes dense, and any other packed. `deci` is for engines: a Llama whose blocks may
     have sizes of their own, see export_deci.py. `gguf` is one file for llama.cpp, `onnx` a graph for onnxruntime. `progress`
-    is called with (blocks done, blocks). Returns the bytes of the weights before and after.
+    is called with (blocks done, blocks). `remote_code`: as of `compress`. Returns the bytes of the weights before and after.
     Raises PareError if the checkpoint cannot be read or converted; `out` then does not exist.
     """
     folder, revision = resolve(str(old))
-    return export_source(ModelSource(folder, str(old), revision, stranded=True), Path(out), format, progress)
+    return export_source(
+        ModelSource(folder, str(old), revision, stranded=True), Path(out), format, progress, remote_code
+    )
 
 
 @torch.no_grad()
@@ -67,9 +72,12 @@ def export_source(
     out: Path,
     format: ExportFormat | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    remote_code: bool = False,
 ) -> ExportResult:
     """As `export`, for a model that is open."""
     format = format or ("dense" if source.packed else "packed")
+    if remote_code:
+        check_packed(format)
     if source.packed and format == "packed":
         raise PareError(f"{source.id} is packed already. Name another --format, or copy the folder.")
     if source.shapes and format == "dense":
@@ -80,17 +88,22 @@ def export_source(
     # our own checkpoints keep the record of the model that was compressed; for others it begins here
     record = {"model": source.provenance(), **_old_record(source), "format": format}
     after = 0  # bytes of what is no tensor file
-    with CheckpointWriter(out) as writer:
+    specs: Mapping[str, Spec] = {}
+    with CheckpointWriter(out, remote_code=remote_code) as writer:
         if format == "deci":
             write_deci(source, writer, record, progress)
         elif format == "gguf" or format == "onnx":
             plain = partial(export_source, source, progress=progress)
             after = write_for_engine(source, writer, format, record, plain)
         else:
-            _write(source, writer, format, record, progress)
+            specs = _write(source, writer, format, record, progress)
         before = sum(entry.bytes for entry in TensorFiles(source.folder).entries.values())  # as they are on disk
         sizes: BytesChange = {"before": before, "after": after or writer.bytes}
-        result: ExportResult = {"model": source.id, "out": str(out), "format": format, "bytes": sizes}
+        form = "dense" if format == "packed" and not specs else format  # where there was nothing to pack
+        taken = dict(engines(form, specs.values(), bool(source.shapes)))
+        result: ExportResult = {
+            "model": source.id, "out": str(out), "format": format, "engines": taken, "bytes": sizes,
+        }  # fmt: skip
         writer.write_text(CARD, export_card(source.folder, result, record))
         writer.commit()
     return result
@@ -102,8 +115,11 @@ def _write(
     format: Format,
     record: Mapping[str, Any],
     progress: Callable[[int, int], None],
-) -> None:
-    """Write the whole checkpoint, packed or dense, but for the commit; `record` goes into paredown.json."""
+) -> dict[str, Spec]:
+    """Write the whole checkpoint, packed or dense, but for the commit; `record` goes into paredown.json.
+
+    Returns how weights are stored that are packed, by name.
+    """
     config, biases = dense_form(source)
     family = (
         skeleton(dense_config(source.config), {}, source.dtype or torch.float32) if source.modules else source.model
@@ -127,6 +143,7 @@ def _write(
     names = {} if source.modules else names_in_files(source)
     record = {**record, **names, "layers": record.get("layers") or layers}
     finish(writer, source, format, specs, record, config)
+    return specs
 
 
 def _packed_change(block: Block, format: Format, layers: dict[str, dict[str, Any]]) -> BlockChange:

@@ -59,6 +59,7 @@ class How:
     allow_task_code: bool = False
     samples: bool = False
     cache: ScoreCache | None = None  # of the dense model's scores
+    remote_code: bool = False
 
 
 class Earlier(Protocol):
@@ -86,7 +87,7 @@ def compress_once(
     with opened(model, tokenizer, how.revision, how.device, how.dtype) as source:
         text_tokenizer = load_tokenizer(source.folder)
         memory_base = resident_memory()  # libraries and a model without weights; the plan's memory comes on top
-        with CheckpointWriter(out, resumable) as writer:
+        with CheckpointWriter(out, resumable, remote_code=how.remote_code) as writer:
             calibrating = [name for name in (recipe.calibration.named, recipe.calibration.domain) if name]
             note(f"reading text: {', '.join([*calibrating, *recipe.evaluate.perplexity])}")
             windows, evaluations, warnings = read_texts(recipe, source, text_tokenizer, how.later, note)

@@ -24,6 +24,7 @@ from paredown.compress.run.duration import stage_seconds
 from paredown.compress.run.memory import memory_parts, peak, smaller_parts
 from paredown.compress.run.open import max_length, open_source, resolve_recipe
 from paredown.compress.run.texts import read_texts
+from paredown.compress.serving.engines import engines
 from paredown.compress.shape_job import ShapeJob, check_ordinary, resolve
 from paredown.compress.storage.kinds import stored_bytes, stored_numbers
 from paredown.compress.storage.shapes import UNEVEN
@@ -60,6 +61,7 @@ class Plan:
     dense_export: str = ""  # whether a packed checkpoint can be exported as a dense one, in words; "" for a dense one
     seconds: Mapping[str, float] = field(default_factory=dict)  # of each step of the run; empty if not asked for
     disk_free: int | None = None  # bytes, where OUT is to be; None if none is named
+    engines: dict[str, str] = field(default_factory=dict)  # how each engine takes what comes out, by its name
 
     @property
     def shrinks(self) -> bool:
@@ -133,7 +135,9 @@ def plan(
         later = "; ".join(filter(None, (later, untold, without)))
     result = make_plan(job, tokens, texts)
     free = None if out is None else _disk_free(Path(out))
-    return replace(result, remarks=[*result.remarks, *filter(None, [later])], seconds=seconds, disk_free=free)
+    taken = {} if len(every) > 1 else result.engines  # what further stages write is not known yet
+    remarks = [*result.remarks, *filter(None, [later])]
+    return replace(result, remarks=remarks, seconds=seconds, disk_free=free, engines=taken)
 
 
 def make_plan(job: Job | ShapeJob, calibration: int, evaluations: Sequence[int]) -> Plan:
@@ -167,6 +171,7 @@ def make_plan(job: Job | ShapeJob, calibration: int, evaluations: Sequence[int])
         remarks=[*source.remarks, *([UNEVEN] if source.shapes else [])],
         untargeted=_untargeted(job, targets),
         dense_export=dense_export(job, targets) if job.format == "packed" else "",
+        engines=dict(engines(job.format, [*source.modules.values(), *sizes.specs], bool(source.shapes))),
     )
 
 
@@ -194,6 +199,7 @@ def _smaller(job: ShapeJob, calibration: int, evaluations: Sequence[int]) -> Pla
         memory_parts=parts,
         untargeted={OUTSIDE: parameters - job.numbers},
         remarks=[*source.remarks, *job.remarks, f"what comes out: {_form(job)}"],
+        engines=dict(engines("dense", uneven=job.uneven)),
     )
 
 
@@ -242,6 +248,7 @@ class _Sizes:
     saved: int  # bytes fewer than the dense weights
     dense: list[str]  # names of the targets that stay dense
     at_most: bool  # the text decides what each layer gets; `numbers` and `saved` hold for the worst case
+    specs: list[Spec]  # of the targets that are stored compressed, as far as they are known
 
 
 def _sizes(job: Job, targets: Sequence[View]) -> _Sizes:
@@ -256,7 +263,8 @@ def _sizes(job: Job, targets: Sequence[View]) -> _Sizes:
         numbers += size if spec is None else stored_numbers(spec)
         if spec is not None and job.format == "packed":
             saved += size * job.element_size - stored_bytes(spec, job.element_size)
-    return _Sizes(numbers, saved, [name for name, spec in specs.items() if spec is None], False)
+    dense = [name for name, spec in specs.items() if spec is None]
+    return _Sizes(numbers, saved, dense, False, [spec for spec in specs.values() if spec is not None])
 
 
 def _worst_sizes(job: Job, targets: Sequence[View]) -> _Sizes:
@@ -267,22 +275,27 @@ def _worst_sizes(job: Job, targets: Sequence[View]) -> _Sizes:
         kept = int(job.share_for(size) * size)
         if job.method.shares == "any":  # where a mask compares within rows, one layer may keep a weight more in some
             kept = min(kept + min(v.shape[0] for v in targets), size)
-    index = sum(_index_bytes(job, view) for view in targets)
+    specs = [spec for view in targets if (spec := _expected(job, view)) is not None]
+    index = sum(_index_bytes(spec, job.element_size) for spec in specs)
     saved = 0 if job.format == "dense" or kept == size else (size - kept) * job.element_size - index
-    return _Sizes(kept, saved, [], True)
+    return _Sizes(kept, saved, [], True, specs)
 
 
-def _index_bytes(job: Job, view: View) -> int:
+def _index_bytes(spec: Spec, element: int) -> int:
     """Bytes that a packed layer stores beside numbers of the model's dtype, such as a mask or PIFA's order of rows."""
+    return stored_bytes(spec, element) - stored_numbers(spec) * element
+
+
+def _expected(job: Job, view: View) -> Spec | None:
+    """How a weight will be stored, but for the size, which the text decides. Raises PareError naming the layer."""
     method = job.method_of(view)
     choices = method.choices(view.shape)
     if len(choices) < 2:
-        return 0
+        return None
     try:
-        spec = method.at(choices[1].option).expect(view.shape, job.element_size)  # the same for all choices
+        return method.at(choices[1].option).expect(view.shape, job.element_size)  # of one kind for all choices
     except PareError as fault:
         raise PareError(f"{view.name}: {fault}") from fault
-    return 0 if spec is None else stored_bytes(spec, job.element_size) - stored_numbers(spec) * job.element_size
 
 
 def _spec(job: Job, view: View, options: Options | None) -> Spec | None:

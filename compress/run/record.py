@@ -8,6 +8,7 @@ from paredown.compress.checkpoint import transformers_plugin
 from paredown.compress.checkpoint.companions import file_sha256, write_companions
 from paredown.compress.checkpoint.config_file import write_config_file
 from paredown.compress.checkpoint.hub import load_tokenizer
+from paredown.compress.checkpoint.remote_code import CODE, add_code
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.writer import RECORD, CheckpointWriter
 from paredown.compress.job import Format
@@ -21,6 +22,7 @@ from paredown.compress.run.result import Result
 from paredown.compress.run.tokens import probe_tokens
 from paredown.compress.run.walk import Task
 from paredown.compress.run.write import names_in_files
+from paredown.compress.serving.engines import engines
 from paredown.compress.shape_job import ShapeJob
 from paredown.compress.storage.spec import Spec
 from paredown.compress.text.corpora import NAMED, SELECTOR
@@ -76,6 +78,7 @@ def make_report(
         "fallbacks": result.fallbacks,
         "versions": versions(),
         "format": job.format,
+        "engines": _engines(job, result),
         "command": command,
         "warnings": list(warnings),
         "memory_base_bytes": memory_base,
@@ -87,6 +90,13 @@ def make_report(
     }
     check_report(report)
     return cast(Report, report)
+
+
+def _engines(job: Task, result: Result) -> dict[str, str]:
+    """What runs the checkpoint, and how it takes it. One that needs nothing of ours is a dense one."""
+    small, specs = result.smaller, [*job.source.modules.values(), *result.specs.values()]
+    uneven = bool(small.shapes if small else job.source.shapes)
+    return dict(engines("packed" if specs else "dense", specs, uneven))
 
 
 def structure_of(job: Task, result: Result) -> dict[str, Any]:
@@ -192,10 +202,13 @@ def finish(
 ) -> None:
     """Write the files beside the tensors; `record` goes into paredown.json, with the digests of all others.
 
-    `config` of the dense model, where it is not the source's.
+    `config` of the dense model, where it is not the source's. Code that loads packed weights goes along if the writer was
+    told so, or if it lies beside the source.
     """
     names = write_companions(source.folder, writer.folder)
     write_config(writer, source, format, specs, config)
+    if writer.remote_code or (source.folder / CODE).is_file():
+        names += add_code(writer.folder)
     files = {name: file_sha256(writer.folder / name) for name in sorted(["config.json", *names])}
     writer.finish({**record, "files": files})
 

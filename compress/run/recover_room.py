@@ -9,10 +9,11 @@ from paredown.compress.errors import PareError
 from paredown.compress.machine import available_memory
 from paredown.compress.model.blocks import blocks
 from paredown.compress.model.rest import name_of
-from paredown.compress.model.stream import BATCH_TOKENS, batch_bytes, element_size, hidden_size
-from paredown.compress.recipe import DistillSpec
+from paredown.compress.model.stream import BATCH_TOKENS, batch_bytes, element_size, hidden_bytes, hidden_size
+from paredown.compress.recipe import DistillSpec, ReconstructSpec
 from paredown.compress.recovery.distill import MICRO_TOKENS
 from paredown.compress.recovery.divergence import POSITIONS
+from paredown.compress.recovery.reconstruct import tuning_bytes
 from paredown.compress.recovery.targets import target_bytes
 from paredown.compress.recovery.trainable import SAVED_BYTES, STATE_BYTES
 from paredown.compress.text.windows import Windows
@@ -44,20 +45,33 @@ def training_bytes(source: ModelSource, numbers: int, length: int) -> int:
     return weights + unpacked + trained * numbers + activations + logits
 
 
+def blockwise_bytes(source: ModelSource, text: Windows) -> int:
+    """Bytes of memory that tuning block by block takes: the largest block twice, once unpacked, what is trained of it, and
+    three hidden states of each token."""
+    inside = [block.prefix for block in blocks(source)]
+    numbers = max(sum(t.numel() for n, t in source.parameters.items() if n.startswith(own)) for own in inside)
+    unpacked = max(sum(spec.size for n, spec in source.modules.items() if n.startswith(own)) for own in inside)
+    batch = batch_bytes(source, 4 * hidden_size(source))
+    block = 2 * element_size(source) * (numbers + unpacked)
+    return block + tuning_bytes(source, numbers, 0) + batch + 3 * hidden_bytes(source, text.tokens)
+
+
 def check_room(
     source: ModelSource,
-    specs: Sequence[DistillSpec],
+    specs: Sequence[ReconstructSpec | DistillSpec],
     texts: Sequence[tuple[Windows, Windows]],
     out: Path,
     note: Callable[[str], None],
 ) -> None:
     """Say what the steps take. Raises PareError if the disk of `out` or the host's memory is too small."""
-    numbers = max(trained_numbers(source, spec.embeddings) for spec in specs)
-    memory = max(training_bytes(source, numbers, text.length) for text, _ in texts)
-    targets = sum(
-        target_bytes(text.tokens + heldout.tokens, spec.top_k)
-        for spec, (text, heldout) in zip(specs, texts, strict=True)
-    )
+    numbers = trained_numbers(source, any(isinstance(spec, DistillSpec) and spec.embeddings for spec in specs))
+    memory = targets = 0
+    for spec, (text, heldout) in zip(specs, texts, strict=True):
+        if isinstance(spec, DistillSpec):
+            memory = max(memory, training_bytes(source, numbers, text.length))
+            targets += target_bytes(text.tokens + heldout.tokens, spec.top_k)
+        else:
+            memory = max(memory, blockwise_bytes(source, text))
     written = sum(entry.bytes for entry in source.files.entries.values())
     state = (SAVED_BYTES + element_size(source)) * numbers  # from which an interrupted run goes on
     disk = targets + written + state
@@ -76,5 +90,5 @@ def check_room(
     if host is not None and host < memory:
         raise PareError(
             f"{memory / 1e9:.1f} GB of memory are needed and {host / 1e9:.1f} GB are free. Close other programs, or take "
-            "shorter windows in recover: distill.length."
+            "shorter windows in recover: distill.length, or fewer in calibration.sequences."
         )

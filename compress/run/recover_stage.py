@@ -9,7 +9,7 @@ from paredown.compress.checkpoint.out_folder import OutFolder
 from paredown.compress.errors import PareError
 from paredown.compress.recipe import Recipe
 from paredown.compress.run.once import How, compress_once
-from paredown.compress.run.recover import recover
+from paredown.compress.run.recover_once import recover_once
 from paredown.compress.run.stages import compress_stages, finished
 from paredown.evaluation.schema import Report
 
@@ -42,6 +42,6 @@ def compress_and_recover(
         run(model, inner, folder, replace(how, command=None, later=recipe.evaluate))
     how.progress.note("recovering what was compressed")
     own = replace(how, revision=None)
-    report = recover(folder, recipe, out, model, own, revision=how.revision)
+    report = recover_once(folder, model, recipe, out, own, revision=how.revision)
     rmtree(place, ignore_errors=True)
     return report

@@ -1,6 +1,6 @@
 """The steps of a recovery: each trains the checkpoint, from where an interrupted run stopped."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -16,12 +16,13 @@ from paredown.compress.checkpoint.writer import RECORD
 from paredown.compress.errors import PareError
 from paredown.compress.model.blocks import blocks
 from paredown.compress.progress import Counted, Progress
-from paredown.compress.recipe import DistillSpec, Recipe
+from paredown.compress.recipe import DistillSpec, Recipe, ReconstructSpec
 from paredown.compress.recovery.distill import Course, Distillation, Diverged
 from paredown.compress.recovery.targets import Targets
 from paredown.compress.recovery.trainable import Trainable, pruned_layers
 from paredown.compress.run.journal import Journal, State
 from paredown.compress.run.recorded import read_record
+from paredown.compress.run.recover_blocks import Blockwise, blocks_told
 from paredown.compress.text.windows import Windows
 
 HALF = 0.5  # of the learning rate stays once the loss was not finite
@@ -48,14 +49,41 @@ class Steps:
         if state and first == len(self.texts):
             return state.part("kept")
         for number in range(first, len(self.texts)):
-            own = state if state and number == first and "course" in state.facts else None
-            kept = self._distill(number, kept or (state.part("kept") if state else {}), own)
+            own = state if state and number == first and "seconds" in state.facts else None
+            start, spec = kept or (state.part("kept") if state else {}), self.recipe.recover[number].spec
+            if isinstance(spec, DistillSpec):
+                kept = self._distill(number, spec, start, own)
+            else:
+                kept = self._reconstruct(number, spec, start, own)
         self.journal.save({"done": self.done}, {}, {f"kept/{name}": t for name, t in kept.items()}, last=True)
         return kept
 
-    def _distill(self, number: int, start: dict[str, Tensor], state: State | None) -> dict[str, Tensor]:
+    def _reconstruct(
+        self, number: int, spec: ReconstructSpec, numbers: dict[str, Tensor], state: State | None
+    ) -> dict[str, Tensor]:
+        """One step on the blocks, which differ from the files by `numbers`; those are as the `state` left them, if any."""
+        (text, heldout), seed = self.texts[number], self.recipe.calibration.seed
+        entries = list(state.facts["blocks"]) if state else []
+        spent, began = (float(state.facts["seconds"]) if state else 0.0), perf_counter()
+        ids = torch.cat([text.ids, heldout.ids]) if spec.heldout else text.ids
+        pruned = self._pruned(name for name, _ in self.source.model.named_parameters())
+        work = Blockwise(self.source, self.teacher, ids, pruned, spec, seed, self.progress)
+        for entry in work.run(numbers, len(entries)):
+            entries.append(entry)
+            if self.journal.due(False):
+                facts = {"blocks": entries, "done": self.done, "seconds": spent + perf_counter() - began}
+                self.journal.save(facts, {}, {f"kept/{name}": tensor for name, tensor in numbers.items()})
+        seconds = round(spent + perf_counter() - began, 3)
+        texts = {"text": text.provenance(), "heldout": heldout.provenance() if spec.heldout else None}
+        settings = {"teacher": self.teacher.id, "settings": spec.model_dump(mode="json"), "seconds": seconds}
+        self.done.append({**blocks_told(entries, spec, text), **texts, **settings, "target_bytes": 0})
+        return numbers
+
+    def _distill(
+        self, number: int, spec: DistillSpec, start: dict[str, Tensor], state: State | None
+    ) -> dict[str, Tensor]:
         """One step from the numbers `start`, if there are any, or from the `state` that an interrupted run left in it."""
-        spec, (text, heldout) = self.recipe.recover[number].distill, self.texts[number]
+        text, heldout = self.texts[number]
         targets = self._targets(number, spec, text, heldout, start)
         student = self._student(spec)
         student.take(start)
@@ -127,12 +155,17 @@ class Steps:
         """The checkpoint as its users load it, ready to be trained."""
         source, dtype = self.source, self.source.dtype or torch.float32
         model = transformers_plugin.load(source.folder, experts_implementation="eager").to(source.device)
-        layers = read_record(source.folder).get("layers", {}) if (source.folder / RECORD).exists() else {}
         wide = torch.bfloat16 if dtype == torch.float16 else dtype
         products = {"auto": wide, "bfloat16": torch.bfloat16, "float32": torch.float32}[spec.products]
         inside = tuple(block.prefix for block in blocks(source))
-        names = [name for name, _ in model.named_parameters()]
-        return Trainable(model, inside, pruned_layers(names, layers), products, spec.embeddings)
+        pruned = self._pruned(name for name, _ in model.named_parameters())
+        return Trainable(model, inside, pruned, products, spec.embeddings)
+
+    def _pruned(self, names: Iterable[str]) -> frozenset[str]:
+        """Those of the dense weights `names` that the checkpoint's record says were pruned."""
+        folder = self.source.folder
+        layers = read_record(folder).get("layers", {}) if (folder / RECORD).exists() else {}
+        return pruned_layers(names, layers)
 
 
 def _told(training: Distillation, text: Windows, heldout: Windows) -> dict[str, Any]:

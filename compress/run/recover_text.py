@@ -8,7 +8,7 @@ import torch
 
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
-from paredown.compress.recipe import DistillSpec, Recipe
+from paredown.compress.recipe import DistillSpec, Recipe, ReconstructSpec
 from paredown.compress.run.open import check_ids, max_length
 from paredown.compress.run.texts import open_texts
 from paredown.compress.text.corpus import Corpus
@@ -37,7 +37,7 @@ def recovery_texts(recipe: Recipe, source: ModelSource, tokenizer: Any, note: Ca
     scored, longest = recipe.evaluate, max_length(source)
     corpora, scoring = open_texts(recipe, tokenizer, note=note)
     corpora = corpora[: len(recipe.calibration.texts)]  # without the domain's
-    steps = [_windows(recipe, step.distill, corpora, source, tokenizer) for step in recipe.recover]
+    steps = [_windows(recipe, step.spec, corpora, source, tokenizer) for step in recipe.recover]
     evaluations = [
         evaluation_windows(corpus, tokenizer, scored.length, longest, scored.windows, bos=recipe.bos)
         for corpus in scoring
@@ -56,20 +56,24 @@ def recovery_texts(recipe: Recipe, source: ModelSource, tokenizer: Any, note: Ca
 
 
 def _windows(
-    recipe: Recipe, spec: DistillSpec, corpora: Sequence[Corpus], source: ModelSource, tokenizer: Any
+    recipe: Recipe, spec: ReconstructSpec | DistillSpec, corpora: Sequence[Corpus], source: ModelSource, tokenizer: Any
 ) -> tuple[Windows, Windows]:
     """What one step trains on, and what it holds out. Fewer windows than asked for where the text is short."""
     seed, weights = recipe.calibration.seed, [text.weight for text in recipe.calibration.texts]
-    wanted = counts(max(-(-spec.tokens // spec.length), len(weights)), weights)
+    if isinstance(spec, DistillSpec):
+        windows, length, key = -(-spec.tokens // spec.length), spec.length, "recover.0.distill.length"
+    else:
+        windows, length, key = recipe.calibration.sequences, recipe.calibration.length, "calibration.length"
+    wanted = counts(max(windows, len(weights)), weights)
     held = counts(max(spec.heldout, len(weights)), weights)
     pairs = []
     for corpus, number, last in zip(corpora, wanted, held, strict=True):
         limit = SPREAD * (number + last)
-        cut = evaluation_windows(corpus, tokenizer, spec.length, max_length(source), limit, bos=recipe.bos)
+        cut = evaluation_windows(corpus, tokenizer, length, max_length(source), limit, bos=recipe.bos)
         if len(cut.ids) < 2:
             raise PareError(
                 f"the text {corpus.name} has one window of {cut.length} tokens, and one is trained on and one held out. "
-                "Name a longer text, or take shorter windows: --set recover.0.distill.length=..."
+                f"Name a longer text, or take shorter windows: --set {key}=..."
             )
         last = min(last, max(1, len(cut.ids) // HELDOUT))
         others = cut.ids[:-last]

@@ -208,6 +208,7 @@ def _provenance(report: Report) -> list[tuple[str, str]]:
         ("Calibration", calibration_words(report["calibration"])),
         *(("Recovery", line) for line in recovery_lines(report)),
         ("Format", report.get("format", "")),
+        *(("Runs in", f"{name}: {how}") for name, how in report.get("engines", {}).items()),
         ("Left dense", kinds_text(report.get("left_dense", []))),
         ("Seen by no method", kinds_text(report.get("unsupported", []))),
         ("Date", report.get("date", "")),

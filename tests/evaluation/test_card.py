@@ -147,6 +147,17 @@ def test_the_example_of_a_packed_card_runs_as_it_stands_and_that_of_a_dense_one_
     assert done.stdout.startswith("Once upon a time") and done.stdout.endswith("False torch.bfloat16\n")
 
 
+def test_the_card_says_which_engines_take_it_and_of_an_export_those_that_take_that(report, tmp_path):
+    assert "## What runs it" not in model_card(report)
+    report["engines"] = {"transformers": "after import paredown.compress", "vLLM": "with paredown installed"}
+    assert "## What runs it\n\n- transformers: after import paredown.compress\n- vLLM: with" in model_card(report)
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    size = {"before": 1_612_500_000, "after": 2_400_000_000}
+    result = {"model": "small", "out": "big", "format": "gguf", "engines": {"llama.cpp": "as it is"}, "bytes": size}
+    card = export_card(tmp_path, result, {})
+    assert "- llama.cpp: as it is" in card and "- vLLM" not in card
+
+
 def test_an_export_of_a_run_keeps_its_scores_and_says_what_they_are_of(report, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(report))
     result = {

