@@ -54,6 +54,14 @@ def save_model(tokenizer):
     return save
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures():
+    """To draw a page takes longer than to compress a tiny model; pages have tests of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("paredown.compress.run.record.report_page", lambda report: "")
+        yield
+
+
 @pytest.fixture
 def tiny_config():
     return transformers.LlamaConfig(**SIZES)

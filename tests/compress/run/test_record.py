@@ -7,6 +7,7 @@ import yaml
 
 from paredown.compress.run import record
 from paredown.compress.run.compress import compress
+from paredown.evaluation.html.page import report_page
 
 TINY = ["calibration.sequences=4", "calibration.length=32", "evaluate.length=32", "evaluate.windows=2"]
 
@@ -26,8 +27,9 @@ def run(tiny_model, text_file, tmp_path, monkeypatch, verified_here):
 
 
 def test_a_run_leaves_a_page_a_card_with_the_sources_licence_and_a_report_of_where_its_text_lies(
-    run, tiny_model, text_file, tmp_path
+    run, tiny_model, text_file, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(record, "report_page", report_page)
     (tiny_model / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n")
     report = run()
     card = (tmp_path / "out/README.md").read_text()

@@ -54,9 +54,8 @@ def settings(text_file):
 
 
 @pytest.fixture
-def real(tiny_model, tmp_path, settings, verified_here, monkeypatch):
+def real(tiny_model, tmp_path, settings, verified_here):
     """A true report, whose like the stand-in for a process writes."""
-    monkeypatch.setattr("paredown.compress.run.record.report_page", lambda *args: "")
     return compress(tiny_model, "wanda-50", tmp_path / "one", overrides=SMALL, **settings)
 
 
