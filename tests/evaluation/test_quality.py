@@ -70,7 +70,10 @@ def test_what_is_scored_equals_the_runs_own_evaluation(table, tiny_model, text_f
     (after,) = entry["losses"].values()
     sizes = ["sequences=4", "length=32", f"source={text_file}"]
     overrides = [f"calibration.{size}" for size in sizes] + ["evaluate.length=32", "evaluate.windows=3"]
-    report = compress(tiny_model, "wanda-2of4", tmp_path / "out", overrides=overrides, eval_text=[str(text_file)])
+    report = compress(
+        tiny_model, "wanda-2of4", tmp_path / "out", overrides=overrides, eval_text=[str(text_file)],
+        allow_scored_calibration=True,
+    )  # fmt: skip
     wanted = report["evaluation"][0]["paired_delta"]["log_ratio"]
     assert sum(after) / 3 - sum(dense) / 3 == pytest.approx(wanted, abs=1e-3)
 

@@ -175,7 +175,7 @@ def test_a_disk_that_fills_up_inside_a_shard_is_told_and_the_state_is_kept(numbe
     def save_file(*arguments, **named):  # as safetensors tells it
         raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
 
-    monkeypatch.setattr(disk, "save_file", save_file)
+    monkeypatch.setattr("safetensors.torch.save_file", save_file)
     with (
         pytest.raises(PareError, match=r"the disk of .* is full\. Free space") as fault,
         CheckpointWriter(tmp_path / "out", resumable=True) as writer,

@@ -15,7 +15,7 @@ def run_raw(text_file, tmp_path, verified_here):
     def go(model, raw, out="out", **options):
         path = tmp_path / f"{out}.yaml"
         path.write_text(yaml.safe_dump(raw))
-        text = {"calibration": str(text_file), "eval_text": [str(text_file)]}
+        text = {"calibration": str(text_file), "eval_text": [str(text_file)], "allow_scored_calibration": True}
         return compress(model, str(path), tmp_path / out, overrides=SMALL, **text, **options)
 
     return go

@@ -105,6 +105,7 @@ def main():
     from paredown.compress.checkpoint.writer import CheckpointWriter
     from paredown.compress.job import resolve_job
     from paredown.compress.model.stream import BATCH_TOKENS
+    from paredown.compress.numerics.divergence import CHUNK_BYTES
     from paredown.compress.numerics.perplexity import target_nll
     from paredown.compress.recipe import Recipe
     from paredown.compress.run.pipeline import Run
@@ -127,6 +128,7 @@ def main():
         return [result.evaluation[0]["after"]["token_perplexity"], loss.item()]
 
     BATCH_TOKENS["elsewhere"] = BATCH_TOKENS["cpu"]
+    CHUNK_BYTES["elsewhere"] = CHUNK_BYTES["cpu"]
     for job in json.loads(Path(sys.argv[1]).read_text()):
         here = run(job, torch.device("cpu"))
         with Dispatched(), Called():

@@ -85,6 +85,7 @@ def narrowed(llama, tmp_path_factory, text_file):
         overrides=small,
         calibration=str(text_file),
         eval_text=[str(text_file)],
+        allow_scored_calibration=True,
     )
     return place / "out"
 
