@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from paredown.compress.checkpoint import disk
 from paredown.compress.checkpoint.out_folder import MARK, STATE
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.tensor_files import INDEX, TensorFiles, sha256
