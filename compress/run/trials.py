@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from paredown.compress.errors import PareError
-from paredown.compress.recipe_yaml import parse_yaml
+from paredown.compress.recipe.yaml import parse_yaml
 
 OPENING, CLOSING, QUOTES = "[{(", "]})", "'\""
 FORM = "[{recipe: wanda-50, set: [sparsity=0.4]}, {name: ours, recipe: mine.yaml}]"
