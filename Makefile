@@ -47,7 +47,7 @@ $(VENV)/bin/python:
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt $(SOURCES)
 	@rm -rf build
 	$(BIN)/python -m pip install -q -c constraints.txt --force-reinstall --no-deps .
-	$(BIN)/python -m pip install -q -c constraints.txt '.[report]'
+	$(BIN)/python -m pip install -q -c constraints.txt '.[eval,report]'
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed

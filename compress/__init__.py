@@ -3,7 +3,7 @@
 Importing this package teaches transformers to load packed checkpoints: `AutoModelForCausalLM.from_pretrained` then works
 on them as on any other model. torch and transformers themselves are imported when something of ours is first used.
 
-compress, plan, recover, evaluate, bench, verify, export: of the commands of these names
+compress, plan, recover, merge, evaluate, bench, verify, export: of the commands of these names
 load: a packed or dense checkpoint as a model             fuse: join packed layers after `.to("cuda")`
 enable_peft: LoRA of peft adapts packed layers too
 Recipe, PareError: what is done, and what went wrong      register, WeightMethod, ...: `paredown.compress.methods`
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from paredown.compress.run.compress import compress
     from paredown.compress.run.evaluate import evaluate
     from paredown.compress.run.export import export
+    from paredown.compress.run.merge import merge
     from paredown.compress.run.plan import plan
     from paredown.compress.run.recover import recover
     from paredown.compress.run.verify import verify
@@ -57,6 +58,7 @@ __all__ = [
     "fuse",
     "load",
     "logger",
+    "merge",
     "plan",
     "recover",
     "verify",
@@ -66,7 +68,7 @@ __all__ = [
 _LATE = {
     **{
         name: f"paredown.compress.run.{name}"
-        for name in ("bench", "compress", "evaluate", "export", "plan", "recover", "verify")
+        for name in ("bench", "compress", "evaluate", "export", "merge", "plan", "recover", "verify")
     },
     "Recipe": "paredown.compress.recipe",
     "enable_peft": "paredown.compress.serving.adapters",

@@ -68,6 +68,11 @@ class Job:
         return needs - {Need.SECOND_MOMENT} if Need.GRAM in needs else needs
 
     @property
+    def is_surveyed(self) -> bool:
+        """Whether anything is measured of the dense model before the walk."""
+        return self.method.surveys_angles or bool(self.gradients) or self.allocation.reads != "shapes"
+
+    @property
     def reads_pairs(self) -> bool:
         """Whether the survey gives the method tokens themselves."""
         return self.allocation.reads == "losses" and self.method.reads_pairs

@@ -4,7 +4,7 @@ The logger is silent until the application configures logging, as libraries shou
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -23,6 +23,16 @@ class BlockDone:
     relative_error: float  # mean over the block's layers
     seconds: float
     peak_memory: int  # bytes, of the process so far
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Numbers of a step that is done, for logs: what they are of, such as `distill`, which step, and values by name."""
+
+    of: str
+    step: int
+    values: Mapping[str, float]
+    name: str = ""  # of what was measured, such as a block
 
 
 class Counted(str):
@@ -78,8 +88,9 @@ def ignore(_: object) -> None:
 
 @dataclass(frozen=True)
 class Progress:
-    """The three callbacks of a run: what it has done, what is worth keeping, and what it is doing now."""
+    """The callbacks of a run: what it has done, what is worth keeping, what it is doing now, and numbers for logs."""
 
     block: Callable[[BlockDone], None] = ignore  # after each block
     note: Callable[[str], None] = logger.info  # a sentence worth keeping: a choice, a fallback, a warning
     doing: Callable[[str], None] = ignore  # the step under way, for a status line; "" once there is none
+    measured: Callable[[Measured], None] = ignore  # numbers of a step

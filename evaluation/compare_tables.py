@@ -1,6 +1,7 @@
 """Finished runs side by side as tables, for a terminal and for a page."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Group as Lines
 from rich.text import Text
@@ -10,6 +11,7 @@ from paredown.evaluation.report import listed, screen_table
 from paredown.evaluation.tables import Rows, bytes_text, plus_minus
 
 FRONT = "*"
+LONG = 16  # characters of a name
 
 
 def render_comparison(groups: Sequence[Group]) -> Lines:
@@ -19,9 +21,15 @@ def render_comparison(groups: Sequence[Group]) -> Lines:
         parts.append(Text(f"{len(groups)} groups: runs of different models or texts are not compared.\n", style="bold"))
     for group in groups:
         parts.append(Text(heading(group), style="bold"))
-        parts += [screen_table(rows) for rows in tables(group)]
+        parts += [screen_table(_broken(rows)) for rows in tables(group)]
         parts += listed("Remarks", group.remarks)
     return Lines(*parts)
+
+
+def _broken(rows: Rows) -> Rows:
+    """Long names of runs in several lines, at the signs that join their parts, so that none breaks inside a word."""
+    names = (row[0].replace("_", "_\n") if len(row[0]) > LONG else row[0] for row in rows.rows)
+    return replace(rows, rows=tuple((name, *row[1:]) for name, row in zip(names, rows.rows, strict=True)))
 
 
 def heading(group: Group) -> str:

@@ -33,7 +33,7 @@ def task_manager(names: Sequence[str], include: Path | None = None, allow_code: 
     Raises `PareError` for unknown names, for a missing folder, for one with code unless that is allowed, and without
     lm-eval.
     """
-    _require_lm_eval()
+    require_lm_eval()
     if include is not None and not include.is_dir():
         raise PareError(f"the folder of tasks {include} does not exist; wanted a folder of lm-eval task YAML")
     if include is not None and not allow_code:
@@ -70,12 +70,13 @@ def _manager(include: Path | None, defaults: bool) -> Any:
     return TaskManager(include_path=folders, include_defaults=defaults)
 
 
-def _require_lm_eval() -> None:
+def require_lm_eval() -> None:
+    """Raise `PareError` if lm-eval is not installed."""
     try:
         import lm_eval.tasks  # noqa: F401
     except ImportError as error:
         raise PareError(
-            f"tasks are run by lm-eval, which cannot be imported here ({error}). "
+            f"tasks and word perplexity need lm-eval, which cannot be imported here ({error}). "
             "Install it with: pip install 'lm-eval>=0.4.13'"
         ) from error
 

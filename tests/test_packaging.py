@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = ("compress", "kernels", "recipes", "evaluation")
+EXTRAS = PROJECT["project"]["optional-dependencies"]
 PINS = dict(
     line.lower().replace("_", "-").split("==")
     for line in (ROOT / "constraints.txt").read_text().splitlines()
@@ -69,12 +70,20 @@ def test_help_pays_for_no_library():
     assert not {"torch", "transformers", "datasets", "lm_eval", "numpy"} & set(json.loads(done.stderr))
 
 
-@pytest.mark.parametrize(
-    "wanted", [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["test"]]
-)
+@pytest.mark.parametrize("wanted", [*PROJECT["project"]["dependencies"], *EXTRAS["eval"], *EXTRAS["test"][1:]])
 def test_every_dependency_is_pinned_to_a_version_that_pyproject_allows(wanted):
     requirement = Requirement(wanted)
     assert requirement.specifier.contains(PINS[requirement.name.lower()])
+
+
+def test_serving_and_every_other_extra_but_that_of_tasks_installs_no_harness():
+    assert EXTRAS["test"][0] == "paredown[eval]"  # the tests run all
+    wanted = [
+        *PROJECT["project"]["dependencies"],
+        *(line for name in EXTRAS if name != "eval" for line in EXTRAS[name]),
+    ]
+    names = {Requirement(line).name.lower() for line in wanted}
+    assert not {"lm-eval", "datasets", "pyarrow"} & names
 
 
 def test_pins_are_plain_versions_that_any_platforms_wheel_satisfies():

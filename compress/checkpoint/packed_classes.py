@@ -16,6 +16,7 @@ from paredown.compress.errors import PareError
 from paredown.compress.storage.modules import PACKED
 
 MODEL_TYPE_PREFIX = "paredown_"
+QUANT_METHOD = "paredown"  # of config.json's quantization_config
 # A key of config.json that every config class of transformers reads as numbers: any class but ours fails on this text.
 NOTICE = {"import paredown.compress, then load this checkpoint with AutoModelForCausalLM.from_pretrained": ""}
 NOTICE_KEY = "id2label"
@@ -68,6 +69,7 @@ class PackedModel:
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
         """As of any model. Raises PareError for tensors that are missing, unexpected, of a wrong shape or damaged."""
+        _check_quantization(folder, options.get("quantization_config"))
         model, info = super().from_pretrained(folder, *args, output_loading_info=True, **options)  # type: ignore[misc]
         again = f"Fetch the checkpoint again, or check it with: paredown verify {folder}"
         if damage := _wrong_name(model, info) or _wrong_value(model):
@@ -78,6 +80,16 @@ class PackedModel:
         reduced = super().__reduce_ex__(protocol)
         family = dense_model_type(self.config_class.model_type)
         return (_new_model, (family, self.dense_class.__name__), *reduced[2:])
+
+
+def _check_quantization(folder: Any, asked: Any) -> None:
+    """Raises PareError for settings of another quantiser; those of config.json come back from some who load a model."""
+    settings = asked if asked is None or isinstance(asked, Mapping) else asked.to_dict()
+    if settings is not None and settings.get("quant_method") != QUANT_METHOD:
+        raise PareError(
+            f"{folder} holds packed weights, which cannot be quantised as well. Quantise its dense export: "
+            f"paredown export {folder} -o NEW --format dense"
+        )
 
 
 @cache

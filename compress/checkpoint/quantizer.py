@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from paredown.compress.checkpoint.packed_classes import PackedModel
+from paredown.compress.checkpoint.packed_classes import QUANT_METHOD, PackedModel
 from paredown.compress.errors import PareError
 from paredown.compress.storage.fuse import fuse
 from paredown.compress.storage.install import install, read_specs
@@ -15,8 +15,6 @@ from paredown.compress.storage.kinds import FORMAT_VERSION
 from paredown.compress.storage.shapes import Shapes
 from paredown.compress.storage.spec import Spec, told
 from paredown.compress.storage.unpacked import keep_unpacked
-
-QUANT_METHOD = "paredown"  # of config.json's quantization_config
 
 
 def read_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Spec], Shapes]:

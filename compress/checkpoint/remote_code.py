@@ -4,6 +4,8 @@ transformers then runs the file that `auto_map` in config.json names, which impo
 """
 
 import json
+import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,12 @@ class Config:
 
     @staticmethod
     def from_pretrained(folder: Any, **options: Any) -> Any:
-        """As of AutoConfig."""
+        """As of AutoConfig. Raises PareError in a process of vLLM's that cannot have our plugin, and would not say so."""
+        if "vllm" in sys.modules and not entry_points(group="vllm.general_plugins", name="paredown"):
+            raise PareError(
+                "vLLM finds paredown's plugin by the installed package, and here paredown is only on the path of modules: "
+                "install it beside vLLM with pip install --no-deps ."
+            )
         from transformers import AutoConfig
 
         transformers_plugin.register()

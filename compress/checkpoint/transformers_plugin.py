@@ -16,6 +16,7 @@ from paredown.compress.checkpoint.architectures import auto_class, model_types
 from paredown.compress.checkpoint.auto_tables import register_tokenizers
 from paredown.compress.checkpoint.packed_classes import (
     MODEL_TYPE_PREFIX,
+    QUANT_METHOD,
     dense_model_type,
     dense_twin,
     packed_model_type,
@@ -70,7 +71,7 @@ def packed_parts(config: Any) -> tuple[dict[str, Spec], Shapes]:
     Raises PareError for a checkpoint that another tool quantised, whose weights cannot be edited, and for one of ours
     that has another format or is damaged.
     """
-    from paredown.compress.checkpoint.quantizer import QUANT_METHOD, read_settings
+    from paredown.compress.checkpoint.quantizer import read_settings
 
     settings, stored = getattr(config, "quantization_config", None), bitmask_import.stranded_format(config)
     if stored in bitmask_import.PARTS or (stored is not None and settings is not None):
@@ -96,8 +97,6 @@ def packed_config(
 
     `shapes`: what in the model is not as the config says.
     """
-    from paredown.compress.checkpoint.quantizer import QUANT_METHOD
-
     packed = packed_twin(dense_config(config))
     packed.quantization_config = {
         "quant_method": QUANT_METHOD,

@@ -19,6 +19,7 @@ from paredown.compress.errors import PareError
 from paredown.compress.storage.kinds import FORMAT_VERSION
 
 RECORD = "paredown.json"
+LOG = "log.jsonl"  # what the run told, see run/run_log.py
 SCORES = "evaluation"  # a folder of scores that were measured on what is written: each names what it depends on
 FLUSH_BYTES = 64 << 20
 MAX_SHARD_BYTES = 5 << 30
@@ -190,7 +191,7 @@ class CheckpointWriter:
             if not shard.exists() and finals[0].exists():  # that writer was stopped after `finish`
                 finals[0].rename(shard)
             _check_shard(shard, {n: r for n, r in facts["tensors"].items() if r.get("file") == shard.name})
-        self.clear(keep={STATE, SCRATCH, SCORES, *facts["shards"]})
+        self.clear(keep={STATE, SCRATCH, SCORES, LOG, *facts["shards"]})
         self.tensors, self._shards, self._pending = facts["tensors"], shards, dict(pending)
         self._pending_bytes = sum(t.numel() * t.element_size() for t in pending.values())
 

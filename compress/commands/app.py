@@ -10,6 +10,7 @@ from paredown.commands.compare import compare
 from paredown.commands.compress import compress, demo
 from paredown.commands.evaluate import evaluate
 from paredown.commands.exits import exit_codes
+from paredown.commands.merge import merge
 from paredown.commands.plan import plan
 from paredown.commands.recipes import recipes
 from paredown.commands.recover import recover
@@ -46,6 +47,7 @@ def options(
 app.command("compress")(compress)
 app.command("plan")(plan)
 app.command("recover")(recover)
+app.command("merge")(merge)
 app.command("eval")(evaluate)
 app.command("export")(export)
 app.command("compare")(compare)

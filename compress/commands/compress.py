@@ -17,6 +17,7 @@ from paredown.commands.options import (
     EvalWindows,
     Format,
     Json,
+    LogTo,
     Model,
     NoCache,
     Out,
@@ -34,6 +35,7 @@ from paredown.commands.options import (
     TaskFolder,
     Tasks,
     Verbose,
+    Words,
     changed,
     listed,
     typed,
@@ -56,6 +58,7 @@ def compress(
     task_folder: TaskFolder = None,
     allow_task_code: AllowTaskCode = False,
     samples: Samples = False,
+    words: Words = False,
     no_cache: NoCache = False,
     format: Annotated[
         Format, typer.Option("--format", help="packed is smaller; dense loads everywhere.")
@@ -69,13 +72,14 @@ def compress(
     revision: Revision = None,
     push: Push = None,
     private: Private = False,
+    log_to: LogTo = None,
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Compress MODEL by a recipe into OUT, with figures before and after."""
     overrides = changed(overrides, eval_windows)
-    check(model, recipe=recipe, overrides=overrides, out=out, push=push)
+    check(model, recipe=recipe, overrides=overrides, out=out, push=push, log_to=log_to)
     from paredown.commands.screen import screen
     from paredown.compress.run.compress import compress as run
 
@@ -83,9 +87,10 @@ def compress(
         report = run(
             model, recipe, out, overrides=overrides, plugins=plugins, calibration=calibration,
             eval_text=eval_text, tasks=listed(tasks), task_folder=task_folder, allow_task_code=allow_task_code,
-            samples=samples, cache=not no_cache, format=format.value, remote_code=remote_code, device=device,
+            samples=samples, words=words, cache=not no_cache, format=format.value, remote_code=remote_code, device=device,
             dtype=dtype, seed=seed, seeds=seeds or (), allow_scored_calibration=allow_scored, revision=revision,
             progress=shown.block, note=shown.note, doing=shown.doing, command=typed(),
+            log_to=None if log_to is None else log_to.value,
         )  # fmt: skip
     print_report(report, json_output)
     uploaded(out, push, private)

@@ -22,6 +22,7 @@ from paredown.commands.options import (
     TaskFolder,
     Tasks,
     Verbose,
+    Words,
     listed,
 )
 
@@ -34,9 +35,7 @@ def evaluate(
     task_folder: TaskFolder = None,
     allow_task_code: AllowTaskCode = False,
     samples: Samples = False,
-    words: Annotated[
-        bool, typer.Option("--word-perplexity", help="Word perplexity too, of texts that have documents, as lm-eval.")
-    ] = False,
+    words: Words = False,
     out: Annotated[
         Path | None,
         typer.Option(

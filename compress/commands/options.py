@@ -67,7 +67,22 @@ AllowTaskCode = Annotated[
 ]
 Samples = Annotated[bool, typer.Option("--samples", help="How the models go on after five prompts.")]
 NoCache = Annotated[
-    bool, typer.Option("--no-cache", help="Score the dense model anew, and keep nothing in ~/.cache/paredown/scores.")
+    bool, typer.Option("--no-cache", help="Measure the dense model anew, and keep nothing of it in ~/.cache/paredown.")
+]
+
+
+class Board(StrEnum):
+    trackio = "trackio"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
+LogTo = Annotated[
+    Board | None,
+    typer.Option("--log-to", help="Send all numbers there too, if it is installed; OUT/log.jsonl always has them."),
+]
+Words = Annotated[
+    bool, typer.Option("--word-perplexity", help="Word perplexity too, of texts that have documents, as lm-eval.")
 ]
 RemoteCode = Annotated[
     bool,

@@ -17,6 +17,7 @@ from paredown.commands.options import (
     EvalWindows,
     Format,
     Json,
+    LogTo,
     Model,
     NoCache,
     Plugin,
@@ -33,6 +34,7 @@ from paredown.commands.options import (
     TaskFolder,
     Tasks,
     Verbose,
+    Words,
     changed,
     listed,
     running,
@@ -54,6 +56,7 @@ def plan(
     task_folder: TaskFolder = None,
     allow_task_code: AllowTaskCode = False,
     samples: Samples = False,
+    words: Words = False,
     no_cache: NoCache = False,
     format: Annotated[Format, typer.Option("--format")] = Format.packed,
     remote_code: RemoteCode = False,
@@ -75,13 +78,14 @@ def plan(
     revision: Revision = None,
     push: Push = None,
     private: Private = False,
+    log_to: LogTo = None,
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Say what would happen: layers, parameters, bytes, memory, disk and time. Takes the options of compress."""
     overrides = changed(overrides, eval_windows)
-    check(model, recipe=recipe, overrides=overrides, out=out, push=push)
+    check(model, recipe=recipe, overrides=overrides, out=out, push=push, log_to=log_to)
     from paredown.commands.display import show_curve, show_plan
     from paredown.commands.screen import screen
     from paredown.compress.checkpoint.remote_code import check_packed

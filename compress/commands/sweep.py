@@ -10,6 +10,7 @@ import typer
 from paredown.commands.early import check
 from paredown.commands.options import (
     AllowScored,
+    AllowTaskCode,
     Calibration,
     Device,
     Dtype,
@@ -17,15 +18,20 @@ from paredown.commands.options import (
     EvalWindows,
     Format,
     Json,
+    LogTo,
     Model,
+    NoCache,
     Plugin,
     Quiet,
+    RemoteCode,
     Revision,
+    Samples,
     Seed,
     Seeds,
     TaskFolder,
     Tasks,
     Verbose,
+    Words,
     changed,
     listed,
 )
@@ -44,7 +50,13 @@ def sweep(
         list[str], typer.Option("--set", help="Change a key: key=value, or key=a,b,c to try each. Repeatable.")
     ] = [],  # noqa: B006 - typer reads the default
     runs: Annotated[Path | None, typer.Option("--runs", help="A YAML list of runs instead of a grid.")] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="So many runs at a time.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="So many runs at a time: 1, or with --ray one a machine.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", help="Run on this Ray cluster: host:port, auto, or local.", metavar="ADDRESS"),
+    ] = None,
     keep: Annotated[
         Keep, typer.Option("--keep", help="What stays of a run: its report alone, or the checkpoint too.")
     ] = Keep.reports,
@@ -54,21 +66,27 @@ def sweep(
     eval_windows: EvalWindows = None,
     tasks: Tasks = None,
     task_folder: TaskFolder = None,
+    allow_task_code: AllowTaskCode = False,
+    samples: Samples = False,
+    words: Words = False,
+    no_cache: NoCache = False,
     format: Annotated[
         Format, typer.Option("--format", help="packed is smaller; dense loads everywhere.")
     ] = Format.packed,
+    remote_code: RemoteCode = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = None,
     seeds: Seeds = None,
     allow_scored: AllowScored = False,
     revision: Revision = None,
+    log_to: LogTo = None,
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Compress MODEL by many recipes and settings, and compare what came of it. The same command goes on after a stop."""
-    check(model)
+    check(model, log_to=log_to)
     if (runs is None) == (recipes is None):
         raise typer.BadParameter("name either recipes, as in -r wanda-50,sparsegpt-50, or a file of --runs.")
     from paredown.commands.screen import screen
@@ -81,11 +99,13 @@ def sweep(
         "plugins": [str(path) for path in plugins], "calibration": calibration, "eval_text": eval_text,
         "tasks": listed(tasks), "task_folder": None if task_folder is None else str(task_folder),
         "format": format.value, "device": device, "dtype": dtype, "seed": seed, "seeds": seeds or (),
-        "allow_scored_calibration": allow_scored, "revision": revision,
+        "allow_scored_calibration": allow_scored, "revision": revision, "allow_task_code": allow_task_code,
+        "samples": samples, "words": words, "cache": not no_cache, "remote_code": remote_code,
+        "log_to": None if log_to is None else log_to.value,
     }  # fmt: skip
     with screen("sweep", quiet=quiet, verbose=verbose) as shown:
         outcome = run(
-            model, trials, out, settings, workers=workers, keep=keep.value, note=shown.note, doing=shown.doing
+            model, trials, out, settings, workers=workers, ray=ray, keep=keep.value, note=shown.note, doing=shown.doing
         )
     _show(outcome, out, json_output)
     if outcome.failed:

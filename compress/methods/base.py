@@ -130,6 +130,11 @@ class WeightMethod(Method):
         """The method for the `option` of one of its choices."""
         return self
 
+    @property
+    def surveyed(self) -> "WeightMethod":
+        """The method without what its survey of the dense model does not depend on, such as how much is kept."""
+        return self
+
     def without_bias(self) -> "WeightMethod | None":
         """The same method for layers without a bias that cannot get one; None if it has to add one."""
         return self

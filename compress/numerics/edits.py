@@ -137,6 +137,7 @@ class Factored(WeightEdit):
     parts: Mapping[str, Tensor]  # by the names of the kind
     shift: Tensor | None = None  # (out,) float64: the mean of the layer's output that the parts miss
     loss: float | None = None  # in the method's own metric, relative to that of a weight of zeros
+    spectrum: Mapping[str, Any] = field(default_factory=dict, repr=False)  # that was cut, as `outlined` has it
     damping: float | None = None
     fallback: str | None = None
     aim: Tensor | None = field(default=None, repr=False)
@@ -158,7 +159,8 @@ class Factored(WeightEdit):
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {"kind": self.kind, "rank": self.rank, "measured_loss": self.loss}
+        facts = {"kind": self.kind, "rank": self.rank, "measured_loss": self.loss}
+        return {**facts, "spectrum": self.spectrum} if self.spectrum else facts
 
     def module(self, old: nn.Module, layout: Layout, bias: Tensor | None) -> nn.Module:
         added = bias is not None and old.bias is None

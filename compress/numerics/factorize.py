@@ -17,6 +17,7 @@ from paredown.compress.storage.kinds import stored_numbers
 from paredown.compress.storage.spec import Spec
 
 AT_ONCE = 2048  # tokens
+OUTLINE = 24  # points at most that a report keeps of a spectrum
 LARGE = 512  # the smaller side of a weight from which ranks go in steps of 16, at most 3% of it
 
 
@@ -115,6 +116,20 @@ def _tall(target: Target, metric: Metric) -> Problem:
         moment = moment.addr(metric.mean, metric.mean, alpha=-1.0)
     root, unroot = root_of(damped(moment, metric.ridge) if metric.ridge else moment)
     return root.T @ product @ root, lambda top: (times_value(root @ top), unroot(top.T))
+
+
+def outlined(losses: Tensor, rank: int) -> dict[str, list[float]]:
+    """A spectrum in few points: `ranks`, the one of the cut among them, and the share of all `energy` that each holds.
+
+    losses (n,) are squared singular values, largest first. Nothing of a matrix that is zero.
+    """
+    size, total = len(losses), float(losses.sum())
+    if not total:
+        return {}
+    spread = torch.linspace(0, 1, OUTLINE - 1, dtype=torch.float64).square()  # closer where the spectrum is steep
+    ranks = sorted({rank, *(1 + (size - 1) * spread).round().int().tolist()} - {0})
+    shares = (losses[[k - 1 for k in ranks]] / total).tolist()
+    return {"ranks": ranks, "energy": [float(f"{share:.4g}") for share in shares]}
 
 
 def steps(factors: Factors, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:  # (k,) float64

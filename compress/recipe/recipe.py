@@ -65,7 +65,7 @@ class Recipe(Stage, _About):
         """Blocks are tuned from the dense model's embedding on, which distillation may change."""
         kinds = [step.reconstruct is None for step in steps]
         if kinds != sorted(kinds):
-            raise PydanticCustomError("order", "reconstruct comes before distill, which would be undone")
+            raise PydanticCustomError("order", "reconstruct comes before distill and lora, which would be undone")
         return steps
 
     @property

@@ -7,24 +7,29 @@ draw and every sum being its own, and the teacher, which would ask for devices o
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from paredown.compress.progress import Counted, Progress
+from paredown.compress.progress import Counted, Measured, Progress
 from paredown.compress.recipe import DistillSpec
-from paredown.compress.recovery.divergence import mean_divergence
+from paredown.compress.recovery import optimizer, taid
+from paredown.compress.recovery.divergence import TopK, mean_divergence
+from paredown.compress.recovery.hidden import outputs_of, scaled, states_error
 from paredown.compress.recovery.targets import Targets
 from paredown.compress.recovery.trainable import Trainable
 
 MICRO_TOKENS = {"cpu": 1024, "cuda": 8192}  # of one forward and backward pass
-BETAS = (0.9, 0.95)  # of AdamW; steps are few
 
 
 class Diverged(Exception):
     """The loss or its gradient is not finite. The message says at which step."""
+
+
+class TooFast(Diverged):
+    """The held-out divergence is higher than before training, and no text was seen twice: the steps are too long."""
 
 
 @dataclass
@@ -36,6 +41,8 @@ class Course:
     losses: list[float] = field(default_factory=list)  # of each step
     curve: list[list[float]] = field(default_factory=list)  # [steps taken, held-out divergence]
     stopped: str = ""  # why training ended
+    share: float = 1.0  # of the teacher in the target
+    momentum: float = 0.0  # of what moves it
 
     @property
     def best(self) -> int:
@@ -45,7 +52,11 @@ class Course:
 
 @dataclass
 class Distillation:
-    """Training on windows ids (windows, length), scored on `heldout` windows: the last of the targets' windows are these."""
+    """Training on windows ids (windows, length), scored on `heldout` windows: the last of the targets' windows are these.
+
+    `compared`: modules of the student whose outputs are to be the teacher's hidden states, in the order of the targets'
+    layers. `rows`, which of the windows are trained on, may be set before the first step.
+    """
 
     student: Trainable
     ids: Tensor
@@ -55,53 +66,77 @@ class Distillation:
     seed: int
     device: torch.device
     progress: Progress = field(default_factory=Progress)
+    compared: Sequence[nn.Module] = ()
 
     def __post_init__(self) -> None:
         spec = self.spec
-        self.step_tokens = min(spec.batch, len(self.ids)) * self.ids.shape[1]
-        self.steps = max(1, round(spec.tokens / self.step_tokens))
-        self.optimizer = torch.optim.AdamW(self.student.groups(), betas=BETAS, weight_decay=0.0)
-        self.course = Course()
+        self.rows: Sequence[int] = range(len(self.ids))
+        self.optimizer = optimizer.make(spec.optimizer, self.student.groups())
+        self.course = self._beginning()
         self.initial = self.kept = self.student.results()
         if spec.checkpointing:
             self.student.checkpointed()
+
+    @property
+    def step_tokens(self) -> int:
+        """Of one step."""
+        return min(self.spec.batch, len(self.rows)) * self.ids.shape[1]
+
+    @property
+    def steps(self) -> int:
+        """How many there are in all."""
+        return max(1, round(self.spec.tokens / self.step_tokens))
 
     def state(self) -> dict[str, Tensor]:
         """What `restore` needs beside the course: tensors by name."""
         weights = self.student.weights
         tensors = {f"master/{name}": w.master for name, w in weights.items()}
         tensors |= {f"kept/{name}": t for name, t in self.kept.items()}
-        for name, w in weights.items():
-            if moments := self.optimizer.state.get(w.master):
-                tensors |= {f"first/{name}": moments["exp_avg"], f"second/{name}": moments["exp_avg_sq"]}
-        return tensors
+        return tensors | optimizer.saved(self.optimizer, self._masters)
 
     def restore(self, course: Course, tensors: Mapping[str, Tensor]) -> None:
         """Stand where another training of the same text and settings stood at its `state`."""
         self.course = course
-        parts: dict[str, dict[str, Tensor]] = {"master": {}, "kept": {}, "first": {}, "second": {}}
+        parts: dict[str, dict[str, Tensor]] = {"master": {}, "kept": {}, "optimizer": {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = tensor
         self.student.take(parts["master"])
         self.kept = parts["kept"]
-        self.optimizer.state.clear()
-        for name, first in parts["first"].items():
-            master = self.student.weights[name].master
-            self.optimizer.state[master] = {
-                "step": torch.tensor(float(course.step)),
-                "exp_avg": first.to(master.device, copy=True),
-                "exp_avg_sq": parts["second"][name].to(master.device, copy=True),
-            }
+        optimizer.restore(self.optimizer, self._masters, parts["optimizer"])
 
     def restart(self, rate: float) -> None:
         """Begin anew at this share of the learning rate."""
         self.student.take(self.initial)
-        self.course, self.kept = Course(rate=rate), self.initial
+        self.course, self.kept = self._beginning(rate), self.initial
         self.optimizer.state.clear()
 
+    def _beginning(self, rate: float = 1.0) -> Course:
+        return Course(rate=rate, share=self.spec.taid.start if self.spec.taid else 1.0)
+
+    @property
+    def _masters(self) -> dict[str, Tensor]:
+        return {name: weight.master for name, weight in self.student.weights.items()}
+
+    @torch.no_grad()
+    def survey(self) -> tuple[Tensor, Tensor]:
+        """Of each window that may be trained on: its divergence (windows,), and what it is about (windows, hidden).
+
+        That is the mean of the last block's outputs, each token's of unit size.
+        """
+        found, means = [], []
+        for part in self._passes(list(range(len(self.ids)))):
+            with outputs_of([self.student.blocks[-1]]) as outputs:
+                logits = self._logits(self.ids, part)
+            target = self.targets.read(part)
+            found += [self._divergence(logits[i : i + 1], target.part(i, i + 1)).cpu() for i in range(len(part))]
+            means.append(scaled(outputs[0]).values.float().mean(1).cpu())
+            words = f"comparing with the teacher: {part[-1] + 1} of {len(self.ids)} windows"
+            self.progress.doing(Counted(words, "comparing with the teacher", part[-1] + 1, len(self.ids)))
+        return torch.stack(found), torch.cat(means)
+
     def run(self, save: Callable[[], None]) -> None:
-        """Train to the end; `save` is called between steps. Raises Diverged for a loss that is not finite.
+        """Train to the end; `save` is called between steps. Raises Diverged, and TooFast only at the whole rate.
 
         `kept` is then what had the lowest held-out divergence.
         """
@@ -124,7 +159,7 @@ class Distillation:
         loss = 0.0
         for part in parts:
             share = len(part) / len(windows)
-            found = self._loss(self.ids, part, part) * share
+            found = self._loss(part) * share
             found.backward()
             loss += float(found.detach())
         norm = float(torch.nn.utils.clip_grad_norm_(self.student.masters, spec.clip))
@@ -137,9 +172,13 @@ class Distillation:
         self.optimizer.zero_grad()
         self.student.show()
         course.step += 1
+        if spec.taid:
+            before, done = (course.losses[-1] if course.losses else None), course.step / self.steps
+            course.share, course.momentum = taid.moved(course.share, course.momentum, before, loss, done, spec.taid)
         course.losses.append(loss)
         words = f"distilling: step {course.step} of {self.steps}, loss {loss:.3f}, held-out {course.curve[-1][1]:.3f}"
         self.progress.doing(Counted(words, "distilling", course.step, self.steps))
+        self.progress.measured(Measured("distill", course.step, {"loss": loss}))
 
     def _evaluate(self) -> None:
         """Add to the curve; keep the numbers if the divergence is the lowest, and stop if it has not fallen for long."""
@@ -147,7 +186,8 @@ class Distillation:
         total = 0.0
         with torch.no_grad():
             for part in self._passes(list(range(len(self.heldout)))):
-                total += float(self._loss(self.heldout, part, [first + i for i in part])) * len(part)
+                target = self.targets.read([first + i for i in part])
+                total += float(self._divergence(self._logits(self.heldout, part), target)) * len(part)
         course.curve.append([course.step, total / len(self.heldout)])
         since = len(course.curve) - 1 - course.best
         if since == 0:
@@ -155,12 +195,29 @@ class Distillation:
         elif since >= self.spec.patience and course.step < self.steps:
             course.stopped = f"the held-out divergence has not fallen for {since} evaluations"
         self.progress.note(f"step {course.step} of {self.steps}: held-out divergence {course.curve[-1][1]:.4f}")
+        self.progress.measured(Measured("heldout", course.step, {"divergence": course.curve[-1][1]}))
+        once = course.step * min(self.spec.batch, len(self.rows)) <= len(self.rows)
+        if course.rate == 1 and once and course.curve[-1][1] > course.curve[0][1]:
+            raise TooFast(
+                f"at step {course.step} of {self.steps} the held-out divergence is higher than before training"
+            )
 
-    def _loss(self, ids: Tensor, rows: list[int], windows: list[int]) -> Tensor:
-        """The mean loss of some rows of ids, whose targets are those of `windows`."""
-        batch = ids[rows].to(self.device)
-        logits = self.student.model(batch, use_cache=False).logits[:, :-1]  # (rows, length - 1, vocabulary)
-        return mean_divergence(logits, self.targets.read(windows), self.spec.loss, self.spec.temperature)
+    def _loss(self, windows: list[int]) -> Tensor:
+        """The mean of what training lowers on some windows."""
+        with outputs_of(self.compared) as outputs:
+            logits = self._logits(self.ids, windows)
+        loss = self._divergence(logits, self.targets.read(windows), self.course.share)
+        if self.spec.hidden is None:
+            return loss
+        states = [output[:, :-1] for output in outputs]
+        return loss + self.spec.hidden.weight * states_error(states, self.targets.states(windows))
+
+    def _logits(self, ids: Tensor, rows: list[int]) -> Tensor:  # (rows, length - 1, vocabulary)
+        logits: Tensor = self.student.model(ids[rows].to(self.device), use_cache=False).logits
+        return logits[:, :-1]
+
+    def _divergence(self, logits: Tensor, target: TopK, share: float = 1.0) -> Tensor:
+        return mean_divergence(logits, target, self.spec.loss, self.spec.temperature, share)
 
     def _passes(self, windows: list[int]) -> list[list[int]]:
         size = max(1, MICRO_TOKENS[self.device.type] // self.ids.shape[1])
@@ -168,10 +225,11 @@ class Distillation:
 
     def _windows(self, step: int) -> list[int]:
         """The windows of a step: each is seen once in a pass over all, in an order of the pass's own."""
-        count, batch = len(self.ids), min(self.spec.batch, len(self.ids))
+        count = len(self.rows)
+        batch = min(self.spec.batch, count)
         places = range(step * batch, (step + 1) * batch)
         orders = {p: _order(count, self.seed, p) for p in {place // count for place in places}}
-        return [orders[place // count][place % count] for place in places]
+        return [self.rows[orders[place // count][place % count]] for place in places]
 
     def _schedule(self, step: int) -> float:
         """The share of the learning rate: a rise, then a cosine."""

@@ -3,6 +3,10 @@
 The teacher's probabilities p_1..p_k of its k likeliest tokens, and r = 1 - sum p_i of all others together, are a distribution
 over k + 1 events; the student's q_1..q_k and 1 - sum q_i are another over the same events (Hinton et al. 2015, arXiv
 1503.02531; the rest as one event: its divergence is a lower bound of that of all tokens). Losses are in nats a token.
+
+With a teacher's `share` t below 1 the target is between the two (Shing et al. 2025, TAID, arXiv 2501.16937): proportional to
+q^(1-t) p^t, with no gradient through this q. Over all tokens that is the softmax of the interpolated logits; here it is taken
+over the k + 1 events, so that t = 0 is the student and t = 1 the teacher as they are known here.
 """
 
 from collections.abc import Sequence
@@ -57,29 +61,32 @@ def top_k(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
 
 
 def divergence(
-    logits: Tensor, target: TopK, loss: Loss = "forward", temperature: float = 1.0
+    logits: Tensor, target: TopK, loss: Loss = "forward", temperature: float = 1.0, share: float = 1.0
 ) -> Tensor:  # (positions,)
     """The divergence of a student's logits (positions, vocabulary) from `target`, times the temperature's square.
 
-    forward: sum p log(p / q), reverse: sum q log(q / p), mixed: their mean.
+    forward: sum p log(p / q), reverse: sum q log(q / p), mixed: their mean. `share`: of the teacher in the target.
     """
     scaled = logits.float() / temperature
     known = scaled.gather(-1, target.indices) - scaled.logsumexp(-1, keepdim=True)  # (positions, k)
     q = torch.cat([known, _rest(known)[:, None]], -1)  # (positions, k + 1)
     p = torch.cat([target.log_probs, target.rest[:, None]], -1).log_softmax(-1)  # stored with fewer digits
+    p = p if share == 1 else torch.lerp(q.detach(), p, share).log_softmax(-1)
     forward, reverse = (p.exp() * (p - q)).sum(-1), (q.exp() * (q - p)).sum(-1)
     chosen = {"forward": forward, "reverse": reverse, "mixed": (forward + reverse) / 2}[loss]
     return chosen * temperature**2
 
 
-def mean_divergence(logits: Tensor, target: TopK, loss: Loss = "forward", temperature: float = 1.0) -> Tensor:
+def mean_divergence(
+    logits: Tensor, target: TopK, loss: Loss = "forward", temperature: float = 1.0, share: float = 1.0
+) -> Tensor:
     """The mean over all positions of logits (..., vocabulary), float32: a part of them is widened at a time."""
     rows, flat = logits.flatten(0, -2), target.flat(logits.device)
     total = torch.zeros((), device=logits.device)
     for begin in range(0, len(rows), POSITIONS):
         end = begin + POSITIONS
-        some = checkpoint(divergence, rows[begin:end], flat.part(begin, end), loss, temperature, use_reentrant=False)
-        total = total + some.sum()
+        part = rows[begin:end], flat.part(begin, end)
+        total = total + checkpoint(divergence, *part, loss, temperature, share, use_reentrant=False).sum()
     return total / len(rows)
 
 

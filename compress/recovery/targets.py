@@ -1,4 +1,4 @@
-"""A teacher's next-token probabilities of a text, computed once, block by block, and kept on the disk.
+"""A teacher's next-token probabilities and hidden states of a text, computed once, block by block, and kept on the disk.
 
 So that the teacher is never in memory beside the student. A file holds the targets of some windows; those that an
 interrupted run has finished are not computed again.
@@ -20,13 +20,17 @@ from paredown.compress.model.rest import materialised_rest
 from paredown.compress.model.stream import head_positions, start
 from paredown.compress.progress import ignore
 from paredown.compress.recovery.divergence import TopK, top_k
+from paredown.compress.recovery.hidden import States, scaled
 
 FILE_TOKENS = {"cpu": 1 << 15, "cuda": 1 << 18}  # in a file: the teacher's hidden states of so many are in memory
 
 
-def target_bytes(tokens: int, k: int) -> int:
-    """On the disk: of each token k indices (int32), k log probabilities (float16), and the log of the rest."""
-    return tokens * (6 * k + 2)
+def target_bytes(tokens: int, k: int, states: int = 0, width: int = 0) -> int:
+    """On the disk: of each token k indices (int32), k log probabilities (float16), and the log of the rest.
+
+    Beside them so many hidden states of `width` numbers (float16), each with its size (float32).
+    """
+    return tokens * (6 * k + 2 + states * (2 * width + 4))
 
 
 @dataclass
@@ -39,11 +43,22 @@ class Targets:
     k: int
     temperature: float
     per_file: int
+    layers: tuple[int, ...] = ()  # the blocks whose outputs are kept too, by index
 
     @classmethod
-    def of(cls, folder: Path, name: str, ids: Tensor, k: int, temperature: float, device: torch.device) -> "Targets":
+    def of(
+        cls,
+        folder: Path,
+        name: str,
+        ids: Tensor,
+        k: int,
+        temperature: float,
+        device: torch.device,
+        layers: tuple[int, ...] = (),
+    ) -> "Targets":
         """In files as large as suits the device that the teacher runs on."""
-        return cls(folder, name, ids, k, temperature, max(1, FILE_TOKENS[device.type] // ids.shape[1]))
+        tokens = FILE_TOKENS[device.type] // (1 + len(layers))
+        return cls(folder, name, ids, k, temperature, max(1, tokens // ids.shape[1]), layers)
 
     @property
     def files(self) -> int:
@@ -64,8 +79,10 @@ class Targets:
             path = self._path(n)
             if path.exists():
                 continue
-            found = teach(teacher, self.ids[n * self.per_file : (n + 1) * self.per_file], self.k, self.temperature)
+            ids = self.ids[n * self.per_file : (n + 1) * self.per_file]
+            found, states = teach(teacher, ids, self.k, self.temperature, self.layers)
             tensors = {"indices": found.indices, "log_probs": found.log_probs, "rest": found.rest}
+            tensors |= {"states": states.values, "sizes": states.sizes} if self.layers else {}
             new = path.with_suffix(".new")
             save_tensors(tensors, new, {"format": "pt"})
             sync(new)
@@ -73,33 +90,42 @@ class Targets:
             done(n + 1)
 
     def read(self, windows: list[int]) -> TopK:
-        """The targets of these windows (windows, length, k), mapped from the files."""
-        return TopK.joined([self._row(window) for window in windows])
+        """The targets of these windows (windows, length - 1, k), mapped from the files."""
+        return TopK.joined([TopK(*self._row(window, "indices", "log_probs", "rest")) for window in windows])
 
-    def _row(self, window: int) -> TopK:  # (1, length, k)
+    def states(self, windows: list[int]) -> States:
+        """The hidden states of these windows (windows, layers, length - 1, hidden)."""
+        rows = [self._row(window, "states", "sizes") for window in windows]
+        return States(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
+
+    def _row(self, window: int, *names: str) -> list[Tensor]:  # each (1, ...)
         number, place = divmod(window, self.per_file)
         with safe_open(self._path(number), "pt") as file:
-            own = slice(place, place + 1)
-            return TopK(*(file.get_slice(name)[own] for name in ("indices", "log_probs", "rest")))
+            return [file.get_slice(name)[place : place + 1] for name in names]
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{self.name}-{number:05d}.safetensors"
 
 
 @torch.no_grad()
-def teach(teacher: ModelSource, ids: Tensor, k: int, temperature: float) -> TopK:
+def teach(
+    teacher: ModelSource, ids: Tensor, k: int, temperature: float, layers: tuple[int, ...] = ()
+) -> tuple[TopK, States]:
     """The teacher's targets for each token of ids (windows, length) but the last: (windows, length - 1, k).
 
-    Log probabilities are in float16. One block is in memory at a time.
+    And the outputs of the blocks `layers`. Log probabilities are in float16. One block is in memory at a time.
     """
     stream = start(teacher, ids)
+    kept = []
     for block in blocks(teacher):
         with teacher.loaded(block):
             stream.advance(block)
+        if block.index in layers:
+            kept.append(scaled(torch.cat([batch[:, :-1] for batch in stream.hidden])))
     parts: list[TopK] = []
-    with materialised_rest(teacher, embedding=False), recorders(teacher) as layers:
+    with materialised_rest(teacher, embedding=False), recorders(teacher) as recorded:
         for hidden, batch in zip(stream.hidden, stream.ids, strict=True):
-            layers[-1].output = hidden.to(teacher.device, copy=True)
+            recorded[-1].output = hidden.to(teacher.device, copy=True)
             batch = batch.to(teacher.device)
             found = []
             for positions in head_positions(batch, stream.head_tokens):
@@ -109,4 +135,4 @@ def teach(teacher: ModelSource, ids: Tensor, k: int, temperature: float) -> TopK
                 found.append(top_k(logits, k, temperature))
             parts.append(TopK.joined(found, 1))
     whole = TopK.joined(parts)
-    return TopK(whole.indices.cpu(), whole.log_probs.half().cpu(), whole.rest.half().cpu())
+    return TopK(whole.indices.cpu(), whole.log_probs.half().cpu(), whole.rest.half().cpu()), States.stacked(kept)

@@ -20,8 +20,6 @@ from paredown.compress.storage.unpacked import keep_unpacked
 
 PRUNED = 0.1  # share of zeros from which on a dense weight counts as pruned
 LEAST_SIZE = 1e-3  # root mean square, of a tensor that is zeros or nearly
-STATE_BYTES = 16  # of a trained number: its master, gradient and two moments
-SAVED_BYTES = 12  # and in a saved state, beside what is kept
 
 
 @dataclass
@@ -62,32 +60,45 @@ class Trainable:
         pruned: frozenset[str],
         products: torch.dtype,
         embeddings: bool = False,
+        frozen: tuple[str, ...] = (),
     ) -> None:
         """Takes the model over.
 
-        `inside`: prefixes of its blocks, all of whose weights are trained; outside them vectors, and with `embeddings` what
+        `inside`: prefixes of its `blocks`, all of whose weights are trained; outside them vectors, and with `embeddings` what
         embeds tokens and the head. `pruned`: names of dense weights whose zeros stay, beside those with PRUNED of zeros.
+        `frozen`: prefixes of blocks that stay as they are.
         """
-        self.model = model.eval()
-        keep_unpacked(model, False)  # weights change at each step
+        self._open(model, inside)
         outer = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
         own = {f"{name}.{part}" for name, m in model.named_modules() if isinstance(m, PACKED) for part in m.parts}
         self.weights: dict[str, Weight] = {}
         for name, parameter in model.named_parameters():
             wanted = embeddings if id(parameter) in outer else name.startswith(inside) or parameter.dim() == 1
+            wanted = wanted and not name.startswith(frozen)
             parameter.requires_grad_(wanted and parameter.is_floating_point())
             if parameter.requires_grad:
-                keep = None if name in own else _keep(parameter, name in pruned)
+                keep = None if name in own else keep_of(parameter, name in pruned)
                 master = parameter.detach().float().clone()
                 self.weights[name] = Weight(name, parameter, master, parameter.dtype, keep)
-        for parameter in model.parameters():  # and no buffer: rotary tables stay in float32
-            if parameter.dtype == model.dtype:  # some classes keep a few in float32
-                parameter.data = parameter.data.to(products)
+        self._narrow(products)
         for weight in self.weights.values():
             weight.parameter.register_post_accumulate_grad_hook(weight.receive)
+
+    def _open(self, model: Any, inside: tuple[str, ...]) -> None:
+        """Make the model one whose weights may change at each step."""
+        self.model = model.eval()
+        keep_unpacked(model, False)
+        self.blocks: list[nn.Module] = [model.get_submodule(prefix.rstrip(".")) for prefix in inside]
         for module in model.modules():
             if isinstance(module, PackedLinear) and module.group is not None:
                 module.group.dissolve()
+
+    def _narrow(self, products: torch.dtype) -> None:
+        """Let the model compute in this dtype."""
+        usual = self.model.dtype
+        for parameter in self.model.parameters():  # and no buffer: rotary tables stay in float32
+            if parameter.dtype == usual:  # some classes keep a few in float32
+                parameter.data = parameter.data.to(products)
 
     @property
     def numbers(self) -> int:
@@ -120,6 +131,10 @@ class Trainable:
             if name in self.weights:
                 self.weights[name].master.copy_(tensor)
 
+    def stored(self, numbers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What the checkpoint is to store, given what `results` gave."""
+        return numbers
+
     def checkpointed(self) -> None:
         """Compute activations inside blocks again in the backward pass, in place of keeping them."""
         from transformers.modeling_layers import GradientCheckpointingLayer
@@ -138,7 +153,7 @@ def trained_of(block: Block, pruned: frozenset[str]) -> Chosen:
     packed = {f"{name}.{part}" for name, m in block.module.named_modules() if isinstance(m, PACKED) for part in m.parts}
     own = block.module.named_parameters()
     trained = {name: p for name, p in own if p.is_floating_point() and block.prefix + name not in block.shared}
-    found = {name: _keep(p, block.prefix + name in pruned) for name, p in trained.items() if name not in packed}
+    found = {name: keep_of(p, block.prefix + name in pruned) for name, p in trained.items() if name not in packed}
     return Chosen(trained, {name: keep for name, keep in found.items() if keep is not None})
 
 
@@ -149,7 +164,8 @@ def pruned_layers(names: Iterable[str], layers: Mapping[str, Any]) -> frozenset[
     return frozenset(name for name in names if name in owners or name.removesuffix(".weight") in sparse)
 
 
-def _keep(parameter: Tensor, pruned: bool) -> Tensor | None:
+def keep_of(parameter: Tensor, pruned: bool) -> Tensor | None:
+    """Where a dense weight may differ from zero; None: everywhere. `pruned`: its zeros stay, however few they are."""
     if parameter.dim() < 2:
         return None
     nonzero = parameter.detach() != 0

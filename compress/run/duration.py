@@ -9,6 +9,7 @@ from paredown.compress.recipe import Recipe
 from paredown.compress.run.baseline import Baseline
 from paredown.compress.run.probe import walk_seconds
 from paredown.compress.run.score_cache import ScoreCache
+from paredown.compress.run.survey_cache import is_kept
 from paredown.compress.shape_job import ShapeJob, resolve
 from paredown.compress.text.windows import Windows
 
@@ -18,14 +19,17 @@ def stage_seconds(
 ) -> tuple[dict[str, float], str]:
     """Seconds of each step of all stages, of which the last one is scored, and why they cannot be told, if so.
 
-    A stage is timed on the model as it is now. `cache`: the dense model's scores may have been kept.
+    A stage is timed on the model as it is now. `cache`: the dense model's scores and its survey may have been kept.
     """
     known = _known(first.source, evaluations) if cache else set[int]()
     total: dict[str, float] = {}
     try:
         for n, recipe in enumerate(every, 1):
             job = first if n == 1 else resolve(first.source, recipe)
-            for name, seconds in walk_seconds(job, text, evaluations if n == len(every) else [], known).items():
+            steps = walk_seconds(job, text, evaluations if n == len(every) else [], known)
+            if n == 1 and cache and isinstance(job, Job) and is_kept(job, text.surveyed, ScoreCache.of_user()):
+                steps.pop("survey", None)
+            for name, seconds in steps.items():
                 total[name] = total.get(name, 0.0) + seconds
     except PareError as fault:
         return {}, f"no time: {fault}"

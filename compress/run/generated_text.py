@@ -1,5 +1,7 @@
 """Calibration text that the dense model writes itself (Williams, Chrysostomou & Aletras 2024, arXiv 2410.17711).
 
+A recovery trains on it too (self-data distillation: Thangarasa et al. 2024, arXiv 2410.09982).
+
 The model is sampled from the tokens that begin a text, or from the first tokens of random places of another text. For this
 it must fit into memory whole. What it wrote is kept in the user's cache under a hash of all that it depends on, so that the
 same command reads the same text again.
@@ -20,7 +22,7 @@ from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 from paredown.compress.machine import available_memory, return_freed_memory
 from paredown.compress.progress import Counted, Progress
-from paredown.compress.recipe import GenerateSpec, Recipe
+from paredown.compress.recipe import DistillSpec, GenerateSpec, Recipe
 from paredown.compress.run.once import How
 from paredown.compress.run.open import max_length, opened
 from paredown.compress.run.score_cache import content_key
@@ -39,9 +41,7 @@ def with_own_text(model: Any, recipe: Recipe, how: How, tokenizer: Any = None) -
 
     Raises PareError if the model does not fit into memory, and if it writes next to nothing.
     """
-    spec = recipe.calibration
-    numbers = counts(spec.sequences, [text.weight for text in spec.texts])
-    number = sum(n for n, text in zip(numbers, spec.texts, strict=True) if text.source == OWN)
+    spec, number = recipe.calibration, _windows(recipe)
     if not number:
         return recipe
     ways = spec.generate or GenerateSpec()
@@ -59,6 +59,15 @@ def with_own_text(model: Any, recipe: Recipe, how: How, tokenizer: Any = None) -
     for entry in raw["calibration"].get("sources", [raw["calibration"]]):
         entry["source"] = f"{OWN}:{key}" if entry["source"] == OWN else entry["source"]
     return Recipe.parse(raw)
+
+
+def _windows(recipe: Recipe) -> int:
+    """How many windows of calibration.length hold what calibrates, or what the recovery takes, if that is more."""
+    spec = recipe.calibration
+    steps = [step.spec for step in recipe.recover if isinstance(step.spec, DistillSpec)]
+    tokens = max((step.length * (step.windows + step.heldout) for step in steps), default=0)
+    numbers = counts(max(spec.sequences, -(-tokens // spec.length)), [text.weight for text in spec.texts])
+    return sum(n for n, text in zip(numbers, spec.texts, strict=True) if text.source == OWN)
 
 
 def _starts(

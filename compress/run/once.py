@@ -23,12 +23,13 @@ from paredown.compress.run.pipeline import Run
 from paredown.compress.run.plan import Plan, check_room, make_plan
 from paredown.compress.run.record import make_report, write_record, write_report
 from paredown.compress.run.remarks import only_stdlib
+from paredown.compress.run.run_log import RunLog
 from paredown.compress.run.score_cache import ScoreCache
 from paredown.compress.run.smaller import SmallerRun
-from paredown.compress.run.texts import read_texts
+from paredown.compress.run.texts import open_texts, read_texts
 from paredown.compress.run.tokens import check_companions
-from paredown.compress.run.walk import Task
 from paredown.compress.run.whole import Asked, ask, side_by_side
+from paredown.compress.run.words import add_words, documents_of
 from paredown.compress.shape_job import ShapeJob, check_ordinary, resolve
 from paredown.compress.text.windows import Windows
 from paredown.evaluation.lm_tasks import check_tasks
@@ -58,8 +59,19 @@ class How:
     seeds: Sequence[SeedResult] = ()  # what the same recipe came to by other seeds
     allow_task_code: bool = False
     samples: bool = False
+    words: bool = False
     cache: ScoreCache | None = None  # of the dense model's scores
     remote_code: bool = False
+    log: RunLog | None = None
+
+    def log_into(self, folder: Path) -> None:
+        """From now on the log is written into this folder."""
+        if self.log is not None:
+            self.log.into(folder)
+
+    def log_scores(self, report: Report) -> None:
+        if self.log is not None:
+            self.log.scores(report)
 
 
 class Earlier(Protocol):
@@ -97,6 +109,7 @@ def compress_once(
             for remark in remarks:
                 note(remark)
             warnings += remarks
+            documents = _documents(recipe, evaluations, text_tokenizer, warnings) if how.words and evaluations else ()
             job = resolve(source, recipe, how.format)
             if how.format == "dense" and not how.passing:
                 check_ordinary(job)
@@ -107,6 +120,7 @@ def compress_once(
                 note(f"the checkpoint was finished before, and stands at {out} now")
                 return cast(Report, json.loads((out / "report.json").read_text(encoding="utf-8")))
             journal = Journal(writer, key, note, how.save_every) if resumable else None
+            how.log_into(writer.folder)
             dense = earlier.source(source) if earlier else None
             if isinstance(job, ShapeJob):
                 result = SmallerRun(job, windows, evaluations, writer, how.progress, journal, dense, how.cache).run()
@@ -114,7 +128,9 @@ def compress_once(
                 result = Run(job, windows, evaluations, writer, how.progress, journal, dense, how.cache).run()
             write_record(writer, job, result, windows, text_tokenizer)
             with result.timed("tasks"):
-                scores, samples, remarks = _tasks(job, dense or source, writer.folder, text_tokenizer, how)
+                scores, samples, remarks = answered(
+                    recipe, source, dense or source, writer.folder, text_tokenizer, how, documents, result.evaluation
+                )
             warnings += [*remarks, *result.pruned_before()]
             if writer.bytes >= plan.bytes_before and job.format == "packed":
                 warnings.append("the packed checkpoint is not smaller than the dense one: nothing was gained on disk")
@@ -134,6 +150,7 @@ def compress_once(
                 report["samples"] = samples
             report = earlier.merged(report) if earlier else report
             report = with_seeds(report, how.seeds)
+            how.log_scores(report)
             write_report(writer, report, source.folder, note)
             note("verifying what was written, in a new process")
             try:
@@ -159,19 +176,43 @@ def _checked_plan(
     return plan
 
 
-def _tasks(
-    job: Task, dense: ModelSource, written: Path, tokenizer: Any, how: How
+def _documents(
+    recipe: Recipe, evaluations: Sequence[Windows], tokenizer: Any, warnings: list[str]
+) -> tuple[tuple[str, ...], ...]:
+    """The documents of each scored text whose word perplexity is asked for; `warnings` gains a sentence if there are none."""
+    scoring = open_texts(recipe, tokenizer)[1]
+    found = tuple(documents_of(corpus, cut, tokenizer) for corpus, cut in zip(scoring, evaluations, strict=True))
+    if not any(found):
+        warnings.append("no scored text has documents, so there is no word perplexity")
+        return ()
+    return found
+
+
+def answered(
+    recipe: Recipe,
+    source: ModelSource,
+    dense: ModelSource,
+    written: Path,
+    tokenizer: Any,
+    how: How,
+    documents: tuple[tuple[str, ...], ...] = (),
+    entries: Sequence[dict[str, Any]] = (),
 ) -> tuple[dict[str, Any], list[Sample], list[str]]:
-    """Scores of the recipe's tasks by the dense model and by what was written, samples of both, and lm-eval's remarks."""
-    names, source, note = job.recipe.evaluate.tasks, job.source, how.progress.note
+    """Scores of the recipe's tasks by the dense model and by what was written, samples of both, and lm-eval's remarks.
+
+    Both run on the device and in the dtype of `source`. The `entries` of texts gain the word perplexity of their `documents`.
+    """
+    names, note = recipe.evaluate.tasks, how.progress.note
     digests = check_tasks(names, how.task_folder, allow_code=how.allow_task_code, data=True)
-    asked = Asked(digests, how.task_folder, how.allow_task_code, job.recipe.bos, how.samples and not how.passing)
+    samples = how.samples and not how.passing
+    asked = Asked(digests, how.task_folder, how.allow_task_code, recipe.bos, samples, documents)
     if not asked:
         return {}, [], []
-    note(f"scoring tasks before and after: {', '.join(names)}" if names else "samples of text before and after")
+    note(f"scoring tasks before and after: {', '.join(names)}" if names else "running both models whole")
     folder = written / SCORES
     before = ask(dense.folder, source, tokenizer, asked, folder / "before", how.cache, note)
     after = ask(written, source, tokenizer, asked, folder / "after")
+    add_words(entries, asked.documents, after, before)
     remarks = list(dict.fromkeys([*before.tasks.notes, *after.tasks.notes]))
     return compare_tasks(before.tasks, after.tasks), side_by_side(after.samples, before.samples), remarks
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -14,15 +14,17 @@ from paredown.compress.machine import return_freed_memory
 from paredown.compress.model.blocks import Block, View
 from paredown.compress.model.stream import Stream
 from paredown.compress.numerics.moments import Need, Stats
+from paredown.compress.progress import Measured
 from paredown.compress.recovery.reconstruct import reconstruct
 from paredown.compress.run.editor import EditedBlock, Editor
 from paredown.compress.run.journal import State
 from paredown.compress.run.result import Result
 from paredown.compress.run.streams import Streams, advance
+from paredown.compress.run.survey_cache import surveyed
 from paredown.compress.run.walk import Walk, summary
 from paredown.compress.run.write import write_block, write_rest
 from paredown.compress.survey.collect import observe_alone, observe_both, observe_in_turn, shared_copy
-from paredown.compress.survey.survey import Survey, survey
+from paredown.compress.survey.survey import Survey
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Run(Walk):
             measured = Survey.restored(scratch, state.facts["survey"], state.part("survey"))
         else:
             with result.timed("survey"):
-                measured = survey(job, ids, scratch, self.progress.note)
+                measured = surveyed(job, ids, scratch, self.cache, self.progress.note)
             result.fallbacks += [text for text in (job.method.remark, self._too_little_text()) if text]
         views = job.targets_within(measured.angles)
         options = job.allocate(
@@ -172,4 +174,5 @@ class Run(Walk):
         result.reconstruction.append({"block": block.name, "before": error.before, "after": error.after})
         early = f", stopped after {error.steps} of {steps} steps" if error.steps < steps else ""
         self.progress.note(f"reconstructed {block.name}: error {error.before:.2e} -> {error.after:.2e}{early}")
+        self.progress.measured(Measured("reconstruct", block.index, asdict(error), block.name))
         return True

@@ -11,8 +11,8 @@ from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 from paredown.compress.model.blocks import Block, blocks
 from paredown.compress.model.stream import hidden_size, start
-from paredown.compress.progress import Counted, Progress
-from paredown.compress.recipe import ReconstructSpec
+from paredown.compress.progress import Counted, Measured, Progress
+from paredown.compress.recipe import HiddenSpec, ReconstructSpec
 from paredown.compress.recovery.reconstruct import tuned
 from paredown.compress.recovery.trainable import trained_of
 from paredown.compress.text.windows import Windows
@@ -52,6 +52,7 @@ class Blockwise:
                     error = tuned(block, ours, inputs, theirs.hidden, chosen, self.spec, self.seed, show)
                     numbers |= {block.prefix + n: p.detach().cpu().clone() for n, p in chosen.parameters.items()}
                     self.progress.note(f"reconstructed {block.name}: error {error.before:.2e} -> {error.after:.2e}")
+                    self.progress.measured(Measured("reconstruct", block.index, asdict(error), block.name))
                     trained = sum(p.numel() for p in chosen.parameters.values())
                     yield {"block": block.name, **asdict(error), "trained": trained}
                 ours.advance(block)
@@ -74,6 +75,21 @@ def check_paired(source: ModelSource, teacher: ModelSource) -> None:
         raise PareError(
             f"recover: reconstruct tunes block by block, and {source.id} has {ours[0]} blocks of width {ours[1]}, "
             f"{teacher.id} {theirs[0]} of width {theirs[1]}. Name its own dense model, or take distill alone."
+        )
+
+
+def check_compared(spec: HiddenSpec | None, source: ModelSource, teacher: ModelSource) -> None:
+    """Raise PareError if hidden states are to be compared that have not one size, or blocks that have no counterparts."""
+    ours, theirs = ([len(blocks(model)), hidden_size(model)] for model in (source, teacher))
+    if spec and ours[1] != theirs[1]:
+        raise PareError(
+            f"recover: distill.hidden compares hidden states, and those of {source.id} have {ours[1]} numbers, of "
+            f"{teacher.id} {theirs[1]}. Leave hidden out."
+        )
+    if spec and spec.every and ours[0] != theirs[0]:
+        raise PareError(
+            f"recover: distill.hidden.every compares block by block, and {source.id} has {ours[0]} blocks, {teacher.id} "
+            f"{theirs[0]}. Leave every out: the last block's output is compared then."
         )
 
 

@@ -3,29 +3,30 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
 from paredown.compress.checkpoint.hub import load_tokenizer
 from paredown.compress.checkpoint.source import ModelSource
-from paredown.compress.checkpoint.writer import RECORD, CheckpointWriter
+from paredown.compress.checkpoint.writer import CheckpointWriter
 from paredown.compress.errors import PareError
 from paredown.compress.job import Format
-from paredown.compress.recipe import Recipe
+from paredown.compress.recipe import DistillSpec, Recipe
+from paredown.compress.recovery.optimizer import check_optimizer
 from paredown.compress.run import once
 from paredown.compress.run.baseline import Baseline
+from paredown.compress.run.generated_text import with_own_text
 from paredown.compress.run.journal import Journal, key_of
 from paredown.compress.run.open import open_source
 from paredown.compress.run.record import write_report
-from paredown.compress.run.recorded import read_record
-from paredown.compress.run.recover_blocks import check_paired
+from paredown.compress.run.recover_blocks import check_compared, check_paired
 from paredown.compress.run.recover_report import ThreeModels, recovered_report
 from paredown.compress.run.recover_room import check_room
 from paredown.compress.run.recover_steps import Steps
 from paredown.compress.run.recover_text import recovery_texts
-from paredown.compress.run.recover_write import add_probe, format_of, write_recovered
+from paredown.compress.run.recover_write import add_probe, carried_record, format_of, write_recovered
 from paredown.compress.run.scoring import compare, score, walked
 from paredown.compress.run.streams import probe_ids
 from paredown.compress.run.tokens import probe_tokens
@@ -52,21 +53,31 @@ def recover_once(
     check_teacher(dense, source, tokenizer)
     if any(step.reconstruct for step in recipe.recover):
         check_paired(source, dense)
+    for step in recipe.recover:
+        if isinstance(step.spec, DistillSpec):
+            check_optimizer(step.spec.optimizer, source.device)
+            check_compared(step.spec.hidden, source, dense)
+    recipe = with_own_text(str(teacher), recipe, replace(how, revision=revision))
     with CheckpointWriter(out, resumable=True) as writer:
         texts = recovery_texts(recipe, source, tokenizer, note)
-        check_room(source, [step.spec for step in recipe.recover], texts.steps, out, note)
+        check_room(source, dense, [step.spec for step in recipe.recover], texts.steps, out, note)
         key = _key(source, dense, recipe, [*(w for pair in texts.steps for w in pair), *texts.evaluations])
         if writer.commit_finished(key):
             note(f"the checkpoint was finished before, and stands at {out} now")
             return cast(Report, json.loads((out / "report.json").read_text(encoding="utf-8")))
         journal = Journal(writer, key, note, how.save_every)
+        how.log_into(writer.folder)
         with writer.scratch() as scratch:
             steps = Steps(source, dense, recipe, texts.steps, journal, scratch, how.progress)
             trained = steps.run()
             write_recovered(writer, source, trained, _record(source, dense, steps, tokenizer))
+        answers = once.answered(recipe, source, dense, writer.folder, tokenizer, how)
         models = _scored(source, Baseline(dense, how.cache, note), writer, texts.evaluations, texts.steps[-1][0], note)
         seconds = perf_counter() - began
-        report = recovered_report(source, dense, recipe, steps.done, models, texts.warnings, writer.bytes, seconds, how)
+        report = recovered_report(
+            source, dense, recipe, steps.done, models, answers, texts.warnings, writer.bytes, seconds, how
+        )
+        how.log_scores(report)
         write_report(writer, report, source.folder, note)
         note("verifying what was written, in a new process")
         try:
@@ -131,15 +142,7 @@ def _key(source: ModelSource, teacher: ModelSource, recipe: Recipe, texts: Seque
 
 def _record(source: ModelSource, teacher: ModelSource, steps: Steps, tokenizer: Any) -> Mapping[str, Any]:
     """paredown.json: what the compression wrote there, and how it was recovered."""
-    record: dict[str, Any] = {
-        "model": source.provenance(),
-        "format": format_of(source),
-        "tied": source.tied,
-        "tokenizer": probe_tokens(tokenizer),
-    }
-    if (source.folder / RECORD).exists():
-        old = {**read_record(source.folder)}
-        record |= {key: old[key] for key in old if key not in ("tensors", "format_version", "probe", "files")}
+    record = carried_record(source, tokenizer)
     own = {
         "recipe": steps.recipe.to_dict(),
         "teacher": teacher.provenance(),

@@ -15,7 +15,7 @@ from paredown.compress.run.once import How
 from paredown.compress.run.recover_write import format_of
 from paredown.compress.run.scoring import Compared, evaluation_entry
 from paredown.compress.text.windows import Windows
-from paredown.evaluation.schema import SCHEMA, Report, check_report
+from paredown.evaluation.schema import SCHEMA, Report, Sample, check_report
 from paredown.evaluation.surroundings import versions
 
 
@@ -43,6 +43,7 @@ def recovered_report(
     recipe: Recipe,
     steps: Sequence[Mapping[str, Any]],
     models: Sequence[ThreeModels],
+    answers: tuple[dict[str, Any], list[Sample], list[str]],
     warnings: Sequence[str],
     bytes_after: int,
     seconds: float,
@@ -50,30 +51,35 @@ def recovered_report(
 ) -> Report:
     """The report of the compression, if there is one, with the recovery's `steps` and scores.
 
+    `answers`: scores of tasks by the dense and the recovered model, samples of both, and remarks on them.
     Its recipe is that of the compression, or `recipe` where that did both.
     """
-    base = _compressed(source, dense)
+    base = carried_report(source, dense)
     if recipe.compresses:  # one recipe for all that was done
         base["recipe"] = recipe.to_dict()
+    tasks, samples, remarks = answers
     spent = {**base["seconds"], "recover": round(base["seconds"].get("recover", 0.0) + seconds, 3)}
     report: dict[str, Any] = {
         **base,
         "evaluation": [text.entry() for text in models],
-        "tasks": {},
+        "tasks": tasks,
         "bytes": {**base["bytes"], "after": bytes_after},
         "seconds": {**spent, "total": round(spent["total"] + seconds, 3)},
         "peak_memory_bytes": peak_memory(),
         "versions": versions(),
         "command": how.command,
-        "warnings": list(dict.fromkeys([*base.get("warnings", []), *warnings])),
+        "warnings": list(dict.fromkeys([*base.get("warnings", []), *warnings, *remarks])),
         "fallbacks": [*base["fallbacks"], *(remark for step in steps for remark in step["remarks"])],
         "recovery": [*base.get("recovery", []), *({"recipe": recipe.to_dict(), **step} for step in steps)],
     }
+    report.pop("samples", None)  # they were the compressed model's
+    if samples:
+        report["samples"] = samples
     check_report(report)
     return cast(Report, report)
 
 
-def _compressed(source: ModelSource, dense: ModelSource) -> dict[str, Any]:
+def carried_report(source: ModelSource, dense: ModelSource) -> dict[str, Any]:
     """The report in the checkpoint's folder, or as much of one as can be said of a checkpoint without it."""
     path = source.folder / "report.json"
     if path.exists():

@@ -16,8 +16,11 @@ from paredown.compress.checkpoint.writer import RECORD
 from paredown.compress.errors import PareError
 from paredown.compress.model.blocks import blocks
 from paredown.compress.progress import Counted, Progress
-from paredown.compress.recipe import DistillSpec, Recipe, ReconstructSpec
-from paredown.compress.recovery.distill import Course, Distillation, Diverged
+from paredown.compress.recipe import DistillSpec, LoraSpec, Recipe, ReconstructSpec
+from paredown.compress.recovery.choose import Choice, chosen
+from paredown.compress.recovery.distill import Course, Distillation, Diverged, TooFast
+from paredown.compress.recovery.hidden import layers_of
+from paredown.compress.recovery.lora import Adapted, places
 from paredown.compress.recovery.targets import Targets
 from paredown.compress.recovery.trainable import Trainable, pruned_layers
 from paredown.compress.run.journal import Journal, State
@@ -25,7 +28,7 @@ from paredown.compress.run.recorded import read_record
 from paredown.compress.run.recover_blocks import Blockwise, blocks_told
 from paredown.compress.text.windows import Windows
 
-HALF = 0.5  # of the learning rate stays once the loss was not finite
+HALF = 0.5  # of the learning rate stays once training diverged
 
 
 @dataclass
@@ -89,6 +92,8 @@ class Steps:
         student.take(start)
         seed = self.recipe.calibration.seed
         training = Distillation(student, text.ids, heldout.ids, targets, spec, seed, self.source.device, self.progress)
+        training.compared = [student.blocks[i] for i in layers_of(spec.hidden, len(student.blocks))]
+        choice = self._choice(training, state)
         spent = float(state.facts["seconds"]) if state else 0.0
         if state:
             training.restore(Course(**state.facts["course"]), state.part("training"))
@@ -99,6 +104,7 @@ class Steps:
             if self.journal.due(False):
                 seconds = spent + perf_counter() - began
                 facts = {"course": asdict(training.course), "done": self.done, "seconds": seconds}
+                facts |= {"choice": asdict(choice)} if choice else {}
                 tensors = {f"training/{name}": tensor for name, tensor in training.state().items()}
                 tensors |= {f"kept/{name}": tensor for name, tensor in start.items()}
                 self.journal.save(facts, {}, tensors)
@@ -106,11 +112,29 @@ class Steps:
         self._train(training, save)
         seconds = round(spent + perf_counter() - began, 3)
         settings = {"teacher": self.teacher.id, "settings": spec.model_dump(mode="json"), "seconds": seconds}
-        self.done.append({**_told(training, text, heldout), **settings, "target_bytes": targets.bytes})
-        return training.kept
+        told = {"choice": choice.told()} if choice else {}
+        self.done.append({**_told(training, text, heldout), **told, **settings, "target_bytes": targets.bytes})
+        return {**start, **student.stored(training.kept)}
+
+    def _choice(self, training: Distillation, state: State | None) -> Choice | None:
+        """The windows that are trained on, chosen anew or by the `state`; None: all of them."""
+        spec, windows = training.spec, len(training.ids)
+        if spec.data is None:
+            return None
+        if state:
+            choice = Choice(**state.facts["choice"])
+        else:
+            count = max(1, round(spec.data.budget * windows))
+            choice = chosen(*training.survey(), spec.data.clusters, count, training.seed)
+            self.progress.note(
+                f"training on {count} of {windows} windows: their divergence is {choice.chosen_divergence:.4f}, that of all "
+                f"{choice.divergence:.4f}"
+            )
+        training.rows = choice.rows
+        return choice
 
     def _train(self, training: Distillation, save: Callable[[], None]) -> None:
-        """To the end; once, where the loss is not finite, from the last saved state at half the rate.
+        """To the end; once, where training diverges, at half the rate: from the last saved state, or anew if that is no good.
 
         Raises PareError if that happens again.
         """
@@ -120,9 +144,15 @@ class Steps:
                 return
             except Diverged as fault:
                 if training.course.rate < 1:
-                    raise PareError(f"distillation diverged twice ({fault}). Lower recover: distill.lr.") from fault
-                self.progress.note(f"{fault}: back to the last good state, with half the learning rate")
-                self._back(training)
+                    lower = f"Lower recover: {training.spec.step}.lr."
+                    raise PareError(f"distillation diverged twice ({fault}). {lower}") from fault
+                anew = isinstance(fault, TooFast)
+                place = "beginning" if anew else "last good state"
+                self.progress.note(f"{fault}: back to the {place}, with half the learning rate")
+                if anew:
+                    training.restart(HALF)
+                else:
+                    self._back(training)
 
     def _back(self, training: Distillation) -> None:
         """To the saved state of this step, or to its beginning."""
@@ -140,7 +170,8 @@ class Steps:
         """The teacher's probabilities on the disk; those that are missing are computed, and saved as the rest is."""
         ids = torch.cat([text.ids, heldout.ids])
         name = f"targets-{number + 1}"
-        targets = Targets.of(self.scratch, name, ids, spec.top_k, spec.temperature, self.teacher.device)
+        layers = layers_of(spec.hidden, len(blocks(self.teacher)))
+        targets = Targets.of(self.scratch, name, ids, spec.top_k, spec.temperature, self.teacher.device, layers)
 
         def done(files: int) -> None:
             words = f"running the teacher: part {files} of {targets.files} of the text"
@@ -159,7 +190,11 @@ class Steps:
         products = {"auto": wide, "bfloat16": torch.bfloat16, "float32": torch.float32}[spec.products]
         inside = tuple(block.prefix for block in blocks(source))
         pruned = self._pruned(name for name, _ in model.named_parameters())
-        return Trainable(model, inside, pruned, products, spec.embeddings)
+        if isinstance(spec, LoraSpec):
+            seed = self.recipe.calibration.seed
+            return Adapted(model, inside, places(source, spec), pruned, products, spec, seed)
+        frozen = inside[: -spec.last] if spec.last else ()
+        return Trainable(model, inside, pruned, products, spec.embeddings, frozen)
 
     def _pruned(self, names: Iterable[str]) -> frozenset[str]:
         """Those of the dense weights `names` that the checkpoint's record says were pruned."""
@@ -174,17 +209,17 @@ def _told(training: Distillation, text: Windows, heldout: Windows) -> dict[str, 
     tokens = [int(step) * each for step, _ in course.curve]
     remarks = []
     if course.rate < 1:
-        remarks.append("the loss was not finite once: training went back, and on at half the learning rate")
+        remarks.append("training diverged once: it went back, and on at half the learning rate")
     if course.best == 0:
         remarks.append("the held-out divergence never fell: the weights are as they were")
     return {
-        "step": "distill",
+        "step": training.spec.step,
         "text": text.provenance(),
         "heldout": heldout.provenance(),
         "trained": training.student.numbers,
         "steps": course.step,
         "tokens": course.step * each,
-        "passes": round(course.step * each / text.tokens, 3),
+        "passes": round(course.step * each / (len(training.rows) * text.length), 3),
         "curve": [[seen, value] for seen, (_, value) in zip(tokens, course.curve, strict=True)],
         "before": course.curve[0][1],
         "after": course.curve[course.best][1],

@@ -61,7 +61,7 @@ def _windows(
     """What one step trains on, and what it holds out. Fewer windows than asked for where the text is short."""
     seed, weights = recipe.calibration.seed, [text.weight for text in recipe.calibration.texts]
     if isinstance(spec, DistillSpec):
-        windows, length, key = -(-spec.tokens // spec.length), spec.length, "recover.0.distill.length"
+        windows, length, key = spec.windows, spec.length, f"recover.0.{spec.step}.length"
     else:
         windows, length, key = recipe.calibration.sequences, recipe.calibration.length, "calibration.length"
     wanted = counts(max(windows, len(weights)), weights)

@@ -8,6 +8,7 @@ from shutil import rmtree
 from typing import Any
 
 from paredown.compress.checkpoint.out_folder import OutFolder
+from paredown.compress.checkpoint.writer import LOG
 from paredown.compress.errors import PareError
 from paredown.compress.recipe import Recipe
 from paredown.compress.run.once import How
@@ -15,7 +16,7 @@ from paredown.compress.run.stages import finished
 from paredown.evaluation.schema import Report, SeedResult
 from paredown.evaluation.seeds import seed_result
 
-REPORTS = ("report.json", "report.html")
+REPORTS = ("report.json", "report.html", LOG)
 Run = Callable[[Any, Recipe, Path, How], Report]
 
 

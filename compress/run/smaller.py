@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -19,6 +19,7 @@ from paredown.compress.model.groups import units_of
 from paredown.compress.model.reshape import Reshaped
 from paredown.compress.model.stream import Stream, start
 from paredown.compress.numerics.moments import Stats
+from paredown.compress.progress import Measured
 from paredown.compress.recovery.reconstruct import reconstruct
 from paredown.compress.run.chosen import Chosen, smaller
 from paredown.compress.run.cut import entry_of, experts_of, fit_experts, left_of, record_of, tensors_of
@@ -266,6 +267,7 @@ class SmallerRun(Walk):
             error = reconstruct(target, streams.calibration, inputs, dense.hidden, whole, spec, seed, show)
         result.reconstruction.append({"block": target.name, "before": error.before, "after": error.after})
         self.progress.note(f"reconstructed {target.name}: error {error.before:.2e} -> {error.after:.2e}")
+        self.progress.measured(Measured("reconstruct", target.index, asdict(error), target.name))
         return True
 
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from paredown.compress.errors import PareError
 from paredown.compress.progress import Counted, ignore, logger
 from paredown.compress.run.open import resolve_recipe
+from paredown.compress.run.ray_workers import RayWorkers
 from paredown.compress.run.seeds import strip
 from paredown.compress.run.stages import finished
 from paredown.compress.run.trials import Trial
@@ -24,7 +25,6 @@ RECORD = "sweep.jsonl"  # a line for each trial that ended
 COMMAND = (sys.executable, "-m", "paredown.compress.run.trial")
 CHANGES = ("calibration", "eval_text", "tasks", "seed", "plugins", "allow_scored_calibration")  # of the settings
 Keep = Literal["checkpoints", "reports"]
-Start = Callable[[Mapping[str, Any], Path], str | None]  # settings of `compress` and a log -> what went wrong, or None
 
 
 @dataclass
@@ -35,17 +35,35 @@ class Outcome:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-class Workers:
-    """Processes that each run one trial, with so many threads."""
+class Runner(Protocol):
+    """What runs trials, `at_once` of them at a time."""
 
-    def __init__(self, threads: int | None = None, command: Sequence[str] = COMMAND) -> None:
-        self.command = list(command)
-        self.environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
+    at_once: int
+
+    def start(self, settings: Mapping[str, Any], log: Path) -> str | None:
+        """Run `compress` by these settings, wait for it, and return what went wrong, if anything. Its lines go to `log`."""
+        ...
+
+    def stop(self) -> None:
+        """End all trials, and start no more."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it took."""
+        ...
+
+
+class Workers:
+    """Processes of this machine that each run one trial; several share its threads."""
+
+    def __init__(self, at_once: int = 1, command: Sequence[str] = COMMAND) -> None:
+        self.at_once, self.command = at_once, list(command)
+        threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // at_once, 1))} if at_once > 1 else {}
+        self.environment = {**os.environ, **threads}
         self._running: set[subprocess.Popen[str]] = set()
         self._lock, self._stopped = Lock(), False
 
     def start(self, settings: Mapping[str, Any], log: Path) -> str | None:
-        """Run `compress` by these settings, wait for it, and return what went wrong, if anything. Its lines go to `log`."""
         with log.open("w", encoding="utf-8") as lines:
             with self._lock:
                 if self._stopped:
@@ -60,11 +78,13 @@ class Workers:
         return None if process.returncode == 0 else _last_words(log, process.returncode)
 
     def stop(self) -> None:
-        """End all processes, and start no more."""
         with self._lock:
             self._stopped = True
             for process in self._running:
                 process.terminate()
+
+    def close(self) -> None:
+        pass
 
 
 def sweep(
@@ -73,16 +93,18 @@ def sweep(
     folder: Path,
     settings: Mapping[str, Any],
     *,
-    workers: int = 1,
+    workers: int | None = None,
+    ray: str | None = None,
     keep: Keep = "reports",
     note: Callable[[str], None] = logger.info,
     doing: Callable[[str], None] = ignore,
-    start: Start | None = None,
+    runner: Runner | None = None,
 ) -> Outcome:
     """Run every trial into a folder of its own below `folder`, `workers` at a time; `settings` are those of `compress`.
 
     Finished trials are not run again, and one that was interrupted goes on. A trial that fails is recorded with its message,
-    and tried again by the next call. `keep`: of what a trial wrote, all, or its report alone. `start` runs one trial.
+    and tried again by the next call. `keep`: of what a trial wrote, all, or its report alone. Trials are processes of this
+    machine, or run on the machines of the cluster `ray`: see RayWorkers; `runner` runs them otherwise.
     Raises PareError, before the first trial, for a recipe that is none and for a folder that holds trials of other settings.
     """
     named = {trial: {**settings, "recipe": trial.recipe, "overrides": list(trial.overrides)} for trial in trials}
@@ -92,10 +114,15 @@ def sweep(
         note(f"{done.name}: finished before")
         if keep == "reports":
             strip(done)
+    if not waiting:
+        return outcome
+    if runner is None:
+        device, carry = settings.get("device", "auto"), keep == "reports"
+        runner = RayWorkers(ray, workers, device=device, carry=carry) if ray else Workers(workers or 1)
     folder.mkdir(parents=True, exist_ok=True)
-    with _pool(workers, start) as (pool, run):
+    with _pool(runner) as pool:
         began = {
-            pool.submit(_timed, run, {**named[trial], "model": str(model), "out": str(folder / trial.name)}): trial
+            pool.submit(_timed, runner, {**named[trial], "model": str(model), "out": str(folder / trial.name)}): trial
             for trial in waiting
         }
         for count, future in enumerate(as_completed(began), 1):
@@ -121,24 +148,24 @@ def _is_done(model: str, trial: Trial, folder: Path, settings: Mapping[str, Any]
 
 
 @contextmanager
-def _pool(workers: int, start: Start | None) -> Iterator[tuple[ThreadPoolExecutor, Start]]:
+def _pool(runner: Runner) -> Iterator[ThreadPoolExecutor]:
     """Threads that each wait for one trial. What goes wrong in the `with` block ends the trials that run."""
-    processes = Workers(max((os.cpu_count() or 1) // workers, 1) if workers > 1 else None)
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(runner.at_once)
     try:
-        yield pool, start or processes.start
+        yield pool
     except BaseException as stop:
-        processes.stop()
+        runner.stop()
         if not isinstance(stop, Exception):
             stop.add_note("what is done is kept, and the same command goes on")
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+        runner.close()
 
 
-def _timed(run: Start, settings: Mapping[str, Any]) -> tuple[str | None, float]:
+def _timed(runner: Runner, settings: Mapping[str, Any]) -> tuple[str | None, float]:
     began, out = perf_counter(), Path(settings["out"])
-    return run(settings, out.with_name(f"{out.name}.log")), perf_counter() - began
+    return runner.start(settings, out.with_name(f"{out.name}.log")), perf_counter() - began
 
 
 def _record(

@@ -13,7 +13,8 @@ def enable_peft(config: "LoraConfig") -> "LoraConfig":
 
     Name the layers in `target_modules`: peft's "all-linear" does not see packed ones. peft saves nothing of this with an
     adapter: `PeftModel.from_pretrained(model, folder, config=enable_peft(LoraConfig.from_pretrained(folder)))` loads it.
-    Raises PareError if peft is not installed.
+    `merge_and_unload` leaves packed layers packed: a mask multiplies the update, factors are computed anew at their rank.
+    Dense layers are merged as peft does, zeros or not. Raises PareError if peft is not installed.
     """
     try:
         from paredown.compress.serving.peft_lora import register

@@ -12,7 +12,8 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.config import HFConfigParser
 
 from paredown.compress.checkpoint import transformers_plugin
-from paredown.compress.checkpoint.quantizer import QUANT_METHOD, read_settings
+from paredown.compress.checkpoint.packed_classes import QUANT_METHOD
+from paredown.compress.checkpoint.quantizer import read_settings
 from paredown.compress.serving.stream import Names
 from paredown.compress.serving.vllm_linear import Matrix, PackedLinearMethod, SizedLinearMethod
 from paredown.compress.storage.kinds import MASKS, kind_of

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from paredown.compress.errors import PareError
-from paredown.compress.text.by_content import cache_folder, digest_of
+from paredown.compress.text.by_content import cache_folder, digest_of, installed_datasets
 from paredown.compress.text.chat import Chat, Kind, is_conversation
 from paredown.compress.text.corpus import ROWS_PER_READ, Rows
 
@@ -45,8 +45,7 @@ def read_column(
     `choose` finds the column where the content is not known yet; `asked` tells ways to choose apart.
     Raises PareError, naming the file and the row, for a file that cannot be read.
     """
-    import datasets
-
+    datasets = installed_datasets()
     digest = digest_of(files)
     stem = f"{digest}-{type(form).__name__}-{(column or '').encode().hex()[-64:]}{asked}"
     strings = cache_folder() / f"{stem}.arrow"

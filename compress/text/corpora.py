@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from paredown.compress.errors import PareError, did_you_mean
 from paredown.compress.text import stdlib_text
-from paredown.compress.text.by_content import cache_folder, folder_options
+from paredown.compress.text.by_content import cache_folder, folder_options, installed_datasets
 from paredown.compress.text.chat import Chat, Kind
 from paredown.compress.text.columns import Form, JsonRows, Parquet, read_column
 from paredown.compress.text.corpus import Corpus, Rows
@@ -179,8 +179,7 @@ def _load_own(asked: _Request) -> Corpus:
 
 
 def _load_named(name: str, named: _Named, role: Role) -> Corpus:
-    import datasets
-
+    datasets = installed_datasets()
     split = named.split[role]
     optional = {
         "data_files": {split: named.files[role]} if named.files else None,
@@ -204,8 +203,7 @@ def _load_named(name: str, named: _Named, role: Role) -> Corpus:
 
 def _load_hub(asked: _Request, path: str, selectors: Sequence[str]) -> Corpus:
     """A dataset on the hub, or a local folder laid out like one."""
-    import datasets
-
+    datasets = installed_datasets()
     spec, role = asked.spec, asked.role
     config, split, column = [*(part or None for part in selectors), None, None, None][:3]
     options = _fetch(lambda: folder_options(path, config), spec, role) if Path(path).is_dir() else {}
@@ -318,8 +316,7 @@ def _read_text(path: Path) -> str:
 
 def _kinds_of(data: Any) -> dict[str, Kind]:
     """What each column of a dataset holds, by its type."""
-    import datasets
-
+    datasets = installed_datasets()
     kinds: dict[str, Kind] = {}
     for name, feature in data.features.items():
         inner = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else None
@@ -357,10 +354,8 @@ def _chosen(columns: Mapping[str, Kind], column: str | None, asked: _Request) ->
 
 def _fetch(load: Callable[[], T], spec: str, role: Role) -> T:
     """What `load` returns. Any fault of the hub, its cache or a file's reader becomes a PareError that says what to do."""
-    import datasets
-
     # `datasets` shows a bar for every small file; downloads have their own, from huggingface_hub
-    datasets.disable_progress_bars()
+    installed_datasets().disable_progress_bars()
     try:
         return load()
     except PareError:

@@ -36,7 +36,7 @@ def losses_chart(layers: Sequence[Layer]) -> Markup | None:
             across, up = zip(*pairs, strict=True)
             axes.scatter(across, up, s=16, color=SERIES[i % len(SERIES)], label=kind, alpha=0.85)
         axes.set(xscale="log", yscale="log", xlim=span, ylim=span, xlabel="predicted loss", ylabel="measured loss")
-        _plain_ticks(axes.xaxis, axes.yaxis)
+        plain_ticks(axes.xaxis, axes.yaxis)
         axes.set_aspect("equal")
         figure.legend(loc="outside right upper")
 
@@ -113,7 +113,7 @@ def seconds_chart(title: str, steps: Mapping[str, float]) -> Markup:
 def _calm(figure: "Figure", axes: "Axes", curves: int, *, log: bool = False) -> None:
     """A grid in place of ticks, a vertical scale from zero unless it is logarithmic, and a legend for several curves."""
     if log:
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.yaxis)
     else:
         axes.set_ylim(bottom=0)
     axes.grid(axis="y")
@@ -122,7 +122,7 @@ def _calm(figure: "Figure", axes: "Axes", curves: int, *, log: bool = False) -> 
         figure.legend(loc="outside upper left", ncols=min(3, curves))
 
 
-def _plain_ticks(*log_axes: "Axis") -> None:
+def plain_ticks(*log_axes: "Axis") -> None:
     """Numbers in place of powers of ten, which only a renderer of mathematics could show."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

@@ -14,6 +14,7 @@ from paredown.evaluation.html.charts import lines_chart, losses_chart, pairs_cha
 from paredown.evaluation.html.headline import headline_tiles, lead_words, recipe_name
 from paredown.evaluation.html.heat import Scale, block_of, grid_of, heat_map, varies
 from paredown.evaluation.html.render import render
+from paredown.evaluation.html.spectra import spectra_chart
 from paredown.evaluation.recovery_words import recovery_lines
 from paredown.evaluation.report import calibration_words, portable_command, scores
 from paredown.evaluation.schema import Layer, Report, check_report
@@ -111,6 +112,9 @@ def _layer_charts(report: Report) -> list[Chart]:
     if varies(kept):
         picture = heat_map("kept", "Kept share by block and kind", kept, Scale("kept", share=True))
         charts.append(Chart("Kept share by block and kind of layer.", "", picture))
+    if spectra := spectra_chart(layers):
+        note = "In the method's own metric, of some blocks; a dot is the rank that was kept."
+        charts.append(Chart("Singular values, and where they were cut.", note, spectra))
     if losses := losses_chart(layers):
         charts.append(
             Chart("Loss as predicted on the dense model, and as measured.", "A point for each layer.", losses)

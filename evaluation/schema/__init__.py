@@ -8,12 +8,15 @@ may hold further keys. `check_report` checks a report against its type. The JSON
 
 from paredown.evaluation.schema.base import SCHEMA, ExportFormat, Format, Number
 from paredown.evaluation.schema.changes import (
+    AdapterMerge,
     BytesChange,
     Layer,
+    MergedPart,
     Parameters,
     PartBytes,
     Reconstruction,
     RecoveryStep,
+    Spectrum,
     Structure,
 )
 from paredown.evaluation.schema.check import check_report, report_json_schema
@@ -61,6 +64,7 @@ from paredown.evaluation.schema.surroundings import BenchResult, Device, Surroun
 
 __all__ = [
     "SCHEMA",
+    "AdapterMerge",
     "BatchSpeed",
     "BenchResult",
     "BytesChange",
@@ -78,6 +82,7 @@ __all__ = [
     "LayerTiming",
     "LogitError",
     "Measurement",
+    "MergedPart",
     "ModelKey",
     "ModelMemory",
     "ModelSpeed",
@@ -98,6 +103,7 @@ __all__ = [
     "Seconds",
     "SeedResult",
     "SeedText",
+    "Spectrum",
     "SpeedRatio",
     "SpeedSettings",
     "Spread",

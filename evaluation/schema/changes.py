@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from typing_extensions import TypedDict  # pydantic wants this one below Python 3.12
 
 from paredown.evaluation.schema.base import Number, about, strict
+from paredown.evaluation.schema.scores import Text
 
 
 @strict
@@ -25,6 +26,16 @@ class BytesChange(TypedDict):
 
     before: Annotated[int, about("Of the checkpoint that was read.")]
     after: Annotated[int, about("Of the checkpoint that was written.")]
+
+
+@strict
+class Spectrum(TypedDict):
+    """The singular values of a weight in its method's metric, at some ranks; largest first."""
+
+    ranks: list[int]
+    """Ranks, counted from 1; that of the layer is among them."""
+    energy: list[Number]
+    """The squared singular value at each, as a share of the sum of all."""
 
 
 @strict
@@ -57,6 +68,8 @@ class Layer(TypedDict):
     """Loss of what was stored in the method's own metric, as a share of the loss of dropping the weight; of factors."""
     predicted_loss: NotRequired[Number | None]
     """The same as predicted from the dense model, where that loss decided on the ranks; of factors."""
+    spectrum: NotRequired[Spectrum]
+    """What was cut at its rank; of factors, but for experts."""
 
 
 @strict
@@ -96,10 +109,50 @@ class Reconstruction(TypedDict):
 
 
 @strict
+class RecoveryText(Text):
+    """A text that a compressed model was trained on, or that told when to stop."""
+
+    corpus: str
+    """Its name; of several texts all of them."""
+    sequences: int
+    """How many windows of it there are."""
+    tokens: int
+    """In all of them."""
+
+
+@strict
+class ChosenCluster(TypedDict):
+    """Windows that are about the same."""
+
+    windows: int
+    """How many there are."""
+    chosen: int
+    """How many of them were trained on."""
+    divergence: Number
+    """The mean of theirs before training, in nats per token."""
+
+
+@strict
+class Choice(TypedDict):
+    """Windows that were chosen by how far the compressed model's probabilities are from the dense one's."""
+
+    candidates: int
+    """How many there were."""
+    rows: int
+    """How many were chosen."""
+    clusters: list[ChosenCluster]
+    """What they are about."""
+    divergence: Number
+    """The mean of all of them before training, in nats per token."""
+    chosen_divergence: Number
+    """The mean of those that were chosen."""
+
+
+@strict
 class RecoveryStep(TypedDict):
     """One step of the training of a compressed model."""
 
-    step: Literal["reconstruct", "distill"]
+    step: Literal["reconstruct", "distill", "lora"]
     """What was done."""
     recipe: dict[str, Any]
     """The recipe of the recovery, with every default."""
@@ -107,6 +160,12 @@ class RecoveryStep(TypedDict):
     """Those of this step."""
     teacher: str
     """Folder or Hub name of the model whose probabilities were the targets."""
+    text: NotRequired[RecoveryText]
+    """What was trained on, or chosen from."""
+    heldout: NotRequired[RecoveryText | None]
+    """What told when to stop; null: nothing did."""
+    choice: NotRequired[Choice]
+    """Of the windows of `text`, which were trained on; left out: all of them."""
     trained: int
     """How many numbers were trained."""
     steps: int
@@ -133,3 +192,33 @@ class RecoveryStep(TypedDict):
     """What went otherwise than planned: a sentence each."""
     blocks: NotRequired[list[Reconstruction]]
     """Of `reconstruct`: each block."""
+
+
+@strict
+class MergedPart(TypedDict):
+    """What became of an adapter's updates of all layers of a kind."""
+
+    part: str
+    """The kind, such as `mlp.down_proj`: the end of a layer's name without numbers."""
+    kind: str
+    """How these layers are stored, such as `sparse24` or `dense`."""
+    layers: int
+    """How many there are."""
+    lost: Number
+    """Norm of what mask or rank left out of the updates, relative to the norm of these."""
+    written: Number
+    """The same with the rounding to the dtype of the weights."""
+
+
+@strict
+class AdapterMerge(TypedDict):
+    """An adapter that was merged into the checkpoint."""
+
+    adapter: str
+    """Its folder."""
+    sha256: str
+    """Of the file of its matrices."""
+    base: str
+    """The model that it names as its own; empty where it names none."""
+    parts: list[MergedPart]
+    """By kind of layer."""

@@ -7,6 +7,7 @@ from typing_extensions import TypedDict  # pydantic wants this one below Python 
 
 from paredown.evaluation.schema.base import SCHEMA, Format, Number, about, strict
 from paredown.evaluation.schema.changes import (
+    AdapterMerge,
     BytesChange,
     Layer,
     Parameters,
@@ -179,6 +180,8 @@ class Report(TypedDict):
     """The blocks that were tuned, in the order of the model."""
     recovery: NotRequired[list[RecoveryStep]]
     """What the compressed model was trained by, step by step."""
+    adapters: NotRequired[list[AdapterMerge]]
+    """What was merged into it, the first one first."""
     left_dense: NotRequired[list[str]]
     """Names of linear layers that the recipe's targets leave as they are."""
     unsupported: NotRequired[list[str]]

@@ -63,6 +63,14 @@ def test_a_folder_that_is_not_there_and_an_out_that_is_full_are_refused_before_t
         assert code == 1 and "missing: no such folder" in error
 
 
+def test_a_folder_that_holds_no_adapter_is_refused_before_torch_is_imported(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    code, _, error = run("merge", tmp_path, "--adapter", tmp_path / "adapter", "-o", tmp_path / "new")
+    assert (
+        code == 1 and "adapter holds no adapter_config.json: name the folder that peft's save_pretrained wrote" in error
+    )
+
+
 def test_transformers_learns_our_format_when_it_is_imported_after_us():
     code = "import paredown.compress, sys; assert 'torch' not in sys.modules; import importlib.util as u; "
     code += "u.find_spec('transformers'); import transformers; "  # a look for it is no import

@@ -83,6 +83,24 @@ def test_a_dense_model_that_scores_otherwise_is_remarked_on(save):
     assert "two: its dense model has perplexity 9.9000" in group.remarks[0] and "Remarks: 1" in screen([group])
 
 
+def test_recipes_that_were_run_several_times_are_lines_and_points_say_in_what_they_differ(save):
+    def run(recipe, sparsity):
+        def change(report):
+            report["recipe"] |= {"name": recipe, "options": {"sparsity": sparsity}}
+
+        return save(f"{recipe}_sparsity-{sparsity}", round(10**9 * (1 - sparsity)), sparsity, change)
+
+    folders = [run(recipe, sparsity) for recipe in ("wanda", "sparsegpt") for sparsity in (0.4, 0.6)]
+    page, names = comparison_page(compare(folders)), [folder.name for folder in folders]
+    drawn = page[page.index("<svg") : page.index("</svg>")]
+    assert ">wanda<" in drawn and ">sparsegpt<" in drawn and ">0.6<" in drawn
+    assert not any(name in drawn for name in names) and all(name in page for name in names)
+    assert "sparsegpt_ " in screen(compare(folders)) and " sparsity-0.6" in screen(compare(folders))
+    other = save("other", change=lambda report: report["recipe"].update(name="ria", options={"sparsity": 0.5}))
+    drawn = comparison_page(compare([*folders, other])).split("</svg>")[0]
+    assert all(f">{name}<" in drawn for name in names)
+
+
 def test_folders_of_one_name_are_told_apart(save):
     (group,) = compare([save("a/out"), save("b/out")])
     assert [run.name for run in group.runs] == ["out", "b/out"]

@@ -15,6 +15,7 @@ from paredown.evaluation.html import svg
 from paredown.evaluation.html.__main__ import main
 from paredown.evaluation.html.heat import Scale, grid_of, heat_map, varies
 from paredown.evaluation.html.page import report_page
+from paredown.evaluation.html.spectra import spectra_chart
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
@@ -31,6 +32,7 @@ def whole(report):
             "kind": "pifa",
             "predicted_loss": 0.01,
             "measured_loss": 0.01 * (i + 1),
+            "spectrum": {"ranks": [1, 7, 12], "energy": [0.5, 0.1, 0.0]},
         }
         for i, layer in enumerate(report["layers"][:12])
     ]
@@ -109,6 +111,7 @@ def test_every_picture_is_there_and_the_same_report_gives_the_same_bytes(whole):
     labels = re.findall(r'<svg[^>]*aria-label="([^"]*)"', page)
     assert labels == [
         "KL divergence by position in the window", "Relative error by block and kind", "Kept share by block and kind",
+        "Singular values by rank, and where they were cut",
         "Measured against predicted loss of each layer", "Error of each block", "Bytes by part, before and after", "Seconds by step",
     ]  # fmt: skip
     ids = re.findall(r' id="([^"]+)"', page)
@@ -172,6 +175,17 @@ def test_a_heat_map_has_a_cell_with_its_value_for_each_layer_and_the_mean_of_exp
     ]  # fmt: skip
 
 
+def test_spectra_of_three_blocks_are_shown_with_a_dot_at_each_cut():
+    def layer(block, rank, energy):
+        return {"name": f"h.{block}.mlp.up", "rank": rank, "spectrum": {"ranks": [1, 2, 9], "energy": energy}}
+
+    drawn = spectra_chart([layer(b, 2, [0.5, 0.1, 0.0]) for b in range(7)])
+    assert [f"block {b}" in drawn for b in range(7)] == [True, False, False, True, False, False, True]
+    assert drawn.count("<use") == 3 and "mlp.up" in drawn
+    assert spectra_chart([layer(0, 5, [0.5, 0.1, 0.0])]).count("<use") == 0  # a rank of which nothing is known
+    assert spectra_chart([{"name": "h.0.mlp.up"}]) is None
+
+
 def test_one_value_everywhere_is_no_picture():
     assert not varies({(0, "q"): 0.5, (1, "q"): 0.5}) and not varies({(0, "q"): 0.5}) and not varies({})
     assert varies({(0, "q"): 0.5, (1, "q"): 0.6})
@@ -205,7 +219,7 @@ def test_a_browser_shows_the_page(whole, tmp_path):
     address, picture = (tmp_path / "report.html").as_uri(), tmp_path / "page.png"
     seen = browse(tmp_path, "--dump-dom", "--window-size=400,900", f"--screenshot={picture}", address)
     dom = Reader(seen)
-    assert dom.tags.count("svg") == 7 and dom.tags.count("table") >= 6
+    assert dom.tags.count("svg") == 8 and dom.tags.count("table") >= 6
     assert "Relative error by block and kind of layer." in dom.text
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", picture.read_bytes()[16:24]) == (400, 900)

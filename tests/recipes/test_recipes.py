@@ -116,7 +116,7 @@ def test_a_recovery_says_its_name_whose_work_it_is_and_every_setting_that_a_read
     assert list(raw) == ["name", "description", "citation", "recover", "calibration", "evaluate"]
     assert recipe.name == name and "arXiv" in recipe.citation and "paredown recover" in recipe.description
     assert Recipe.parse(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
-    assert recipe.recover[0].distill.tokens == 400_000 and recipe.calibration.source == "stdlib"
+    assert recipe.recover[0].spec.tokens == 400_000 and recipe.calibration.source == "stdlib"
 
 
 @every

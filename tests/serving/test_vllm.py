@@ -98,6 +98,13 @@ def test_two_processes_and_a_compiled_graph_give_the_same(kind, options, tmp_pat
     check(tmp_path / "packed", **options)
 
 
+def test_processes_that_vllm_starts_need_no_entry_point(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    pack_folder(model_of(t.LlamaConfig(**SIZES)), tmp_path / "packed", "lowrank")
+    check(tmp_path / "packed", tensor_parallel_size=2)
+
+
 def uneven(folder, absent):
     """MLPs of their own widths, and blocks without attention or MLP."""
     config = t.LlamaConfig(**SIZES)

@@ -18,6 +18,7 @@ from paredown.compress.numerics.factorize import (
     cost,
     factorize,
     largest_rank,
+    outlined,
     rank_step,
     spectrum,
 )
@@ -80,6 +81,10 @@ class Factorized(WeightMethod):
 
     def at(self, option: int) -> "Factorized":
         return replace(self, kept=None, rank=option, energy=None, target_parameters=None)
+
+    @property
+    def surveyed(self) -> "Factorized":
+        return replace(self, kept=None, rank=None, energy=None, target_parameters=None)
 
     def metric(self, stats: Stats) -> Metric:
         """How errors of the weight are weighed."""
@@ -171,7 +176,8 @@ class Factorized(WeightMethod):
         factors = factorize(target, metric, lambda losses: self._rank_for(shape, losses))
         if not factors.rank:
             return None
-        return Factored(self.kind, shape, factors.rank, self.store(factors, metric, dtype))
+        parts, spectrum = self.store(factors, metric, dtype), outlined(factors.losses, factors.rank)
+        return Factored(self.kind, shape, factors.rank, parts, spectrum=spectrum)
 
     def store(self, factors: Factors, metric: Metric, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors to store, rounded from float64 to `dtype`. Raises PareError where a value does not fit into it."""

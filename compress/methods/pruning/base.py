@@ -137,6 +137,11 @@ class Pruner(WeightMethod):
     def at(self, option: float | str) -> Self:
         return replace(self, sparsity=parse_sparsity(option), kept=None)
 
+    @property
+    def surveyed(self) -> Self:
+        """A pattern is measured itself, of fractions always the same ones."""
+        return replace(self, kept=None) if isinstance(self.sparsity, NofM) else replace(self, sparsity=0.5)
+
     def choices(self, shape: Shape, weight: Tensor | None = None, stats: Stats | None = None) -> list[Choice]:
         """The pattern; or fractions in small steps, whose losses lie between those of the fractions that are measured."""
         measured = [self.sparsity] if isinstance(self.sparsity, NofM) else list(MEASURED)

@@ -12,6 +12,7 @@ import transformers as t
 from packing import pack_folder
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.quantizers import AutoQuantizationConfig
 
 from paredown.compress.checkpoint import transformers_plugin
 from paredown.compress.checkpoint.configs import load_config
@@ -43,6 +44,13 @@ def edit_config(folder, **changes):
 @torch.no_grad()
 def logits(model):
     return model(IDS, use_cache=False).logits
+
+
+def test_packed_weights_are_not_quantised_on_top(packed):
+    with pytest.raises(PareError, match="--format dense"):
+        AutoModelForCausalLM.from_pretrained(packed, quantization_config=t.QuantoConfig(weights="int8"))
+    own = AutoQuantizationConfig.from_dict(load_config(packed).quantization_config)  # which lm-eval hands on
+    AutoModelForCausalLM.from_pretrained(packed, quantization_config=own)
 
 
 def test_buffers_that_a_parent_module_fills_are_filled(tmp_path):

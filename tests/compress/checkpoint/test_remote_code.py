@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from paredown.compress.checkpoint import transformers_plugin
+from paredown.compress.checkpoint import remote_code, transformers_plugin
 from paredown.compress.checkpoint.remote_code import CODE, add_code
 from paredown.compress.errors import PareError
 from paredown.compress.run.export import export
@@ -79,3 +79,10 @@ def test_an_ordinary_checkpoint_gets_none_and_another_format_is_refused(zeros, t
     with pytest.raises(PareError, match="dense ones do not load by it"):
         export(tmp_path / "out", tmp_path / "dense", remote_code=True)
     assert not (tmp_path / "dense").exists()
+
+
+def test_vllm_that_cannot_find_the_plugin_is_told_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", sys)
+    monkeypatch.setattr(remote_code, "entry_points", lambda **_: ())
+    with pytest.raises(PareError, match="pip install --no-deps"):
+        remote_code.Config.from_pretrained(tmp_path)

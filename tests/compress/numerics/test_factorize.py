@@ -7,7 +7,7 @@ import torch
 from factoring import COMBINATIONS, SHAPES, SIDES, data, made, moment, slow_loss, symmetric_root, weighed_by
 
 from paredown.compress.errors import PareError
-from paredown.compress.numerics.factorize import balanced, factorize, spectrum
+from paredown.compress.numerics.factorize import OUTLINE, balanced, factorize, outlined, spectrum
 from paredown.compress.numerics.metric import Metric, Target, error
 from paredown.compress.numerics.spectral import eigh_by_float32
 
@@ -237,3 +237,14 @@ def test_a_decomposition_that_fails_fails_the_run(shape, bad):
     weight[2, 3] = bad
     with pytest.raises(PareError, match="decomposition failed"):
         factorize(Target(weight), Metric(moment(x)), lambda losses: 4)
+
+
+@pytest.mark.parametrize(("size", "rank"), [(576, 123), (9, 4), (1, 1), (40, 0)])
+def test_an_outline_is_the_spectrum_at_few_ranks_the_cut_among_them(size, rank):
+    losses = torch.logspace(3, -9, size, dtype=torch.float64)
+    told = outlined(losses, rank)
+    assert len(told["ranks"]) <= OUTLINE and {rank, 1, size} - {0} <= set(told["ranks"])
+    assert told["ranks"] == sorted(set(told["ranks"])) and told["ranks"][0] > 0 and told["ranks"][-1] == size
+    slow = [float(losses[k - 1]) / sum(losses.tolist()) for k in told["ranks"]]
+    assert told["energy"] == pytest.approx(slow, rel=1e-3)
+    assert outlined(torch.zeros(3), 1) == {}

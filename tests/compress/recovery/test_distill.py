@@ -15,6 +15,7 @@ from paredown.compress.recipe import DistillSpec
 from paredown.compress.recovery import distill
 from paredown.compress.recovery.distill import Distillation, Diverged
 from paredown.compress.recovery.divergence import mean_divergence
+from paredown.compress.recovery.hidden import layers_of, outputs_of
 from paredown.compress.recovery.targets import Targets, target_bytes, teach
 from paredown.compress.recovery.trainable import Trainable, pruned_layers
 from paredown.compress.storage.kinds import KINDS, MASKS, pack
@@ -47,7 +48,7 @@ def packed(dense, kind):
 
 
 def trainable(model, **options):
-    return Trainable(model, ("model.layers.",), frozenset(), torch.float32, **options)
+    return Trainable(model, ("model.layers.0.", "model.layers.1."), frozenset(), torch.float32, **options)
 
 
 @pytest.fixture
@@ -56,11 +57,14 @@ def training(dense, teacher, tmp_path):
 
     def make(kind="sparse24", model=None, spec=(), notes=None, embeddings=False):
         settings = DistillSpec(**{"tokens": 24 * 32, "length": 16, "batch": 2, "lr": 0.01, "heldout": 4, **dict(spec)})
-        targets = Targets.of(tmp_path, "t", IDS, 8, 1.0, CPU)
+        layers = layers_of(settings.hidden, 2)
+        targets = Targets.of(tmp_path, f"t{len(layers)}", IDS, 8, 1.0, CPU, layers)
         targets.write(teacher)
         student = trainable(model or packed(dense, kind), embeddings=embeddings)
         progress = Progress(note=(notes if notes is not None else []).append)
-        return Distillation(student, IDS[:8], IDS[8:], targets, settings, 0, CPU, progress)
+        work = Distillation(student, IDS[:8], IDS[8:], targets, settings, 0, CPU, progress)
+        work.compared = [student.blocks[i] for i in layers]
+        return work
 
     return make
 
@@ -87,7 +91,7 @@ def test_files_that_are_there_are_not_computed_again(teacher, tmp_path, monkeypa
 
 @pytest.mark.parametrize("kind", ["sparse24", "bitmap", "lowrank", "pifa"])
 def test_gradients_of_a_whole_model_reach_what_is_stored_as_through_dense_weights(dense, teacher, kind):
-    model, twin, target = packed(dense, kind), copy.deepcopy(dense), teach(teacher, IDS[:2], 8, 1.0)
+    model, twin, target = packed(dense, kind), copy.deepcopy(dense), teach(teacher, IDS[:2], 8, 1.0)[0]
     layers = {name: m for name, m in model.named_modules() if isinstance(m, PACKED)}
     for name, layer in layers.items():
         twin.get_submodule(name).weight.data = layer.weight.detach().clone()
@@ -151,11 +155,15 @@ def test_embeddings_train_if_they_are_asked_for(training):
     assert not torch.equal(work.kept["model.embed_tokens.weight"], before)
 
 
-def test_a_training_that_is_stopped_goes_on_to_the_same_numbers(training, dense):
-    whole = training()
+WAYS = {"hidden": {"weight": 0.5, "every": 1}, "taid": {"alpha": 0.1}}
+
+
+@pytest.mark.parametrize("ways", [{}, WAYS], ids=["plain", "hidden states and TAID"])
+def test_a_training_that_is_stopped_goes_on_to_the_same_numbers(training, ways):
+    whole = training(spec=ways)
     whole.run(lambda: None)
     saved = {}
-    first = training()
+    first = training(spec=ways)
 
     def save():
         if first.course.step == 7:
@@ -165,11 +173,51 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_numbers(training, dense)
 
     with pytest.raises(InterruptedError):
         first.run(save)
-    second = training()
+    second = training(spec=ways)
     second.restore(saved["course"], saved["state"])
     second.run(lambda: None)
     assert second.course.losses == whole.course.losses and second.course.curve == whole.course.curve
+    assert (second.course.share, second.course.momentum) == (whole.course.share, whole.course.momentum)
+    assert (whole.course.share == 1, whole.course.momentum == 0) == (True, not ways)
     assert all(torch.equal(t, whole.kept[name]) for name, t in second.kept.items())
+
+
+def test_hidden_states_come_closer_to_the_teacher_s_if_they_are_asked_for(training, dense):
+    def error(spec):
+        """Relative, of both blocks, after training; by transformers' own hidden states."""
+        work = training(spec=spec)
+        work.run(lambda: None)
+        found = []
+        for model in (work.student.model, dense):
+            with outputs_of(model.model.layers) as outputs, torch.no_grad():
+                model(IDS[8:], use_cache=False)
+            found.append(torch.stack(outputs)[:, :, :-1].double())
+        return float(((found[0] - found[1]).square().sum(-1) / found[1].square().sum(-1)).mean())
+
+    assert error({"hidden": {"weight": 30.0, "every": 1}, "lr": 0.03}) < 0.97 * error({"lr": 0.03})
+
+
+def test_hidden_states_on_the_disk_are_the_teacher_s(training, dense, teacher, tmp_path):
+    targets = Targets(tmp_path, "h", IDS, 8, 1.0, 5, (0, 1))
+    targets.write(teacher)
+    assert targets.bytes > target_bytes(12 * 15, 8, 2, 32)
+    found = targets.states([11, 0])
+    with outputs_of([dense.model.layers[0], dense.model.layers[1]]) as outputs, torch.no_grad():
+        dense(IDS[[11, 0]], use_cache=False)
+    wanted = torch.stack(outputs, 1)[:, :, :-1]  # (windows, layers, length - 1, hidden)
+    torch.testing.assert_close(found.values * found.sizes[..., None], wanted, atol=1e-2, rtol=2e-3)
+
+
+def test_a_survey_gives_each_window_its_divergence_and_only_chosen_ones_are_trained_on(training):
+    work = training(spec={"batch": 3})
+    divergence, features = work.survey()
+    assert features.shape == (8, 32)
+    for window in (0, 5):
+        with torch.no_grad():
+            logits = work.student.model(IDS[[window]], use_cache=False).logits[:, :-1]
+        assert float(divergence[window]) == pytest.approx(float(mean_divergence(logits, work.targets.read([window]))))
+    work.rows = [1, 4, 6, 7]
+    assert {window for step in range(8) for window in work._windows(step)} == {1, 4, 6, 7}
 
 
 def test_what_had_the_lowest_divergence_is_kept_and_a_rise_ends_training(training):

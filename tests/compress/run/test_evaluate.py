@@ -21,22 +21,6 @@ from paredown.evaluation.terminal import out_console
 
 
 @pytest.fixture
-def tasks(tmp_path):
-    """A folder with two tasks of multiple choice."""
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    rows = [{"q": f"{i} and", "choices": [f"{i}", "x", f"{i} {i}"], "answer": i % 3} for i in range(7)]
-    (folder / "mc.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for name in ("one", "two"):
-        (folder / f"{name}.yaml").write_text(
-            f"task: {name}\ndataset_path: json\ntest_split: test\ndataset_kwargs: {{data_files: {{test: {folder / 'mc.jsonl'}}}}}\n"
-            "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: choices\ndoc_to_target: answer\n"
-            "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
-        )
-    return folder
-
-
-@pytest.fixture
 def pages(tmp_path):
     path = tmp_path / "pages.jsonl"
     texts = [

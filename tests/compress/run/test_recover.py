@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -20,7 +21,8 @@ from paredown.compress.model.stream import BATCH_TOKENS
 from paredown.compress.progress import Progress
 from paredown.compress.recipe import Recipe
 from paredown.compress.recovery.distill import Distillation
-from paredown.compress.run import once
+from paredown.compress.run import generated_text, once
+from paredown.compress.run import recover_once as recover_once_module
 from paredown.compress.run.journal import Journal
 from paredown.compress.run.once import How
 from paredown.compress.run.recover_once import recover_once
@@ -29,6 +31,7 @@ from paredown.compress.run.recover_text import recovery_texts
 from paredown.compress.run.recover_write import write_recovered
 from paredown.compress.run.score_cache import ScoreCache
 from paredown.compress.run.verify import verify
+from paredown.evaluation.recovery_words import recovery_lines
 
 DISTILL = {"tokens": 10 * 64, "length": 32, "batch": 2, "lr": 0.01, "heldout": 4, "evaluations": 3, "top_k": 16}
 
@@ -142,7 +145,7 @@ def check_told(step):
     assert [seen for seen, _ in step["curve"]] == [0, 256, 512, 640] and step["trained"] > 0
 
 
-@pytest.mark.parametrize("form", ["2:4", "dense", "lowrank"])
+@pytest.mark.parametrize("form", ["2:4", "lowrank"])
 def test_a_recovered_checkpoint_is_as_it_was_but_for_its_numbers(form, recovered, compressed):
     out, report, _ = recovered(form)
     assert verify(out) == []
@@ -150,7 +153,7 @@ def test_a_recovered_checkpoint_is_as_it_was_but_for_its_numbers(form, recovered
     check_told(report["recovery"][0])
 
 
-@pytest.mark.parametrize("form", ["0.5", "blocks"])
+@pytest.mark.parametrize("form", ["0.5", "dense", "blocks"])
 def test_the_steps_leave_every_form_as_it_was_but_for_its_numbers(form, train, compressed, tmp_path):
     (step,) = train(compressed(form))
     assert "model.norm.weight" in check_form(weights(compressed(form)), weights(tmp_path / "out"), form)
@@ -179,6 +182,90 @@ def test_the_dense_model_is_scored_once_for_all_recoveries(recovered):
     assert any("dense scores of" in note for _, _, notes in runs for note in notes)
     first, second = (report["evaluation"][0] for _, report, _ in runs)
     assert first["before"] == second["before"] and first["after"] != second["after"]
+
+
+def test_tasks_and_samples_are_of_the_dense_and_the_recovered_model(
+    dense, compressed, text_file, tasks, tmp_path, verified_here
+):
+    recipe, asked = recipe_of(text_file, tokens=128), dict(tasks=["one"], task_folder=tasks, cache=False)
+    with pytest.raises(PareError, match="elsewhere"):
+        recover(compressed(), dense, recipe, tmp_path / "out", **{**asked, "tasks": ["elsewhere"]})
+    report = recover(compressed(), dense, recipe, tmp_path / "out", samples=True, **asked)
+    alone = evaluate(tmp_path / "out", against=dense, eval_text=[str(text_file)], length=32, windows=4, **asked)
+    assert report["tasks"] == alone["tasks"] and report["tasks"]["one"]["acc"]["paired_stderr"] is not None
+    assert len(report["samples"]) == 5 and {"before", "after"} <= report["samples"][0].keys()
+
+
+WAYS = {
+    "hidden": {"weight": 0.5, "every": 1}, "taid": True, "loss": "mixed",
+    "data": {"choose": "disagreement", "budget": 0.5, "clusters": 3},
+}  # fmt: skip
+
+
+def test_every_way_of_distilling_goes_on_to_the_same_bytes_and_is_told(train, compressed, tmp_path, monkeypatch):
+    notes, step, taken = [], Distillation._step, []
+    (whole,) = train(compressed(), notes=notes, **WAYS)
+    numbers = weights(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+
+    def dies(self):
+        taken.append(self.course.share)
+        if len(taken) == 6:
+            raise Stopped
+        step(self)
+
+    monkeypatch.setattr(Distillation, "_step", dies)
+    with pytest.raises(Stopped):
+        train(compressed(), save_every=0.0, **WAYS)
+    monkeypatch.setattr(Distillation, "survey", None)  # the windows are not chosen anew
+    (told,) = train(compressed(), save_every=0.0, **WAYS)
+    assert told["curve"] == whole["curve"] and told["choice"] == whole["choice"] and taken[5] == taken[6] > taken[0]
+    assert all(torch.equal(t, numbers[name]) for name, t in weights(tmp_path / "out").items())
+    choice = told["choice"]
+    assert (choice["candidates"], choice["rows"]) == (40, 20) and told["text"]["sequences"] == 40
+    assert choice["chosen_divergence"] > choice["divergence"] and told["passes"] == 1.0
+    assert sum(cluster["windows"] for cluster in choice["clusters"]) == 40
+    assert any(note.startswith("training on 20 of 40 windows: their divergence is") for note in notes)
+    report = {"recovery": [{"recipe": {}, **told}], "evaluation": []}
+    (line,) = recovery_lines(report)
+    assert "on 640 tokens of words.txt (20 of 40 windows, where the divergence was" in line
+    assert "towards dense with hidden states at weight 0.5, an interpolated teacher; divergence" in line
+
+
+def test_hidden_states_of_another_size_or_number_are_refused(
+    compressed, dense, text_file, save_model, tiny_config, tmp_path
+):
+    recipe = recipe_of(text_file, hidden={"every": 1})
+    with pytest.raises(PareError, match=r"every compares block by block, and .* has 1 blocks, .* 2\. Leave every out"):
+        recover_once(compressed("blocks"), dense, recipe, tmp_path / "out", How())
+    tiny_config.vocab_size, tiny_config.hidden_size = 320, 64
+    save_model(tmp_path / "wide", tiny_config)
+    with pytest.raises(PareError, match=r"have 32 numbers, of .*wide 64\. Leave hidden out"):
+        recover_once(compressed(), tmp_path / "wide", recipe, tmp_path / "out", How())
+
+
+def test_a_recovery_trains_on_what_the_teacher_writes(compressed, dense, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    recipe = Recipe.parse(
+        {**recipe_of(text_file).to_dict(), "calibration": {"source": "self", "length": 32, "sequences": 2}}
+    )
+    texts = []
+
+    def stop(recipe, source, tokenizer, note):
+        texts.append(recovery_texts(recipe, source, tokenizer, note))
+        raise Stopped
+
+    monkeypatch.setattr(recover_once_module, "recovery_texts", stop)
+    writers = []
+    whole = generated_text._written
+    monkeypatch.setattr(
+        generated_text, "_written", lambda source, *rest: writers.append(source.id) or whole(source, *rest)
+    )
+    with pytest.raises(Stopped):
+        recover_once(compressed(), dense, recipe, tmp_path / "out", How())
+    ((text, heldout),) = texts[0].steps
+    assert writers == [str(dense)] and text.corpus == "self"
+    assert text.ids.shape == (20, 32) and heldout.ids.shape == (4, 32)  # as much as the recovery takes
 
 
 def test_a_recovery_that_is_killed_goes_on_to_the_same_bytes(recovered, train, compressed, tmp_path, monkeypatch):
@@ -267,11 +354,9 @@ def nan_at(steps, monkeypatch):
     """From now on the losses of these training steps, counted as they are taken, are NaN."""
     loss, taken = Distillation._loss, []
 
-    def broken(self, ids, rows, windows):
-        found = loss(self, ids, rows, windows)
-        if torch.is_grad_enabled():
-            taken.append(None)
-        return found * math.nan if torch.is_grad_enabled() and len(taken) in steps else found
+    def broken(self, windows):
+        taken.append(None)
+        return loss(self, windows) * (math.nan if len(taken) in steps else 1)
 
     monkeypatch.setattr(Distillation, "_loss", broken)
 
@@ -283,6 +368,13 @@ def test_a_loss_that_is_not_finite_goes_back_and_on_at_half_the_rate(save_every,
     (step,) = train(compressed(), notes=notes, save_every=save_every)
     assert any("back to the last good state, with half the learning rate" in note for note in notes)
     assert "half the learning rate" in step["remarks"][0] and step["steps"] == 10
+
+
+def test_steps_that_are_too_long_are_halved_from_the_beginning_on(train, compressed):
+    notes = []
+    (step,) = train(compressed(), notes=notes, lr=0.9, warmup=0.0, tokens=512, evaluations=4)
+    assert any("higher than before training: back to the beginning, with half the learning rate" in n for n in notes)
+    assert "half the learning rate" in step["remarks"][0] and step["curve"][0][0] == 0 and step["curve"][1][0] == 128
 
 
 def test_a_loss_that_is_not_finite_again_is_an_error(train, compressed, monkeypatch, tmp_path):
@@ -314,8 +406,8 @@ def test_a_teacher_that_reads_other_tokens_is_refused(
 
 
 def test_a_text_that_is_fitted_too_closely_ends_the_training_and_the_report_says_so(train, compressed):
-    (step,) = train(compressed(), tokens=64 * 4000, lr=0.3, evaluations=1000, patience=2)
-    assert "has not fallen for 2 evaluations" in step["stopped"] and step["tokens"] < 64 * 4000
+    (step,) = train(compressed(), tokens=64 * 90, lr=0.5, evaluations=90, patience=2)
+    assert "has not fallen for 2 evaluations" in step["stopped"] and step["tokens"] < 64 * 90
     assert step["after"] == min(value for _, value in step["curve"])
 
 
@@ -346,7 +438,7 @@ def test_a_recipe_that_only_recovers_does_not_compress(dense, tmp_path):
         recover(dense, dense, Recipe.parse({"method": "magnitude", "options": {"sparsity": 0.5}}), tmp_path / "o")
     with pytest.raises(PareError, match=r"recover.0.distill.tokenz: there is no such key. Did you mean 'tokens'"):
         Recipe.parse({"recover": [{"distill": {"tokenz": 3}}]})
-    with pytest.raises(PareError, match="each step is either reconstruct or distill"):
+    with pytest.raises(PareError, match="each step is either reconstruct, distill or lora"):
         Recipe.parse({"recover": [{"distill": {}, "reconstruct": {}}]})
     with pytest.raises(PareError, match="reconstruct comes before distill"):
         Recipe.parse({"recover": [{"distill": {}}, {"reconstruct": {}}]})

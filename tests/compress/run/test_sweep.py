@@ -48,6 +48,14 @@ def test_a_list_of_runs_is_read_strictly(tmp_path):
         read_trials(tmp_path / "none.yaml")
 
 
+class Here(Workers):
+    """Trials that are calls of a function."""
+
+    def __init__(self, start, at_once=1):
+        super().__init__(at_once)
+        self.start = start
+
+
 @pytest.fixture
 def settings(text_file):
     return {"calibration": str(text_file), "eval_text": [str(text_file)], "seed": 3}
@@ -78,27 +86,27 @@ def test_trials_are_run_once_failures_are_skipped_and_a_stopped_sweep_goes_on(ti
         return None
 
     with pytest.raises(KeyboardInterrupt):
-        sweep(tiny_model, trials, folder, settings, note=notes.append, start=start)
+        sweep(tiny_model, trials, folder, settings, note=notes.append, runner=Here(start))
     ended = [json.loads(line)["state"] for line in (folder / "sweep.jsonl").read_text().splitlines()]
     assert ended[:3] == ["done", "failed", "done"]
     assert any("no memory" in note for note in notes)
     done, began[:], broken[:] = {path.parent.name for path in folder.glob("*/report.json")}, [], []
-    outcome = sweep(tiny_model, trials, folder, settings, workers=2, start=start)
+    outcome = sweep(tiny_model, trials, folder, settings, runner=Here(start, 2))
     assert not done & set(began) and len(began) == 6 - len(done) and not outcome.failed
     assert outcome.folders == [folder / trial.name for trial in trials]
     assert all([path.name for path in done.iterdir()] == ["report.json"] for done in outcome.folders)
     began.clear()
-    assert sweep(tiny_model, trials, folder, settings, start=start).folders == outcome.folders and not began
+    assert sweep(tiny_model, trials, folder, settings, runner=Here(start)).folders == outcome.folders and not began
     with pytest.raises(PareError, match="of another command"):
-        sweep(tiny_model, trials, folder, {**settings, "seed": 4}, start=start)
-    kept = sweep(tiny_model, trials[:1], tmp_path / "kept", settings, keep="checkpoints", start=start).folders[0]
+        sweep(tiny_model, trials, folder, {**settings, "seed": 4}, runner=Here(start))
+    kept = sweep(tiny_model, trials[:1], tmp_path / "kept", settings, keep="checkpoints", runner=Here(start)).folders[0]
     assert (kept / "model.safetensors").is_file()
 
 
 def test_a_wrong_recipe_is_told_before_anything_is_run(tiny_model, tmp_path):
     trials = grid(["wanda-50", "svd-llm-80"], ["sparsity=0.4,0.5"])
     with pytest.raises(PareError, match=r"svd-llm-80_sparsity-0.4: .*no option 'sparsity'"):
-        sweep(tiny_model, trials, tmp_path / "sweep", {}, start=lambda *args: None)
+        sweep(tiny_model, trials, tmp_path / "sweep", {}, runner=Here(lambda *args: None))
     assert not (tmp_path / "sweep").exists()
 
 

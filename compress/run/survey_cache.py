@@ -1,0 +1,127 @@
+"""The survey of a dense model, kept by content: runs that differ in what it does not depend on, such as how much is kept,
+share it.
+
+An entry is a file of facts and losses, and beside it one of gradients for each block. What is damaged or incomplete is
+measured anew. While one run measures, another that needs the same waits for it. What is measured during the walk, Gram
+matrices above all, is not kept: a block's inputs come from the blocks before it as that run has compressed them.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from paredown.compress.checkpoint.companions import file_sha256
+from paredown.compress.checkpoint.disk import save_tensors
+from paredown.compress.job import Job
+from paredown.compress.progress import ignore
+from paredown.compress.run.score_cache import ScoreCache, content_key
+from paredown.compress.survey.survey import Survey, survey
+from paredown.evaluation.surroundings import versions
+
+FORMAT = 1  # of an entry
+FACTS = ".survey.safetensors"
+
+
+def surveyed(
+    job: Job, ids: Tensor, scratch: Path, cache: ScoreCache | None = None, note: Callable[[str], None] = ignore
+) -> Survey:
+    """`survey`, taken from the folder beside the `cache` of scores where it was measured before, and kept there."""
+    if cache is None or not job.is_surveyed:
+        return survey(job, ids, scratch, note)
+    place, key = _place(cache), _key(job, ids)
+    with _alone(place.folder, key):
+        found = _kept(place, key, scratch)
+        if found is not None:
+            note(f"what was measured of the dense model is taken from {place.folder} (--no-cache measures anew)")
+            return found
+        measured = survey(job, ids, scratch, note)
+        _keep(place, key, measured)
+        return measured
+
+
+def is_kept(job: Job, ids: Tensor, cache: ScoreCache | None) -> bool:
+    """Whether the survey need not be measured; what was kept may still turn out to be damaged."""
+    if cache is None or not job.is_surveyed:
+        return False
+    folder = _place(cache).folder
+    return folder.is_dir() and (folder / f"{_key(job, ids)}{FACTS}").is_file()
+
+
+def _place(cache: ScoreCache) -> ScoreCache:
+    return replace(cache, folder=cache.folder.with_name("surveys"))
+
+
+def _key(job: Job, ids: Tensor) -> str:
+    """A hash of all that a survey depends on; of the method without what it does not depend on."""
+    recipe = job.recipe
+    asked = {
+        "format": FORMAT,
+        "text": [hashlib.sha256(ids.numpy().tobytes()).hexdigest(), list(ids.shape)],
+        "method": [type(job.method).__module__, repr(job.method.surveyed)],
+        "plugins": [hashlib.sha256(Path(plugin).expanduser().read_bytes()).hexdigest() for plugin in recipe.plugins],
+        "allocation": [job.strategy, repr(job.allocation), sorted(job.surveyed), sorted(job.gradients)],
+        "layers": [view.name for view in job.targets],
+        "threads": torch.get_num_threads(),  # which decide on the order of sums, and so on the last bits
+        "versions": versions(),
+    }
+    return content_key(job.source.folder, job.source, survey=asked)
+
+
+def _kept(place: ScoreCache, key: str, scratch: Path) -> Survey | None:
+    """The survey that was kept under a key, with its gradients in `scratch`; None for none, or damaged."""
+    path = place.folder / f"{key}{FACTS}"
+    try:
+        with safe_open(path, "pt") as file:
+            told = file.metadata()["facts"]
+            losses = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+            whole = file.metadata()["sha256"] == _digest(told, losses)
+        facts: dict[str, Any] = json.loads(told)
+        for name, digest in facts["files"].items():
+            shutil.copyfile(place.folder / f"{key}.{name}", scratch / name)
+            whole = whole and file_sha256(scratch / name) == digest
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        for leftover in scratch.iterdir():
+            leftover.unlink()
+        return None
+    place.touch(path.name, *(f"{key}.{name}" for name in facts["files"]))
+    return Survey.restored(scratch, facts["survey"], losses)
+
+
+def _keep(place: ScoreCache, key: str, measured: Survey) -> None:
+    """Keep a survey, unless it is larger than the whole cache."""
+    files = sorted(measured.scratch.iterdir())
+    facts, losses = measured.state()
+    if sum(path.stat().st_size for path in files) > place.most:
+        return
+    with suppress(OSError, SafetensorError), place.adding() as new:
+        told = json.dumps({"survey": facts, "files": {path.name: file_sha256(path) for path in files}})
+        for path in files:
+            shutil.copyfile(path, new / f"{key}.{path.name}")
+        save_tensors(losses, new / f"{key}{FACTS}", {"facts": told, "sha256": _digest(told, losses)})
+
+
+def _digest(told: str, losses: dict[str, Tensor]) -> str:
+    numbers = {name: values.tolist() for name, values in sorted(losses.items())}
+    return hashlib.sha256((told + json.dumps(numbers)).encode()).hexdigest()
+
+
+@contextmanager
+def _alone(folder: Path, key: str) -> Iterator[None]:
+    """No other process is here with the same key, as far as the disk can lock."""
+    with ExitStack() as stack:
+        with suppress(OSError, NotImplementedError):
+            (folder / "locks").mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(folder / "locks" / key))
+        yield
