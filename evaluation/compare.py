@@ -142,10 +142,12 @@ def run_of(name: str, report: Report, latency: float | None = None) -> Run:
 
 
 def _options(report: Report) -> dict[str, Any]:
-    """What of a recipe decides on the result, beside what its name says of it."""
-    recipe = report["recipe"]
-    left_out = ("name", "description", "citation", "evaluate", *(("method",) if recipe.get("name") else ()))
-    return {key: value for key, value in recipe.items() if key not in left_out}
+    """What of a recipe decides on the result, beside what its name says of it; and what recovered that."""
+    recipe, steps = report["recipe"], report.get("recovery", [])
+    left_out = ("name", "description", "citation", "evaluate", "recover", *(("method",) if recipe.get("name") else ()))
+    chosen = {key: value for key, value in recipe.items() if key not in left_out}
+    told = ", ".join(f"{step['step']} by {step['tokens']:,} tokens" for step in steps)
+    return {**chosen, "recovered": told} if steps else chosen
 
 
 def flat(tree: Mapping[str, Any], place: str = "") -> dict[str, Any]:

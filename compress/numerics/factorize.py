@@ -128,7 +128,7 @@ def outlined(losses: Tensor, rank: int) -> dict[str, list[float]]:
         return {}
     spread = torch.linspace(0, 1, OUTLINE - 1, dtype=torch.float64).square()  # closer where the spectrum is steep
     ranks = sorted({rank, *(1 + (size - 1) * spread).round().int().tolist()} - {0})
-    shares = (losses[[k - 1 for k in ranks]] / total).tolist()
+    shares = (losses.cpu()[[k - 1 for k in ranks]] / total).tolist()
     return {"ranks": ranks, "energy": [float(f"{share:.4g}") for share in shares]}
 
 

@@ -85,7 +85,7 @@ class DistillSpec(Strict):
     tokens: Count = Field(400_000, ge=1)
     length: Count = Field(512, ge=2)
     batch: Count = Field(4, ge=1)
-    lr: float = Field(2e-3, gt=0, lt=1, strict=True)
+    lr: float = Field(4e-3, gt=0, lt=1, strict=True)
     warmup: float = Field(0.1, ge=0, le=1)
     clip: float = Field(1.0, gt=0)  # the largest norm of a step's gradient
     loss: Literal["forward", "reverse", "mixed"] = "forward"  # KL(teacher, student), KL(student, teacher), their mean

@@ -60,6 +60,18 @@ def test_a_screen_of_80_columns_shows_bytes_parameters_losses_with_errors_tasks_
     assert max(map(len, shown.splitlines())) <= 80
 
 
+def test_what_recovered_a_run_is_told(save):
+    def recovered(report):
+        step = dict.fromkeys(
+            ("trained", "steps", "passes", "before", "after", "best_tokens", "seconds", "target_bytes"), 1
+        )
+        words = {"step": "distill", "tokens": 2048, "teacher": "m", "stopped": "", "recipe": {}, "settings": {}}
+        report["recovery"] = [{**step, **words, "curve": [], "remarks": []}]
+
+    shown = screen(compare([save("one"), save("two", 1_000_000_000, 0.2, recovered)]))
+    assert re.search(r"two +wanda-2-4 +recovered distill by 2,048 tokens", shown)
+
+
 @pytest.mark.parametrize(
     "change",
     [
