@@ -10,7 +10,6 @@ import torch
 from paredown.compress.checkpoint.hub import load_tokenizer
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.writer import RECORD, CheckpointWriter
-from paredown.compress.errors import PareError
 from paredown.compress.machine import peak_memory
 from paredown.compress.progress import Counted, ignore, logger
 from paredown.compress.run import once
@@ -70,13 +69,7 @@ def merge(
         merged = cast(AdapterMerge, {**told, "parts": work.parts()})
         report = _report(source, merged, writer.bytes, perf_counter() - began, command)
         write_report(writer, report, source.folder, note)
-        note("verifying what was written, in a new process")
-        try:
-            once._verify(writer.folder, note)
-        except PareError:
-            writer.keep = True
-            raise
-        writer.commit()
+        once.commit_verified(writer, note)
     return report
 
 

@@ -152,13 +152,7 @@ def compress_once(
             report = with_seeds(report, how.seeds)
             how.log_scores(report)
             write_report(writer, report, source.folder, note)
-            note("verifying what was written, in a new process")
-            try:
-                _verify(writer.folder, note)
-            except PareError:
-                writer.keep = True
-                raise
-            writer.commit()
+            commit_verified(writer, note)
     return report
 
 
@@ -215,6 +209,17 @@ def answered(
     add_words(entries, asked.documents, after, before)
     remarks = list(dict.fromkeys([*before.tasks.notes, *after.tasks.notes]))
     return compare_tasks(before.tasks, after.tasks), side_by_side(after.samples, before.samples), remarks
+
+
+def commit_verified(writer: CheckpointWriter, note: Callable[[str], None]) -> None:
+    """Put what was written in its place once it is verified. Raises PareError if it is not sound; it is kept aside then."""
+    note("verifying what was written, in a new process")
+    try:
+        _verify(writer.folder, note)
+    except PareError:
+        writer.keep = True
+        raise
+    writer.commit()
 
 
 def _verify(folder: Path, note: Callable[[str], None]) -> None:

@@ -79,13 +79,7 @@ def recover_once(
         )
         how.log_scores(report)
         write_report(writer, report, source.folder, note)
-        note("verifying what was written, in a new process")
-        try:
-            once._verify(writer.folder, note)
-        except PareError:
-            writer.keep = True
-            raise
-        writer.commit()
+        once.commit_verified(writer, note)
     return report
 
 
