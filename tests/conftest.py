@@ -127,6 +127,26 @@ def prune(windows):
     return run
 
 
+@pytest.fixture(scope="session")
+def lively(tmp_path_factory, save_model, prune):
+    """`lively(form, dtype)`: the folder of the model LIVELY, compressed to one of FORMS; without a form the dense one."""
+    from recovering import FORMS, LIVELY
+
+    known = {}
+
+    def make(form=None, dtype=torch.bfloat16):
+        if (form, dtype) not in known:
+            folder = tmp_path_factory.mktemp("lively") / (form or "dense")
+            if form is None:
+                save_model(folder, LIVELY, dtype)
+            else:
+                prune(make(None, dtype), folder, **FORMS[form])
+            known[form, dtype] = folder
+        return known[form, dtype]
+
+    return make
+
+
 @pytest.fixture
 def verified_here(monkeypatch):
     """A run verifies its checkpoint in this process: a new one takes seconds to import transformers."""

@@ -23,15 +23,19 @@ from paredown.compress.recovery.targets import target_bytes
 from paredown.compress.text.windows import Windows
 
 
-def trained_numbers(source: ModelSource, embeddings: bool) -> int:
-    """How many numbers are trained: all floats in the blocks, vectors outside them, and embeddings and head if asked."""
+def trained_numbers(source: ModelSource, embeddings: bool, last: int | None = None) -> int:
+    """How many numbers are trained: all floats in the blocks, or in so many of the `last`, vectors outside them, and
+    embeddings and head if asked."""
     inside = tuple(block.prefix for block in blocks(source))
+    frozen = inside[:-last] if last else ()
     outer = {f"{name_of(source.model, f'get_{kind}_embeddings')}.weight" for kind in ("input", "output")}
     outer |= {source.tied[name] for name in outer if name in source.tied}
     return sum(
         t.numel()
         for name, t in source.parameters.items()
-        if t.is_floating_point() and (embeddings if name in outer else name.startswith(inside) or t.dim() == 1)
+        if t.is_floating_point()
+        and not name.startswith(frozen)
+        and (embeddings if name in outer else name.startswith(inside) or t.dim() == 1)
     )
 
 
@@ -39,7 +43,9 @@ def numbers_of(source: ModelSource, spec: ReconstructSpec | DistillSpec) -> int:
     """How many numbers a step trains."""
     if isinstance(spec, LoraSpec):
         return sum(place.numbers(spec.rank) for place in places(source, spec))
-    return trained_numbers(source, isinstance(spec, DistillSpec) and spec.embeddings)
+    if isinstance(spec, DistillSpec):
+        return trained_numbers(source, spec.embeddings, spec.last)
+    return trained_numbers(source, False)
 
 
 def sizes_of(source: ModelSource, numbers: int) -> Sizes:
@@ -110,8 +116,8 @@ def check_room(
     if left is not None and left < memory:
         raise PareError(
             f"{memory / 1e9:.1f} GB of memory are needed and {left / 1e9:.1f} GB are free. Close other programs, or set "
-            "checkpointing: true, optimizer: adamw8bit or a shorter length in recover: distill, or take fewer "
-            "calibration.sequences."
+            "checkpointing: true, optimizer: adamw8bit or a shorter length in its distill or lora step, or take fewer "
+            "calibration.sequences for reconstruct."
         )
 
 

@@ -39,7 +39,7 @@ def compress_and_recover(
     run = compress_stages if inner.stages else compress_once
     if finished(folder, str(model), inner) is None:
         place.mkdir(parents=True, exist_ok=True)
-        run(model, inner, folder, replace(how, command=None, later=recipe.evaluate))
+        run(model, inner, folder, replace(how, command=None, samples=False, later=recipe.evaluate))
     how.progress.note("recovering what was compressed")
     own = replace(how, revision=None)
     report = recover_once(folder, model, recipe, out, own, revision=how.revision)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers
 
 from paredown.compress.checkpoint import transformers_plugin
 from paredown.compress.checkpoint.source import ModelSource
@@ -13,39 +12,25 @@ from paredown.compress.storage.kinds import kind_of
 from paredown.compress.storage.modules import PACKED
 
 IDS = torch.arange(3, 27)[None] % 19
-FORMS = {
-    "2:4": {}, "0.5": {"sparsity": 0.5}, "dense": {"format": "dense"},
-    "svd": {"method": "svd", "options": {"kept": 0.7}},
-    "pifa": {"method": "svd", "options": {"kept": 0.7, "storage": "pifa"}},
-    "sum": {"method": "sparse_low_rank", "options": {"sparsity": 0.5, "rank": 4}},
-}  # fmt: skip
+FORMS = ("2:4", "0.5", "dense", "lowrank", "pifa", "sum")
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory, save_model, prune):
+def make(lively):
     """`make(form, spec)`: the folder of a tiny model of that form and its pairs, with B no longer zero."""
-    base = tmp_path_factory.mktemp("dense") / "model"
-    config = transformers.LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, tie_word_embeddings=True,
-    )  # fmt: skip
-    save_model(base, config, torch.float32)
-    known = {}
 
     def run(form="2:4", stir=0.3, **settings):
-        if form not in known:
-            known[form] = tmp_path_factory.mktemp("compressed") / "out"
-            prune(base, known[form], **FORMS[form])
-        source = ModelSource(known[form], "compressed")
+        folder = lively(form, torch.float32)
+        source = ModelSource(folder, "compressed")
         spec = LoraSpec(**{"rank": 3, "alpha": 6.0, **settings})
-        model = transformers_plugin.load(known[form])
+        model = transformers_plugin.load(folder)
         inside = ("model.layers.0.", "model.layers.1.")
         student = Adapted(model, inside, places(source, spec), frozenset(), torch.float32, spec, 0)
         generator = torch.Generator().manual_seed(1)
         for pair in student.pairs.values():
             pair.up.master.copy_(stir * torch.randn(pair.up.master.shape, generator=generator))
         student.show()
-        return known[form], student
+        return folder, student
 
     return run
 
@@ -149,7 +134,7 @@ def test_targets_and_the_last_blocks_say_what_gets_a_pair(make):
         f"model.layers.1.{name}" for name in ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     }
     assert [name for name, p in student.model.named_parameters() if p.requires_grad] == [*student.pairs]
-    _, whole = make("svd", rank=3)
+    _, whole = make("lowrank", rank=3)
     assert {name.rpartition(".")[2] for name in whole.pairs} == {"left", "right"}
     assert whole.numbers == sum(3 * sum(pair.base.shape) for pair in whole.pairs.values())
     with pytest.raises(PareError, match="'nose' matches no linear layer"):

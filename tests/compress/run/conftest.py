@@ -1,11 +1,20 @@
-"""Whole runs of recipes that are given as plain data, and tasks of a user's own."""
+"""Whole runs of recipes that are given as plain data, steps of a recovery, and tasks of a user's own."""
 
 import json
 
 import pytest
 import yaml
+from recovering import recipe_of
 
 from paredown.compress import compress
+from paredown.compress.checkpoint.hub import load_tokenizer
+from paredown.compress.checkpoint.source import ModelSource
+from paredown.compress.checkpoint.writer import CheckpointWriter
+from paredown.compress.progress import Progress
+from paredown.compress.run.journal import Journal
+from paredown.compress.run.recover_steps import Steps
+from paredown.compress.run.recover_text import recovery_texts
+from paredown.compress.run.recover_write import write_recovered
 
 SMALL = ("calibration.sequences=4", "calibration.length=32", "evaluate.length=32", "evaluate.windows=4")
 
@@ -37,3 +46,25 @@ def tasks(tmp_path):
             "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
         )
     return folder
+
+
+@pytest.fixture
+def trained(lively, text_file, tmp_path):
+    """`trained(checkpoint, steps)`: the steps into tmp_path/NAME, without scores, report and verification; what they tell."""
+
+    def run(checkpoint, steps, name="out", notes=None, save_every=300.0, then=lambda: None, doing=lambda text: None):
+        recipe, tokenizer = recipe_of(text_file, steps), load_tokenizer(lively())
+        source, teacher = ModelSource(checkpoint, "compressed"), ModelSource(lively(), "dense")
+        progress = Progress(note=(notes if notes is not None else []).append, doing=doing)
+        texts = recovery_texts(recipe, source, tokenizer, progress.note).steps
+        with CheckpointWriter(tmp_path / name, resumable=True) as writer:
+            journal = Journal(writer, "key", progress.note, save_every)
+            with writer.scratch() as scratch:
+                work = Steps(source, teacher, recipe, texts, journal, scratch, progress)
+                numbers = work.run()
+                then()
+                write_recovered(writer, source, numbers, {"model": source.provenance()})
+            writer.commit()
+        return work.done
+
+    return run

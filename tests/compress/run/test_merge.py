@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from paredown.compress import merge
@@ -17,37 +16,18 @@ from paredown.evaluation.report import render
 
 LAYERS = ["self_attn.q_proj", "mlp.down_proj"]
 SIZES = {"self_attn.q_proj": (32, 32), "mlp.down_proj": (32, 48)}
-FORMS = {
-    "2:4": {}, "dense": {"format": "dense"},
-    "lowrank": {"method": "svd", "options": {"kept": 0.7}},
-    "pifa": {"method": "svd", "options": {"kept": 0.7, "storage": "pifa"}},
-    "blocks": {"method": "tail", "options": {"kept": 0.6}, "format": "dense"},
-}  # fmt: skip
+FORMS = ("2:4", "dense", "lowrank", "pifa", "blocks")
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory, save_model):
-    folder = tmp_path_factory.mktemp("dense") / "model"
-    config = transformers.LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, tie_word_embeddings=True,
-    )  # fmt: skip
-    save_model(folder, config, torch.float32)
-    return folder
+@pytest.fixture(scope="session")
+def dense(lively):
+    return lively(dtype=torch.float32)
 
 
-@pytest.fixture(scope="module")
-def compressed(dense, tmp_path_factory, prune):
+@pytest.fixture(scope="session")
+def compressed(lively):
     """`compressed(form)`: that model, compressed."""
-    known = {}
-
-    def make(form="2:4"):
-        if form not in known:
-            known[form] = tmp_path_factory.mktemp("compressed") / "out"
-            prune(dense, known[form], **FORMS[form])
-        return known[form]
-
-    return make
+    return lambda form="2:4": lively(form, torch.float32)
 
 
 @pytest.fixture

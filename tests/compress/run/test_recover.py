@@ -6,16 +6,15 @@ import shutil
 
 import datasets
 import pytest
+import recovering
 import torch
-import transformers
 import yaml
-from safetensors.torch import load_file
+from recovering import Stopped, weights
 
 from paredown.compress import compress, evaluate, recover
 from paredown.compress.checkpoint import transformers_plugin
 from paredown.compress.checkpoint.hub import load_tokenizer
 from paredown.compress.checkpoint.source import ModelSource
-from paredown.compress.checkpoint.writer import CheckpointWriter
 from paredown.compress.errors import PareError
 from paredown.compress.model.stream import BATCH_TOKENS
 from paredown.compress.progress import Progress
@@ -23,12 +22,9 @@ from paredown.compress.recipe import Recipe
 from paredown.compress.recovery.distill import Distillation
 from paredown.compress.run import generated_text, once
 from paredown.compress.run import recover_once as recover_once_module
-from paredown.compress.run.journal import Journal
 from paredown.compress.run.once import How
 from paredown.compress.run.recover_once import recover_once
-from paredown.compress.run.recover_steps import Steps
 from paredown.compress.run.recover_text import recovery_texts
-from paredown.compress.run.recover_write import write_recovered
 from paredown.compress.run.score_cache import ScoreCache
 from paredown.compress.run.verify import verify
 from paredown.evaluation.recovery_words import recovery_lines
@@ -36,49 +32,19 @@ from paredown.evaluation.recovery_words import recovery_lines
 DISTILL = {"tokens": 10 * 64, "length": 32, "batch": 2, "lr": 0.01, "heldout": 4, "evaluations": 3, "top_k": 16}
 
 
-class Stopped(BaseException):
-    pass
+@pytest.fixture(scope="session")
+def dense(lively):
+    return lively()
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory, save_model):
-    """A tiny model whose next tokens are not all alike."""
-    folder = tmp_path_factory.mktemp("dense") / "model"
-    config = transformers.LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, tie_word_embeddings=True,
-    )  # fmt: skip
-    save_model(folder, config)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def compressed(dense, tmp_path_factory, prune):
+@pytest.fixture(scope="session")
+def compressed(lively):
     """`compressed(form)`: that model, compressed."""
-    forms = {
-        "2:4": {}, "0.5": {"sparsity": 0.5}, "dense": {"format": "dense"},
-        "lowrank": {"method": "svd", "sparsity": None, "options": {"kept": 0.7}},
-        "blocks": {"method": "tail", "sparsity": None, "options": {"kept": 0.6}, "format": "dense"},
-    }  # fmt: skip
-    known = {}
-
-    def make(form="2:4"):
-        if form not in known:
-            known[form] = tmp_path_factory.mktemp("compressed") / "out"
-            prune(dense, known[form], **forms[form])
-        return known[form]
-
-    return make
+    return lambda form="2:4": lively(form)
 
 
 def recipe_of(text, steps=(), **distill):
-    return Recipe.parse(
-        {
-            "calibration": {"source": str(text), "sequences": 8, "length": 32, "allow_scored": True},
-            "evaluate": {"perplexity": [str(text)], "length": 32, "windows": 4},
-            "recover": list(steps) or [{"distill": {**DISTILL, **distill}}],
-        }
-    )
+    return recovering.recipe_of(text, list(steps) or [{"distill": {**DISTILL, **distill}}])
 
 
 @pytest.fixture(scope="module")
@@ -102,29 +68,15 @@ def recovered(dense, compressed, text_file, tmp_path_factory):
 
 
 @pytest.fixture
-def train(dense, text_file, tmp_path):
-    """`train(checkpoint, ...)`: the steps into tmp_path/out, without scores, report and verification; what they tell."""
+def train(trained):
+    """`train(checkpoint, ...)`: `trained` by steps, or by one of distillation."""
+    how = ("notes", "save_every", "then", "doing")
 
-    def run(checkpoint, notes=None, save_every=300.0, then=lambda: None, steps=(), doing=lambda text: None, **distill):
-        recipe, tokenizer = recipe_of(text_file, steps, **distill), load_tokenizer(dense)
-        source, teacher = ModelSource(checkpoint, "compressed"), ModelSource(dense, "dense")
-        progress = Progress(note=(notes if notes is not None else []).append, doing=doing)
-        texts = recovery_texts(recipe, source, tokenizer, progress.note).steps
-        with CheckpointWriter(tmp_path / "out", resumable=True) as writer:
-            journal = Journal(writer, "key", progress.note, save_every)
-            with writer.scratch() as scratch:
-                work = Steps(source, teacher, recipe, texts, journal, scratch, progress)
-                numbers = work.run()
-                then()
-                write_recovered(writer, source, numbers, {"model": source.provenance()})
-            writer.commit()
-        return work.done
+    def run(checkpoint, steps=(), **options):
+        told = {key: options.pop(key) for key in how if key in options}
+        return trained(checkpoint, list(steps) or [{"distill": {**DISTILL, **options}}], **told)
 
     return run
-
-
-def weights(folder):
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
 def check_form(before, after, form):
