@@ -93,6 +93,16 @@ def run_tasks(
     return replace(_scores(results, warnings), bos="every context" if prefix else "none")
 
 
+def document_likelihoods(
+    model: "nn.Module", tokenizer: Any, texts: Sequence[str], bos: Bos = "auto"
+) -> tuple[float, ...]:
+    """The log likelihood of each text in nats, every token predicted once, as lm-eval's rolling tasks have it."""
+    from paredown.evaluation.lm_model import rolling_likelihoods
+
+    with _collected_warnings():
+        return tuple(rolling_likelihoods(model, tokenizer, texts, special_prefix(tokenizer) if bos == "auto" else ()))
+
+
 def _roots(loaded: Any) -> list[Any]:
     """The groups that are in no other group, and the tasks that are in no group: so each task is run once."""
     groups = loaded["groups"].values()

@@ -99,7 +99,8 @@ def results(report: Report) -> list[Rows]:
 def scores(report: Report) -> list[Rows]:
     """The tables of what was scored before and after."""
     tables = [perplexity_rows(report["evaluation"])] if report["evaluation"] else []
-    tables += [rows for rows in (divergence_rows(report["evaluation"]),) if rows]
+    further = (word_rows(report["evaluation"]), divergence_rows(report["evaluation"]))
+    tables += [rows for rows in further if rows]
     tables += [task_rows(report["tasks"])] if report["tasks"] else []
     return tables + [rows for rows in (seed_rows(report.get("seeds", [])),) if rows]
 

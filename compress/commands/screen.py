@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 
 import typer
 from rich.logging import RichHandler
@@ -83,9 +84,13 @@ def screen(title: str = "", quiet: bool = False, verbose: bool = False) -> Itera
     """What a long command shows. `title` names its steps where a run does not; `verbose` shows the logger `paredown` too."""
     if quiet and verbose:
         raise typer.BadParameter("--quiet shows less and --verbose shows more: give one of them.")
+    if quiet:
+        with redirect_stderr(StringIO()):  # libraries draw bars of their own
+            yield Screen(title, quiet=True)
+        return
     with _logged(verbose):
-        if quiet or not err_console.is_terminal:
-            yield Screen(title, quiet=quiet)
+        if not err_console.is_terminal:
+            yield Screen(title)
             return
         step = TextColumn("{task.fields[step]}", style="dim", table_column=Column(ratio=1, no_wrap=True))
         columns = (

@@ -105,5 +105,5 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError as fault:
-        raise PareError("a sweep on a cluster needs Ray: pip install 'paredown[ray]'") from fault
+        raise PareError("a sweep on a cluster needs Ray. Install it with: pip install 'ray>=2.50'") from fault
     return ray

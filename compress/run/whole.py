@@ -14,7 +14,7 @@ from paredown.compress.progress import ignore
 from paredown.compress.run.score_cache import ScoreCache, content_key
 from paredown.compress.text.corpus import Bos
 from paredown.compress.text.windows import special_prefix
-from paredown.evaluation.lm_tasks import run_tasks
+from paredown.evaluation.lm_tasks import document_likelihoods, run_tasks
 from paredown.evaluation.schema import Sample
 from paredown.evaluation.task_scores import TaskScores, read_scores, write_scores
 
@@ -90,19 +90,12 @@ def ask(
                 with suppress(OSError), cache.adding() as place:
                     write_scores(place, keys[name], keys[name], found[name])
         samples = tuple(continued(model, tokenizer, prompt) for prompt in PROMPTS) if asked.samples else ()
-        likelihoods = tuple(_likelihoods(model, tokenizer, documents, asked.bos) for documents in asked.documents)
+        likelihoods = tuple(document_likelihoods(model, tokenizer, texts, asked.bos) for texts in asked.documents)
     finally:
         del model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return Answers(TaskScores.merged([found[name] for name in keys]), samples, likelihoods)
-
-
-def _likelihoods(model: Any, tokenizer: Any, documents: Sequence[str], bos: Bos) -> tuple[float, ...]:
-    from paredown.evaluation.lm_model import rolling_likelihoods
-
-    prefix = special_prefix(tokenizer) if bos == "auto" else ()
-    return tuple(rolling_likelihoods(model, tokenizer, documents, prefix))
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """What a person sees while a command works: on a terminal, in a log, and with --quiet and --verbose."""
 
 import io
+import sys
 
 import pytest
 from rich.console import Console
@@ -106,6 +107,13 @@ def test_quiet_shows_nothing_and_verbose_every_step(console):
     with screen() as shown:
         shown.doing("reading layers.2")
     assert "layers.2" not in text.getvalue()
+
+
+def test_quiet_hides_what_libraries_draw_and_no_result(capsys):
+    with screen(quiet=True):
+        print("a bar", file=sys.stderr)
+        print("a result")
+    assert capsys.readouterr() == ("a result\n", "")
 
 
 def test_quiet_and_verbose_contradict_each_other(paredown, tmp_path):

@@ -14,7 +14,7 @@ from paredown.compress.run.ray_workers import RayWorkers
 from paredown.compress.run.sweep import sweep
 from paredown.compress.run.trials import grid
 
-with_ray = pytest.mark.skipif(find_spec("ray") is None, reason="no Ray: pip install 'paredown[ray]'")
+with_ray = pytest.mark.skipif(find_spec("ray") is None, reason="no Ray: pip install 'ray>=2.50'")
 
 
 @with_ray
@@ -43,7 +43,7 @@ def test_a_lost_worker_costs_its_trial_a_second_try_and_faults_are_told(tmp_path
 
 def test_without_ray_a_sweep_on_a_cluster_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(PareError, match=r"pip install 'paredown\[ray\]'"):
+    with pytest.raises(PareError, match=r"pip install 'ray>=2\.50'"):
         RayWorkers("auto")
 
 
