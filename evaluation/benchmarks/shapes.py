@@ -27,7 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "tiny": {  # takes the bundled tokenizer's tokens
         "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024,
     },
 }  # fmt: skip
 

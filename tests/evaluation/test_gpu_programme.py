@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -365,6 +366,18 @@ def test_of_a_recovery_each_texts_three_perplexities_are_told():
     assert figures.recovery("Traceback\n").headline == ""
 
 
+def test_serving_is_read_as_packed_beside_dense():
+    def speed(form, rate):
+        return {"form": form, "batch": 8, "tokens_per_second": {"median": rate, "least": rate, "most": rate}}
+
+    log = [{"form": "packed", "weight_bytes": 5e8}, speed("packed", 150.0), {"form": "dense", "weight_bytes": 1e9}]
+    assert figures.serving("\n".join(map(json.dumps, log))).headline == ""
+    log += [speed("dense", 100.0), {"largest_difference": 0.02, "mean_difference": 0.001, "agreed": 0.75}]
+    found = figures.serving("\n".join(map(json.dumps, log)))
+    assert found.headline == "batch 8: 1.50x" and found.tables[0].rows == (("8", "100", "150", "1.50x"),)
+    assert found.notes[0] == "weights of packed: 500 MB" and "75%" in found.notes[-1]
+
+
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
     """The folder of a rehearsal of all parts, and what the command printed."""
@@ -382,6 +395,7 @@ def test_every_part_runs_in_miniature(rehearsed):
     found = json.loads((folder / "gpu.json").read_text())
     states = {one["name"]: one["state"] for one in found["parts"]}
     assert states.keys() == command.PROGRAMME.keys()
+    assert states.pop("serve") == ("done" if find_spec("vllm") else "skipped")
     assert set(states.values()) == {"done"}
     assert all(one["figures"]["headline"] for one in found["parts"] if one["state"] == "done")
     page = (folder / "gpu.md").read_text()

@@ -1,5 +1,7 @@
 """vLLM gives the log probabilities that transformers gives, for every kind of packed weight. See make_env.sh."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from paredown.compress.checkpoint.transformers_plugin import packed_config  # no
 from paredown.compress.serving import vllm_plugin  # noqa: E402
 from paredown.compress.storage.kinds import KINDS  # noqa: E402
 from paredown.compress.storage.shapes import Shapes  # noqa: E402
+from paredown.evaluation.benchmarks.gpu import figures  # noqa: E402
 
 COMMON = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.08}
 SIZES = {
@@ -146,3 +149,16 @@ def test_a_checkpoint_that_is_not_whole_is_refused(change, tmp_path):
     save_file(tensors, tmp_path / "packed" / "model.safetensors", {"format": "pt"})
     with pytest.raises(Exception, match="paredown verify"):
         engine(tmp_path / "packed")
+
+
+def test_the_benchmark_finds_packed_and_dense_the_same(tmp_path):
+    pack_folder(model_of(t.LlamaConfig(**SIZES)), tmp_path / "packed", "lowrank")
+    options = ["--batch", "1", "2", "--prompt", "16", "--tokens", "4", "--repeats", "1", "--dtype", "float32"]
+    command = [sys.executable, "-m", "paredown.evaluation.benchmarks.serving", str(tmp_path / "packed"), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = figures.serving(done.stdout)
+    assert [row[0] for row in found.tables[0].rows] == ["1", "2"]
+    assert found.numbers[-1]["largest_difference"] < 2e-5 and found.numbers[-1]["agreed"] == 1
+    sizes = {one["form"]: one["weight_bytes"] for one in found.numbers if "weight_bytes" in one}
+    assert sizes["packed"] != sizes["dense"]

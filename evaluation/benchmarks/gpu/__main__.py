@@ -3,10 +3,10 @@
     python -m paredown.evaluation.benchmarks.gpu --minutes 12 --out DIR [--only PART ...] [--skip PART ...] [--rehearse]
 
 Parts, each in processes of its own and with a share of the time: device, selftest, kernels, devices, whole, solvers, decode,
-sanitizer, recover (see parts.py). What one does not use goes to the next ones; one that fails stops no other. After each part
-DIR holds gpu.json, gpu.md, to be pasted into the pages that it names, and the part's log; the part `kernels` leaves the
-dispatch table in DIR/kernels. A second run with the same DIR adds its parts to those of the first. Large files (about 60 GB
-for a whole model) go to --work, where they stay for a second run. --rehearse runs every part in miniature on a CPU.
+sanitizer, recover, serve (see parts.py). What one does not use goes to the next ones; one that fails stops no other. After
+each part DIR holds gpu.json, gpu.md, to be pasted into the pages that it names, and the part's log; the part `kernels` leaves
+the dispatch table in DIR/kernels. A second run with the same DIR adds its parts to those of the first. Large files (about 60
+GB for a whole model) go to --work, where they stay for a second run. --rehearse runs every part in miniature on a CPU.
 
 Prints a table last. The exit status is 1 if a part failed; a missed bar is no failure.
 """

@@ -316,6 +316,29 @@ def _decode_row(name: str, row: dict[str, Any]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def serving(log: str) -> Figures:
+    """Of `evaluation.benchmarks.serving`."""
+    found = records(log)
+    sizes = {one["form"]: one["weight_bytes"] for one in found if "weight_bytes" in one}
+    speeds = {(one["form"], one["batch"]): one["tokens_per_second"]["median"] for one in found if "batch" in one}
+    pairs = [
+        (n, speeds["dense", n], speed)
+        for (form, n), speed in speeds.items()
+        if form == "packed" and ("dense", n) in speeds
+    ]
+    rows = tuple((str(n), three_digits(dense), three_digits(own), f"{own / dense:.2f}x") for n, dense, own in pairs)
+    last = next((one for one in found if "agreed" in one), None)
+    notes = [f"weights of {form}: {size / 1e6:,.0f} MB" for form, size in sizes.items()]
+    if last:
+        notes += [
+            f"log probabilities differ by {last['largest_difference']:.4f} at most, {last['mean_difference']:.4f} in the mean"
+        ]
+        notes += [f"greedy tokens before the first other one: {last['agreed']:.0%}"]
+    table = Rows("vLLM, packed beside dense", ("batch", "dense tokens/s", "packed tokens/s", "packed / dense"), rows)
+    headline = ", ".join(f"batch {row[0]}: {row[3]}" for row in rows)
+    return Figures(headline, found, (table,) if rows else (), notes=tuple(notes))
+
+
 def recovery(log: str) -> Figures:
     """Of `paredown recover`: what it did, and each text's perplexity as dense, compressed and recovered."""
     found = re.findall(r"^(?:Recovery: .*|\S+: perplexity .* recovered;.*)$", log, re.M)

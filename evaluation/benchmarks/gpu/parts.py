@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from paredown.evaluation.benchmarks.gpu import figures
@@ -31,6 +32,8 @@ class Sizes:
     batches: tuple[str, ...]
     compress: str  # of a model that is to be recovered
     recover: str
+    served: str  # the shape of the model in vLLM
+    serving: str
     prefix: tuple[str, ...]  # of every command, before the name of its module
 
 
@@ -47,6 +50,8 @@ ON_A_GPU = Sizes(
     batches=("1", "8 32"),
     compress="--set calibration.sequences=16",
     recover="",
+    served="llama-1b",
+    serving="",
     prefix=(sys.executable, "-m"),
 )
 IN_MINIATURE = Sizes(
@@ -62,6 +67,8 @@ IN_MINIATURE = Sizes(
     batches=("1 2",),
     compress="--set calibration.sequences=4 --set calibration.length=64 --eval-windows 2",
     recover='--set recover=[{"distill":{"tokens":512,"length":64,"heldout":2}}] --set evaluate.windows=2',
+    served="tiny",
+    serving="--batch 1 2 --prompt 16 --tokens 4 --repeats 1",
     prefix=(sys.executable, "-m", "paredown.evaluation.benchmarks.gpu.rehearsal"),
 )
 
@@ -168,7 +175,19 @@ def recover(run: Setting) -> Part:
     return Part("recover", "Recovery of a pruned model", steps, figures.recovery, 16, 120, "", BENCHMARKS)
 
 
+def serve(run: Setting) -> Part:
+    """A model of its own in vLLM: the whole one would take the time of all parts to load twice."""
+    folder, shape = run.work / "serve", run.sizes.served
+    steps = (
+        run.benchmark("footprint", f"--work {folder} --shape {shape} --recipe magnitude-2of4 {run.sizes.footprint}"),
+        run.command("evaluation.benchmarks.serving", f"{folder / 'compressed'} {run.sizes.serving}", 4.0),
+    )
+    absent = "" if find_spec("vllm") else "vLLM is not installed: pip install 'paredown[serve]'"
+    return Part("serve", "A packed model in vLLM", steps, figures.serving, 16, 120, absent, BENCHMARKS)
+
+
 # in the order in which they answer most for the time that they take
 PROGRAMME: dict[str, Callable[[Setting], Part]] = {
-    part.__name__: part for part in (device, selftest, kernels, devices, whole, solvers, decode, sanitizer, recover)
+    part.__name__: part
+    for part in (device, selftest, kernels, devices, whole, solvers, decode, sanitizer, recover, serve)
 }
