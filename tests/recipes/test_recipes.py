@@ -19,7 +19,8 @@ from paredown.compress.survey.gradients import moments
 
 ALL = {f.name.removesuffix(".yaml"): f for f in files("paredown.recipes").iterdir() if f.name.endswith(".yaml")}
 RECOVERIES = [name for name in ALL if name.startswith("recover-")]  # of checkpoints that are compressed already
-FILES = {name: f for name, f in ALL.items() if name not in RECOVERIES}
+STAGED = ["lorap-whole-80"]
+FILES = {name: f for name, f in ALL.items() if name not in [*RECOVERIES, *STAGED]}
 PAPERS = {
     "magnitude": ["1506.02626"], "wanda": ["2306.11695"], "sparsegpt": ["2301.00774"], "masked": ["2306.11695"],
     "svd": ["2207.00112"], "fwsvd": ["2207.00112"], "asvd": ["2312.05821"], "awsvd": ["2404.09695"],
@@ -117,6 +118,22 @@ def test_a_recovery_says_its_name_whose_work_it_is_and_every_setting_that_a_read
     assert recipe.name == name and "arXiv" in recipe.citation and "paredown recover" in recipe.description
     assert Recipe.parse(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
     assert recipe.recover[0].spec.tokens == 400_000 and recipe.calibration.source == "stdlib"
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_stages_of_a_recipe_are_those_that_are_shipped_by_themselves(name):
+    recipe = Recipe.load(name)
+    assert recipe.name == name and "arXiv" in recipe.citation and recipe.calibration.source == "stdlib"
+    _, attention = recipe.each_stage
+    alone = [Recipe.load("lorap-mlp-80"), Recipe.load("lorap-80")]
+    assert [stage.build() for stage in recipe.each_stage] == [one.build() for one in alone]
+    assert attention.allocation == alone[1].allocation and attention.targets.include == (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    )
+    assert Recipe.parse(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
 
 
 @every
