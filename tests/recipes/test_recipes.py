@@ -19,7 +19,7 @@ from paredown.compress.survey.gradients import moments
 
 ALL = {f.name.removesuffix(".yaml"): f for f in files("paredown.recipes").iterdir() if f.name.endswith(".yaml")}
 RECOVERIES = [name for name in ALL if name.startswith("recover-")]  # of checkpoints that are compressed already
-STAGED = ["lorap-whole-80"]
+STAGED = ["lorap-whole-80", "two-ssp-80"]
 FILES = {name: f for name, f in ALL.items() if name not in [*RECOVERIES, *STAGED]}
 PAPERS = {
     "magnitude": ["1506.02626"], "wanda": ["2306.11695"], "sparsegpt": ["2301.00774"], "masked": ["2306.11695"],
@@ -121,19 +121,30 @@ def test_a_recovery_says_its_name_whose_work_it_is_and_every_setting_that_a_read
 
 
 @pytest.mark.parametrize("name", STAGED)
-def test_stages_of_a_recipe_are_those_that_are_shipped_by_themselves(name):
-    recipe = Recipe.load(name)
+def test_a_recipe_of_stages_says_its_name_and_whose_work_it_is(name):
+    raw, recipe = yaml.safe_load(ALL[name].read_text()), Recipe.load(name)
+    assert list(raw) == ["name", "description", "citation", "stages", "calibration", "evaluate"]
     assert recipe.name == name and "arXiv" in recipe.citation and recipe.calibration.source == "stdlib"
-    _, attention = recipe.each_stage
-    alone = [Recipe.load("lorap-mlp-80"), Recipe.load("lorap-80")]
-    assert [stage.build() for stage in recipe.each_stage] == [one.build() for one in alone]
-    assert attention.allocation == alone[1].allocation and attention.targets.include == (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-    )
     assert Recipe.parse(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
+
+
+def test_the_stages_of_lorap_are_the_two_recipes_of_its_halves():
+    channels, attention = Recipe.load("lorap-whole-80").each_stage
+    halves = Recipe.load("lorap-mlp-80"), Recipe.load("lorap-80")
+    assert (channels.build(), attention.build()) == tuple(half.build() for half in halves)
+    assert attention.allocation == halves[1].allocation
+    assert attention.targets.include == ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def test_the_stages_of_2ssp_share_out_what_goes_as_its_formula_does():
+    """Of Llama-2-7B: round(B s^(f / (1.5 a))) attentions of a parameters, and the rest from MLPs of f parameters."""
+    channels, attentions = (stage.build() for stage in Recipe.load("two-ssp-80").each_stage)
+    f, a = 3 * 4096 * 11008, 4 * 4096**2
+    count = round(32 * 0.2 ** (f / (1.5 * a)))
+    first = channels.kept * 32 * (f + a)
+    assert abs(first - attentions.kept * first - count * a) < a / 4
+    assert abs(channels.kept * attentions.kept - 0.8) < 1e-3
+    assert (attentions.which, attentions.windows) == ("attention", 1)
 
 
 @every

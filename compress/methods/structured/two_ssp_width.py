@@ -3,6 +3,7 @@
 s_j = mean over windows of |a_j|_2, the norm over the window's tokens. The second stage removes attention by perplexity on
 one window, as `block_pruner` does with `which: attention` and `windows: 1`. To remove a share s of B blocks' parameters,
 the paper takes round(B s^(f / (1.5 a))) attentions of a parameters each, and the rest from the MLPs, of f parameters each.
+The recipe `two-ssp-80` has both stages.
 """
 
 from dataclasses import dataclass
