@@ -111,7 +111,8 @@ def plan(
     if curve:
         with screen(quiet=quiet, verbose=verbose) as shown:
             found = loss_curve(
-                model, resolved, device=device, dtype=dtype, revision=revision, note=shown.note, doing=shown.doing,
+                model, resolved, device=device, dtype=dtype, revision=revision, cache=not no_cache, note=shown.note,
+                doing=shown.doing,
             )  # fmt: skip
         plain["curve"] = found.to_dict()
         if not json_output:

@@ -17,6 +17,8 @@ from paredown.compress.model.stream import hidden_bytes
 from paredown.compress.progress import ignore
 from paredown.compress.recipe import EvaluateSpec, Recipe
 from paredown.compress.run.open import open_source, resolve_recipe
+from paredown.compress.run.score_cache import ScoreCache
+from paredown.compress.run.survey_cache import rounds_of
 from paredown.compress.run.texts import read_texts
 from paredown.compress.shape_job import ShapeJob, block_numbers, resolve
 from paredown.compress.survey.depth import profile
@@ -56,6 +58,7 @@ def loss_curve(
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
+    cache: bool = True,
     note: Callable[[str], None] = ignore,
     doing: Callable[[str], None] = ignore,
 ) -> LossCurve:
@@ -74,7 +77,7 @@ def loss_curve(
     text = resolved.model_copy(update={"evaluate": EvaluateSpec(perplexity=())})
     windows, _, _ = read_texts(text, source, load_tokenizer(source.folder))
     if isinstance(job.method, BlockMethod):
-        return _by_depth(job, job.method, windows.ids, note, doing)
+        return _by_depth(job, job.method, windows.ids, ScoreCache.of_user() if cache else None, note, doing)
     assert isinstance(job.method, GroupMethod)
     return _by_width(job, job.method, windows.surveyed, note, doing)
 
@@ -125,10 +128,16 @@ def _check_scratch(needed: int) -> None:
 
 
 def _by_depth(
-    job: ShapeJob, method: BlockMethod, ids: Tensor, note: Callable[[str], None], doing: Callable[[str], None]
+    job: ShapeJob,
+    method: BlockMethod,
+    ids: Tensor,
+    cache: ScoreCache | None,
+    note: Callable[[str], None],
+    doing: Callable[[str], None],
 ) -> LossCurve:
     ids = ids[: method.windows]
-    removals = profile(job.source, job.blocks, ids, method, job.drop, note, doing).removals
+    rounds = rounds_of(job, ids, method.reads, cache, note)
+    removals = profile(job.source, job.blocks, ids, method, job.drop, note, doing, rounds).removals
     text = BLOCKS.format(tokens=ids.numel(), text=job.recipe.calibration.named)
     return LossCurve(text, list(_depth_rows(job, removals)))
 

@@ -27,6 +27,7 @@ from paredown.compress.run.refit import Refit
 from paredown.compress.run.result import LayerResult, Result
 from paredown.compress.run.smaller_files import write_block, write_rest
 from paredown.compress.run.streams import Streams, advance
+from paredown.compress.run.survey_cache import rounds_of
 from paredown.compress.run.walk import Walk, summary
 from paredown.compress.shape_job import ShapeJob, block_numbers
 from paredown.compress.survey.depth import profile
@@ -34,6 +35,7 @@ from paredown.compress.survey.experts import ExpertObserver
 from paredown.compress.survey.gradients import backward
 from paredown.compress.survey.merged import merged
 from paredown.compress.survey.products import InputObserver
+from paredown.compress.survey.rounds import Rounds
 from paredown.compress.survey.sublayers import chosen_sublayers
 from paredown.compress.survey.survey import Survey
 from paredown.compress.survey.widths import NEVER, widths
@@ -79,15 +81,20 @@ class SmallerRun(Walk):
         job, method, measured, ids = self.job, self.job.method, Survey(scratch), self.calibration.surveyed
         note = self.progress.note
         if isinstance(method, BlockMethod):
-            found = profile(job.source, job.blocks, self.calibration.ids, method, job.drop, note, self.progress.doing)
+            rounds = self._rounds(method.reads, method.windows)
+            found = profile(
+                job.source, job.blocks, self.calibration.ids, method, job.drop, note, self.progress.doing, rounds
+            )
             stay = method.stay(found, len(job.blocks), job.drop)
             gone = {block.index for block in job.blocks} - {mix[0][0] for mix in stay}
             note(f"blocks that go: {', '.join(map(str, sorted(gone)))}")
             return measured, Chosen(stay)
         if isinstance(method, SublayerMethod):
+            rounds = self._rounds(repr(replace(method, kept=None, drop=1)), method.windows)  # how many go changes none
             absent = chosen_sublayers(
-                job.source, job.blocks, self.calibration.ids, method, job.sublayers, job.goes, note, self.progress.doing
-            )
+                job.source, job.blocks, self.calibration.ids, method, job.sublayers, job.goes, note, self.progress.doing,
+                rounds,
+            )  # fmt: skip
             return measured, Chosen.all_blocks(job, absent=[sublayer.name for sublayer in absent])
         if method.uneven:
 
@@ -105,6 +112,9 @@ class SmallerRun(Walk):
                 return_freed_memory()
         sizes = {group.name: job.stays(group) for group in job.all_groups} if job.uneven else {}
         return measured, Chosen.all_blocks(job, sizes)
+
+    def _rounds(self, what: str, windows: int) -> Rounds:
+        return rounds_of(self.job, self.calibration.ids[:windows], what, self.cache, self.progress.note)
 
     def _walk(
         self, small: Reshaped, chosen: Chosen, measured: Survey, streams: Streams, result: Result, done: int

@@ -1,9 +1,10 @@
 """The survey of a dense model, kept by content: runs that differ in what it does not depend on, such as how much is kept,
 share it.
 
-An entry is a file of facts and losses, and beside it one of gradients for each block. What is damaged or incomplete is
-measured anew. While one run measures, another that needs the same waits for it. What is measured during the walk, Gram
-matrices above all, is not kept: a block's inputs come from the blocks before it as that run has compressed them.
+An entry is a file of facts and losses, and beside it one of gradients for each block; or the rounds of a greedy choice. What
+is damaged or incomplete is measured anew. While one run measures, another that needs the same waits for it. What is measured
+during the walk, Gram matrices above all, is not kept: a block's inputs come from the blocks before it as that run has
+compressed them.
 """
 
 import hashlib
@@ -24,7 +25,10 @@ from paredown.compress.checkpoint.companions import file_sha256
 from paredown.compress.checkpoint.disk import save_tensors
 from paredown.compress.job import Job
 from paredown.compress.progress import ignore
+from paredown.compress.recipe import Recipe
 from paredown.compress.run.score_cache import ScoreCache, content_key
+from paredown.compress.shape_job import ShapeJob
+from paredown.compress.survey.rounds import Rounds, Values
 from paredown.compress.survey.survey import Survey, survey
 from paredown.evaluation.surroundings import versions
 
@@ -49,6 +53,29 @@ def surveyed(
         return measured
 
 
+def rounds_of(
+    job: ShapeJob, ids: Tensor, what: str, cache: ScoreCache | None, note: Callable[[str], None] = ignore
+) -> Rounds:
+    """Those of the job's greedy choice on the windows `ids`; `what` names all else that it depends on.
+
+    They are kept one by one, so that a run which was stopped, and one that removes more, go on after them.
+    """
+    if cache is None:
+        return Rounds()
+    place, asked = _place(cache), {"format": FORMAT, "choice": what, **_basis(job.recipe, ids)}
+    path = place.folder / f"{content_key(job.source.folder, job.source, rounds=asked)}.rounds.json"
+    known: list[Values] = []
+    with suppress(OSError, ValueError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        note(f"{len(known)} choices are taken from {place.folder} (--no-cache measures anew)")
+
+    def keep(rounds: list[Values]) -> None:
+        with suppress(OSError), place.adding() as new:
+            (new / path.name).write_text(json.dumps(rounds), encoding="utf-8")
+
+    return Rounds(known, keep)
+
+
 def is_kept(job: Job, ids: Tensor, cache: ScoreCache | None) -> bool:
     """Whether the survey need not be measured; what was kept may still turn out to be damaged."""
     if cache is None or not job.is_surveyed:
@@ -63,18 +90,24 @@ def _place(cache: ScoreCache) -> ScoreCache:
 
 def _key(job: Job, ids: Tensor) -> str:
     """A hash of all that a survey depends on; of the method without what it does not depend on."""
-    recipe = job.recipe
     asked = {
         "format": FORMAT,
-        "text": [hashlib.sha256(ids.numpy().tobytes()).hexdigest(), list(ids.shape)],
         "method": [type(job.method).__module__, repr(job.method.surveyed)],
-        "plugins": [hashlib.sha256(Path(plugin).expanduser().read_bytes()).hexdigest() for plugin in recipe.plugins],
         "allocation": [job.strategy, repr(job.allocation), sorted(job.surveyed), sorted(job.gradients)],
         "layers": [view.name for view in job.targets],
+        **_basis(job.recipe, ids),
+    }
+    return content_key(job.source.folder, job.source, survey=asked)
+
+
+def _basis(recipe: Recipe, ids: Tensor) -> dict[str, Any]:
+    """What everything that is measured here depends on, beside the model."""
+    return {
+        "text": [hashlib.sha256(ids.numpy().tobytes()).hexdigest(), list(ids.shape)],
+        "plugins": [hashlib.sha256(Path(plugin).expanduser().read_bytes()).hexdigest() for plugin in recipe.plugins],
         "threads": torch.get_num_threads(),  # which decide on the order of sums, and so on the last bits
         "versions": versions(),
     }
-    return content_key(job.source.folder, job.source, survey=asked)
 
 
 def _kept(place: ScoreCache, key: str, scratch: Path) -> Survey | None:

@@ -5,6 +5,8 @@ One block's weights are in memory at a time; hidden states are in host memory.
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -20,6 +22,7 @@ from paredown.compress.model.rest import materialised_rest
 from paredown.compress.model.stream import Stream, hidden_bytes, next_token_nll, start
 from paredown.compress.progress import Counted, ignore
 from paredown.compress.survey.merged import Merging
+from paredown.compress.survey.rounds import Rounds, Values
 
 STEP = 4  # of how many positions one prediction is compared
 SHORTLIST = 12  # blocks that are tried again after all were
@@ -35,11 +38,12 @@ def profile(
     drop: int,
     note: Callable[[str], None] = ignore,
     doing: Callable[[str], None] = ignore,
+    rounds: Rounds | None = None,
 ) -> Profile:
     """Measure what the method `reads` of the dense model's blocks, `drop` of which are to go.
 
-    ids (windows, length) is the calibration text; `note` is told each step, `doing` what is under way. Raises PareError
-    for a model whose blocks cannot be removed.
+    ids (windows, length) is the calibration text; `note` is told each step, `doing` what is under way; `rounds` those of
+    the same choice that are known. Raises PareError for a model whose blocks cannot be removed.
     """
     check_removable(source, all_blocks)
     if method.reads == "states":
@@ -47,8 +51,8 @@ def profile(
     if method.reads == "merges":
         return Profile(similar=Merging.of(source, all_blocks, ids[: method.windows], note, doing).similarity)
     if method.reads in ("divergence", "loss"):
-        found = _removals(source, all_blocks, ids[: method.windows], drop, method.reads == "loss", note, doing)
-        return Profile(removals=list(found))
+        choice = _Choice(source, all_blocks, start(source, ids[: method.windows]), method.reads == "loss", drop, doing)
+        return Profile(removals=list(choice.removals(rounds or Rounds(), note)))
     return Profile()
 
 
@@ -89,41 +93,58 @@ def _mean_cosine(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     return float(torch.cat(cosines).mean())
 
 
-@torch.no_grad()
-def _removals(
-    source: ModelSource,
-    all_blocks: Sequence[Block],
-    ids: Tensor,
-    drop: int,
-    by_loss: bool,
-    note: Callable[[str], None],
-    doing: Callable[[str], None],
-) -> Iterator[tuple[int, float]]:
-    """Remove the block whose absence raises KL(dense || model) least, again and again: yields it, and the KL after it.
+@dataclass
+class _Choice:
+    """Which `drop` blocks go: again and again the one whose absence raises KL(dense || model) least.
 
-    Or the loss of the model itself, in the place of the KL.
-
-    In each round all blocks are loaded once: every trial goes through a block while it is in memory. After a round the
-    SHORTLIST best are tried again, and all that are left once few of those are left.
+    Or the loss of the model itself, in the place of the KL. `first` stands before the first block.
     """
-    first, what = start(source, ids), "loss" if by_loss else "KL"
-    kept, tried, dense = list(all_blocks), {block.index for block in all_blocks}, None
-    for n in range(1, drop + 1):
-        whole, trials = _try_each(source, kept, first, tried, doing, f"depth, choice {n} of {drop}")
-        dense = dense or whole
+
+    source: ModelSource
+    all_blocks: Sequence[Block]
+    first: Stream
+    by_loss: bool
+    drop: int
+    doing: Callable[[str], None]
+    dense: Stream | None = None  # behind the last block
+
+    @torch.no_grad()
+    def removals(self, rounds: Rounds, note: Callable[[str], None]) -> Iterator[tuple[int, float]]:
+        """The blocks that go, in order, each with the KL after it.
+
+        In each round all blocks are loaded once: every trial goes through a block while it is in memory. After a round the
+        SHORTLIST best are tried again, and all that are left once few of those are left.
+        """
+        what = "loss" if self.by_loss else "KL"
+        kept, tried = list(self.all_blocks), {block.index for block in self.all_blocks}
+        for n in range(1, self.drop + 1):
+            values = rounds.values(n - 1, partial(self._round, kept, tried, n))
+            found = {int(index): value for index, value in values.items()}
+            best = min(found, key=found.__getitem__)
+            kept = [block for block in kept if block.index != best]
+            tried = worth_trying(found, {block.index for block in kept})
+            said = f"survey, depth: {n} of {self.drop} blocks chosen, the last one {best}, {what} {found[best]:.3g}"
+            note(Counted(said, "survey, depth", n, self.drop))
+            yield best, found[best]
+        self.doing("")
+
+    def _round(self, kept: Sequence[Block], tried: Collection[int], n: int) -> Values:
+        """What is lost without each of the blocks that are `tried`. Raises PareError if it is not finite of any."""
+        what = f"depth, choice {n} of {self.drop}"
+        whole, trials = _try_each(self.source, kept, self.first, tried, self.doing, what)
         streams = list(trials.values())
-        values = losses(source, streams) if by_loss else divergences(source, dense, streams)
-        found = dict(zip(trials, values, strict=True))
-        del trials, streams  # before the next ones are there
-        best = min(found, key=found.__getitem__)
-        if not math.isfinite(found[best]):
+        if self.by_loss:
+            values = losses(self.source, streams)
+        else:
+            if self.dense is None:  # the rounds before may have been another run's
+                self.dense = whole if len(kept) == len(self.all_blocks) else self._through()
+            values = divergences(self.source, self.dense, streams)
+        if not any(map(math.isfinite, values)):
             raise PareError("whichever block is removed, the model's logits overflow: try --dtype bfloat16 or float32.")
-        kept = [block for block in kept if block.index != best]
-        tried = worth_trying(found, {block.index for block in kept})
-        said = f"survey, depth: {n} of {drop} blocks chosen, the last one {best}, {what} {found[best]:.3g}"
-        note(Counted(said, "survey, depth", n, drop))
-        yield best, found[best]
-    doing("")
+        return dict(zip(map(str, trials), values, strict=True))
+
+    def _through(self) -> Stream:
+        return _try_each(self.source, self.all_blocks, self.first, (), self.doing, "depth, the dense model")[0]
 
 
 def worth_trying(found: Mapping[Key, float], left: set[Key]) -> set[Key]:

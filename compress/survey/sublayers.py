@@ -5,6 +5,7 @@ One block's weights are in memory at a time; hidden states are in host memory.
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from paredown.compress.model.stream import Stream, start
 from paredown.compress.model.sublayers import Sublayer, silent
 from paredown.compress.progress import ignore
 from paredown.compress.survey.depth import losses, worth_trying
+from paredown.compress.survey.rounds import Rounds, Values
+
+WHOLE = ""  # in a round: the model as it is before its choice
 
 
 @torch.no_grad()
@@ -29,20 +33,21 @@ def chosen_sublayers(
     numbers: int,
     note: Callable[[str], None] = ignore,
     doing: Callable[[str], None] = ignore,
+    rounds: Rounds | None = None,
 ) -> list[Sublayer]:
     """Those of the candidates that go, in the order of the choice: as many as the method drops, or about `numbers` large.
 
-    ids (windows, length) is the calibration text; `note` is told each step, `doing` what is under way. Raises PareError if
-    whichever goes, the logits overflow.
+    ids (windows, length) is the calibration text; `note` is told each step, `doing` what is under way; `rounds` those of
+    the same choice that are known. Raises PareError if whichever goes, the logits overflow.
     """
     first, gone = start(source, ids[: method.windows]), list[Sublayer]()
-    tried = {sublayer.name for sublayer in candidates}
+    tried, rounds = {sublayer.name for sublayer in candidates}, rounds or Rounds()
     while not _enough(method, gone, numbers):
         left = [s for s in candidates if s not in gone]
-        whole, trials = _try_each(source, all_blocks, first, gone, [s for s in left if s.name in tried], doing)
-        before, *found = losses(source, [whole, *trials.values()])
-        by_name = dict(zip(trials, found, strict=True))
-        del trials  # before the next ones are there
+        trying = [s for s in left if s.name in tried]
+        measure = partial(_round, source, all_blocks, first, gone, trying, doing)
+        by_name = dict(rounds.values(len(gone), measure))
+        before = by_name.pop(WHOLE)
         costs = {s.name: method.cost(by_name[s.name], before, s.numbers) for s in left if s.name in by_name}
         best = min((s for s in left if s.name in costs), key=lambda s: costs[s.name])
         if not math.isfinite(by_name[best.name]):
@@ -52,6 +57,19 @@ def chosen_sublayers(
         note(f"survey, depth: {best.name} goes, loss {before:.4f} -> {by_name[best.name]:.4f}")
     doing("")
     return gone[:-1] if _overshoots(method, gone, numbers) else gone
+
+
+def _round(
+    source: ModelSource,
+    all_blocks: Sequence[Block],
+    first: Stream,
+    gone: Collection[Sublayer],
+    tried: Sequence[Sublayer],
+    doing: Callable[[str], None],
+) -> Values:
+    """The loss without what is `gone`, called WHOLE, and without one more of the `tried`."""
+    whole, trials = _try_each(source, all_blocks, first, gone, tried, doing)
+    return dict(zip((WHOLE, *trials), losses(source, [whole, *trials.values()]), strict=True))
 
 
 def _enough(method: SublayerMethod, gone: Sequence[Sublayer], numbers: int) -> bool:
