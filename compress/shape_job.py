@@ -23,13 +23,15 @@ from paredown.compress.recipe import Recipe
 from paredown.compress.storage.shapes import UNEVEN
 
 PROBE = 16  # tokens that groups are found with
-FINDERS = {"channels": channel_groups, "kv_groups": head_groups, "experts": expert_groups}
+FINDERS = {"channels": channel_groups, "kv_groups": head_groups, "ssm_heads": head_groups, "experts": expert_groups}
 # by kind of unit: what a block must have to lose some, and what to do instead
 WANTED = {
     "channels": "each must be written by linear layers, and read by one. Remove blocks (paredown_depth), or use a low-rank "
     "method.",
     "kv_groups": "attention must have several keys and values that can change places, each with query heads of its own; "
     "multi-query attention has one for all. Remove channels (leave unit out), or blocks (paredown_depth).",
+    "ssm_heads": "a state space must have several heads, a convolution and no norm over all of them, as in Falcon-H1 and "
+    "Nemotron-H. Remove channels (leave unit out), or blocks (paredown_depth).",
     "experts": "a router must choose among experts whose weights lie in one parameter. Remove channels (paredown_width) or "
     "blocks (paredown_depth).",
 }
@@ -266,7 +268,7 @@ def sized_groups(
         return tuple((name, tensor.shape) for name, tensor in block.module.state_dict().items())
 
     for block in visited(source, stream, all_blocks, lambda block: shape_of(block) not in kinds):
-        kinds[shape_of(block)] = block.prefix, FINDERS[kind](stream, block)
+        kinds[shape_of(block)] = block.prefix, [g for g in FINDERS[kind](stream, block) if g.kind == kind]
     for block in all_blocks:
         prefix, found = kinds[shape_of(block)]
         if found:
@@ -277,7 +279,7 @@ def sized_groups(
     named = {i: own for i, found in groups.items() if (own := [g for g in found if g.config_key or uneven])}
     if not named:
         group = next(iter(groups.values()))[0]
-        kept = " and keeps the size of each" if kind == "kv_groups" else ""
+        kept = " and keeps the size of each" if group.are_heads else ""
         raise PareError(
             f"{group.name} has {group.units} {group.kind}, and no setting of a {source.family} config says so{kept}, so that "
             "an ordinary checkpoint cannot have fewer. Remove blocks (paredown_depth), or use a low-rank method."

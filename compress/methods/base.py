@@ -30,7 +30,7 @@ Shape = tuple[int, int]  # (out, in)
 Shares = Literal["any", "many", "few"]
 Share = Annotated[float, Field(gt=0, lt=1)]
 # units of a group: channels of an MLP; key/value heads, each with its query heads; experts of a mixture
-Kind = Literal["channels", "kv_groups", "experts"]
+Kind = Literal["channels", "kv_groups", "ssm_heads", "experts"]
 # a block that stays: of which of the dense model's blocks it is the sum, and how often each counts; its own is the first
 Mix = tuple[tuple[int, float], ...]
 
@@ -190,8 +190,13 @@ class Group:
     @property
     def vector(self) -> int:
         """How many columns of the reader side by side are one vector: those of a query head; otherwise each is one."""
-        heads = max([1, *(each for _, each in self.further)])
-        return self.parts[-1].width // heads if self.kind == "kv_groups" else 1
+        heads = max([1, *(each for key, each in self.further if "head" in key)])
+        return self.parts[-1].width // heads if self.are_heads else 1
+
+    @property
+    def are_heads(self) -> bool:
+        """Whether units mix tokens, each by itself."""
+        return self.kind in ("kv_groups", "ssm_heads")
 
 
 @dataclass(frozen=True)

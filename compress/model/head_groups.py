@@ -1,4 +1,8 @@
-"""Key/value heads with their query heads as units of a block, found by trying which entries of weights belong together."""
+"""Heads as units of a block, found by trying which entries of weights belong together.
+
+Those are key/value heads with their query heads, and heads of a state space, as in Mamba-2, or of linear attention, which
+have a convolution.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -6,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from paredown.compress.methods.base import Group, Part
+from paredown.compress.methods.base import Group, Kind, Part
 from paredown.compress.model.blocks import Block, View
 from paredown.compress.model.calls import Call
 from paredown.compress.model.groups import coupled, holds, own_names
@@ -21,7 +25,8 @@ Owners = Mapping[str, Tensor]  # of each entry the unit that it belongs to, or S
 
 @torch.no_grad()
 def head_groups(stream: Stream, block: Block) -> list[Group]:
-    """The key/value heads of a block, whose weights are in memory, each with all query heads that read it; [] if it has none.
+    """The key/value heads of a block, whose weights are in memory, each with all query heads that read it, or the heads of a
+    state space; [] if it has none.
 
     The reader is a linear layer whose input at a token is made of what others give for earlier tokens. Of these and of the
     module's own parameters every entry that acts on some columns of the reader and on no others belongs to the unit that
@@ -61,7 +66,9 @@ def _group_of(trial: Trial, before: Sequence[View], reader: View) -> Group | Non
             if coupled(module, every, units):
                 head = trial.block.prefix + (f"{path}." if path else "")
                 named = tuple(replace(part, name=head + part.name) for part in every)
-                return Group(head.rstrip("."), "kv_groups", units, named, reader.name, "")
+                convolved = any(module.tensors[part.name].dim() > 1 for part in parts if part.name in own)
+                kind: Kind = "ssm_heads" if convolved else "kv_groups"
+                return Group(head.rstrip("."), kind, units, named, reader.name, "")
     return None
 
 

@@ -118,14 +118,20 @@ class _Content:
     shape: tuple[int, ...]
     dtype: torch.dtype
     digest: str = ""
+    steps: str = ""  # the digest of its values without those that repeat the one before
 
     @classmethod
     def of(cls, tensor: Tensor) -> "_Content":
-        shape, digest = tuple(tensor.shape), ""
-        if tensor.device.type != "meta":
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            digest = hashlib.sha256(data.tobytes()).hexdigest()
-        return cls(shape, tensor.dtype, digest)
+        shape = tuple(tensor.shape)
+        if tensor.device.type == "meta":
+            return cls(shape, tensor.dtype)
+        entries = tensor.detach().cpu().contiguous().reshape(-1, 1).view(torch.uint8)  # (entries, bytes)
+        steps = entries.unique_consecutive(dim=0) if len(entries) else entries
+        return cls(shape, tensor.dtype, _digest(entries), _digest(steps))
+
+
+def _digest(data: Tensor) -> str:
+    return hashlib.sha256(data.numpy().tobytes()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -181,9 +187,12 @@ def _counts(name: str, value: Any) -> bool:
 
 
 def _fewer_units(old: Any, new: Any, units: Sequence[tuple[int, int]]) -> bool:
-    """Whether a number, or a size of a tensor, is smaller by a multiple of what a count of units is smaller by."""
+    """Whether a number, or a size of a tensor, is smaller by a multiple of what a count of units is smaller by.
+
+    Of a tensor in memory, such as a scale for each of a layer's outputs, only repetitions may go.
+    """
     if isinstance(old, _Content) and isinstance(new, _Content):
-        if len(old.shape) != len(new.shape) or (old.dtype, old.digest) != (new.dtype, new.digest):
+        if len(old.shape) != len(new.shape) or (old.dtype, old.steps) != (new.dtype, new.steps):
             return False
         pairs = list(zip(old.shape, new.shape, strict=True))
         return all(a == b or _fewer_units(a, b, units) for a, b in pairs)

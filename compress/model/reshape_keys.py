@@ -21,8 +21,8 @@ Numbers = Mapping[str, float]  # that modules hold, by name
 Value = int | list[int]  # of a key: a number, or one for each block
 # names of keys that may be None, which then stands for a multiple of the hidden size
 INNER = re.compile(r"inner|intermediate|ffn|ff(_|$)|mlp|feed_?forward")
-# names of keys that may count heads, and of those that may say how large one is where the hidden size does not
-HEADS = re.compile(r"(^|_)heads?($|_per_layer)")
+# names of keys that may count heads or what they have, and of those that say how large one is where the hidden size does not
+HEADS = re.compile(r"(^|_)(heads?|groups|d_ssm)($|_per_layer)")
 HEAD_SIZES = ("head_dim", "attention_head_size")
 TOGETHER = 2  # at most so many keys change with the one that says how many units there are
 
@@ -106,7 +106,7 @@ def _sized(config: Any, groups: Sequence[Group], before: tuple[Shapes, Numbers])
     """Those of the groups, which are alike in size, that their keys make smaller; [] if these change anything else.
 
     Two sizes are tried: a class may round. Keys that count heads belong together: no number that a module holds may change
-    but in proportion, such as how many query heads share a key.
+    but in proportion, such as how many query heads share a key, or as a parameter's size does.
     """
     shapes_before, numbers_before = before
     members = list(groups)
@@ -124,8 +124,10 @@ def _sized(config: Any, groups: Sequence[Group], before: tuple[Shapes, Numbers])
         members = [g for g, shapes in expected.items() if all(after.get(n) == shape for n, shape in shapes.items())]
         if {**shapes_before, **{n: shape for group in members for n, shape in expected[group].items()}} != after:
             return []
-        if groups[0].kind == "kv_groups" and not all(
-            numbers.get(name) in (was, was * fewer / groups[0].units) for name, was in numbers_before.items()
+        sizes = {(shapes_before[n][d], shape[d]) for n, shape in after.items() for d in range(len(shape))}
+        if groups[0].are_heads and not all(
+            numbers.get(name) in (was, was * fewer / groups[0].units) or (was, numbers.get(name)) in sizes
+            for name, was in numbers_before.items()
         ):
             return []
     return members
@@ -151,7 +153,7 @@ def _candidates(text: Any, group: Group) -> Iterator[_Keys]:
     numbers = {key: value if isinstance(value, list | tuple) else [value] for key, value in settings.items()}
     numbers = {key: own for key, own in numbers.items() if own and all(type(n) is int and n > 0 for n in own)}
     found = [key for key, own in numbers.items() if set(own) == {group.units}]
-    if group.kind != "kv_groups":
+    if not group.are_heads:
         untold = [key for key, value in settings.items() if value is None and INNER.search(key)]
         yield from (_Keys(key) for key in settings if key in found or key in untold)
         return

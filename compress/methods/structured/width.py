@@ -15,9 +15,10 @@ from paredown.compress.numerics.units import refitted
 
 @dataclass(frozen=True)
 class WidthMethod(GroupMethod):
-    """Makes MLPs or attention narrower. `kept` is a share of the parameters of all blocks, whatever the unit."""
+    """Makes MLPs, attention or state spaces narrower. `kept` is a share of all blocks' parameters, whatever the unit."""
 
-    unit: Literal["channels", "kv_groups"] = "channels"  # of MLPs; or key/value heads, each with its query heads
+    # channels of MLPs; key/value heads, each with its query heads; heads of a state space or of linear attention
+    unit: Literal["channels", "kv_groups", "ssm_heads"] = "channels"
 
     @property
     def kind(self) -> Kind:

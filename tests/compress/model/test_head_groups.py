@@ -347,7 +347,8 @@ FOUND = {
         olmo_hybrid
     """,
     "mamba.out_proj= mamba_decoder.mamba.out_proj=": "zamba",
-    "mamba.out_proj= self_attn.o_proj=num_key_value_heads,num_attention_heads,head_dim": "falcon_h1",
+    "mamba.out_proj=mamba_n_heads,mamba_d_ssm "
+    "self_attn.o_proj=num_key_value_heads,num_attention_heads,head_dim": "falcon_h1",
     "mixer.o_proj=num_key_value_heads,num_attention_heads": "nemotron_h",
     "multi_head_attention.dense=": "ctrl",
     "norm_attn_norm.attn.out_proj=": "dbrx",
@@ -360,7 +361,7 @@ FOUND = {
     "self_attn.o_proj=num_key_value_heads,num_attention_heads_per_layer": "laguna",
     "temporal_block.linear_out= temporal_block.o_proj=": "recurrent_gemma",
 }
-DAILY = ["qwen3", "phi3", "gpt_oss", "olmo2", "deepseek_v3", "qwen3_next", "bert", "bloom"]
+DAILY = ["qwen3", "phi3", "gpt_oss", "olmo2", "deepseek_v3", "qwen3_next", "bert", "bloom", "falcon_h1"]
 RARE = [pytest.param(f, marks=pytest.mark.all_families) for f in sorted(FAMILIES - set(DAILY))]
 
 

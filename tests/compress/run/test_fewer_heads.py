@@ -36,6 +36,31 @@ CONFIGS = {
     "phi3": t.Phi3Config(**NO_SIZE),  # one matrix for queries, keys and values
     "gpt_oss": t.GptOssConfig(**SIZES, **EXPERTS),  # with sinks
 }
+HYBRID = {**SIZES, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
+# with a state space, its unit, what says how many there are, and what one has of other things
+STATE_SPACES = {
+    "falcon_h1": (
+        t.FalconH1Config(
+            **HYBRID, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_n_groups=1,
+            mamba_chunk_size=8,
+        ),
+        6, {"mamba_n_heads": [8, 6], "mamba_d_ssm": [64, 48]},
+    ),
+    "nemotron_h": (
+        t.NemotronHConfig(
+            **{k: v for k, v in HYBRID.items() if k != "num_hidden_layers"}, layers_block_type=["mamba", "attention"],
+            mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=16, n_groups=4, chunk_size=8,
+        ),
+        3, {"n_groups": [4, 3], "mamba_num_heads": [8, 6]},
+    ),
+    "qwen3_next": (
+        t.Qwen3NextConfig(
+            **HYBRID, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
+            linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=0,
+        ),
+        1, {"linear_num_key_heads": [2, 1], "linear_num_value_heads": [4, 2]},
+    ),
+}  # fmt: skip
 ALONE = """
 import json, sys
 import torch
@@ -72,6 +97,44 @@ def test_what_comes_out_loads_without_us_and_scores_what_the_run_saw(save_model,
     done = subprocess.run([sys.executable, "-c", ALONE, *outs], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout.splitlines()[-1]) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["paredown_width", "minitron"])
+def test_heads_of_a_state_space_go_and_what_comes_out_loads_without_us(method, save_model, run_raw, tmp_path):
+    outs = []
+    for family, (config, units, counts) in STATE_SPACES.items():
+        save_model(tmp_path / family, config, torch.float32)
+        report = run_raw(tmp_path / family, recipe(method, unit="ssm_heads", units=units), f"{family}-out")
+        assert report["structure"]["units"] == counts
+        outs.append(str(tmp_path / f"{family}-out"))
+    done = subprocess.run([sys.executable, "-c", ALONE, *outs], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout.splitlines()[-1]) < 1e-4
+
+
+def test_heads_of_a_state_space_that_do_nothing_go_and_nothing_changes(save_model, run_raw, tmp_path):
+    config, units, _ = STATE_SPACES["falcon_h1"]
+    dense = save_model(tmp_path / "model", config, torch.float32)
+    for layer in dense.model.layers:
+        layer.mamba.out_proj.weight.data[:, 8:24] = 0  # the second and third head of eight
+    dense.save_pretrained(tmp_path / "model")
+    report = run_raw(tmp_path / "model", recipe(unit="ssm_heads", units=units))
+    assert abs(report["evaluation"][0]["paired_delta"]["log_ratio"]) < 1e-4
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    stay = torch.tensor([0, 3, 4, 5, 6, 7])
+    for before, after in zip(dense.model.layers, small.model.layers, strict=True):
+        for name in ("A_log", "D", "dt_bias"):
+            torch.testing.assert_close(getattr(after.mamba, name), getattr(before.mamba, name)[stay])
+        assert after.mamba.conv1d.weight.shape[0] == 48 + 2 * 16
+
+
+def test_units_of_another_kind_stay(save_model, tmp_path):
+    config, units, _ = STATE_SPACES["falcon_h1"]
+    save_model(tmp_path / "model", config, torch.float32)
+    source = ModelSource(tmp_path / "model", "falcon_h1")
+    for unit, count, part in (("ssm_heads", units, "mamba"), ("kv_groups", 1, "self_attn")):
+        job = resolve(source, Recipe.parse(recipe("random", unit=unit, units=count)))
+        assert {group.name.rpartition(".")[2] for group in job.all_groups} == {part} and job.remarks == []
 
 
 @pytest.fixture
