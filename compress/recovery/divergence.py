@@ -54,7 +54,7 @@ class TopK:
 
 def top_k(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
     """The k likeliest of logits (..., vocabulary) divided by the temperature; all of a smaller vocabulary."""
-    scaled = logits.float() / temperature
+    scaled = _scaled(logits, temperature)
     values, indices = scaled.topk(min(k, logits.shape[-1]), dim=-1)
     log_probs = values - scaled.logsumexp(-1, keepdim=True)  # (..., k)
     return TopK(indices.int(), log_probs, _rest(log_probs))
@@ -67,7 +67,7 @@ def divergence(
 
     forward: sum p log(p / q), reverse: sum q log(q / p), mixed: their mean. `share`: of the teacher in the target.
     """
-    scaled = logits.float() / temperature
+    scaled = _scaled(logits, temperature)
     known = scaled.gather(-1, target.indices) - scaled.logsumexp(-1, keepdim=True)  # (positions, k)
     q = torch.cat([known, _rest(known)[:, None]], -1)  # (positions, k + 1)
     p = torch.cat([target.log_probs, target.rest[:, None]], -1).log_softmax(-1)  # stored with fewer digits
@@ -88,6 +88,10 @@ def mean_divergence(
         part = rows[begin:end], flat.part(begin, end)
         total = total + checkpoint(divergence, *part, loss, temperature, share, use_reentrant=False).sum()
     return total / len(rows)
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    return logits.float() if temperature == 1 else logits.float() / temperature
 
 
 def _rest(log_probs: Tensor) -> Tensor:  # (...)
