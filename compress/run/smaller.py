@@ -81,7 +81,8 @@ class SmallerRun(Walk):
         job, method, measured, ids = self.job, self.job.method, Survey(scratch), self.calibration.surveyed
         note = self.progress.note
         if isinstance(method, BlockMethod):
-            rounds = self._rounds(method.reads, method.windows)
+            greedy = method.reads in ("divergence", "loss")
+            rounds = self._rounds(method.reads, method.windows) if greedy else None
             found = profile(
                 job.source, job.blocks, self.calibration.ids, method, job.drop, note, self.progress.doing, rounds
             )
