@@ -55,6 +55,7 @@ class How:
     save_every: float = SAVE_EVERY
     command: str | None = None
     passing: bool = False  # what is written is read by a further stage and removed then
+    uneven: bool = False  # it may have sizes of its own, though what is written is dense
     later: EvaluateSpec | None = None  # what that stage or one after it scores: such text does not calibrate this one
     seeds: Sequence[SeedResult] = ()  # what the same recipe came to by other seeds
     allow_task_code: bool = False
@@ -111,7 +112,7 @@ def compress_once(
             warnings += remarks
             documents = _documents(recipe, evaluations, text_tokenizer, warnings) if how.words and evaluations else ()
             job = resolve(source, recipe, how.format)
-            if how.format == "dense" and not how.passing:
+            if how.format == "dense" and not how.uneven:
                 check_ordinary(job)
             plan = _checked_plan(job, windows, evaluations, out, writer.left)
             return_freed_memory()  # of tokenising

@@ -49,7 +49,7 @@ def compress_stages(
         done = finished(folder, read, stage)
         place.mkdir(parents=True, exist_ok=True)
         own = replace(
-            how, format="dense", passing=True, later=recipe.evaluate, command=None, seeds=(),
+            how, format="dense", passing=True, uneven=how.format != "dense", later=recipe.evaluate, command=None, seeds=(),
             revision=how.revision if n == 1 else None,
         )  # fmt: skip
         reports.append(done or compress_once(read, stage, folder, own))

@@ -212,6 +212,12 @@ def test_an_ordinary_checkpoint_of_it_is_refused(llama, narrowed, run_raw, tmp_p
         export(narrowed, tmp_path / "dense", format="dense")
 
 
+def test_it_is_refused_at_the_stage_that_would_leave_none(llama, run_raw, tmp_path):
+    with pytest.raises(PareError, match="no config of a llama model says so"):
+        run_raw(llama, {"stages": [DIRECT, SHORTER]}, format="dense")
+    assert not list(tmp_path.glob("out.stages/*/config.json"))
+
+
 def test_weights_that_are_packed_already_stay_so_and_lose_no_units(narrowed, run_raw, tmp_path):
     run_raw(narrowed, {**PRUNED, "targets": {"include": ["*mlp*"]}})
     run_raw(tmp_path / "out", {**PRUNED, "targets": {"include": ["*self_attn*"]}}, "whole")
