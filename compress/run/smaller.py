@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -27,7 +28,7 @@ from paredown.compress.run.refit import Refit
 from paredown.compress.run.result import LayerResult, Result
 from paredown.compress.run.smaller_files import write_block, write_rest
 from paredown.compress.run.streams import Streams, advance
-from paredown.compress.run.survey_cache import rounds_of
+from paredown.compress.run.survey_cache import gradients_of, rounds_of
 from paredown.compress.run.walk import Walk, summary
 from paredown.compress.shape_job import ShapeJob, block_numbers
 from paredown.compress.survey.depth import profile
@@ -104,15 +105,22 @@ class SmallerRun(Walk):
 
             return measured, Chosen.all_blocks(job, widths(job, ids, scratch, note, self.progress.doing, keep))
         if job.gradients:
-            readers = {group.reader for group in job.all_groups}
-            text = start(job.source, ids[: method.gradient_windows])
-            passing = backward(job.source, text, readers, frozenset(), job.gradients, scratch, method.labels, note)
-            for block, stats in passing:
-                measured.keep_gradients(block, stats, job.gradients)
-                del stats  # free them before the next block's are collected
-                return_freed_memory()
+            ids = ids[: method.gradient_windows]
+            measured = gradients_of(job, ids, partial(self._gradients, ids, scratch), scratch, self.cache, note)
         sizes = {group.name: job.stays(group) for group in job.all_groups} if job.uneven else {}
         return measured, Chosen.all_blocks(job, sizes)
+
+    def _gradients(self, ids: Tensor, scratch: Path) -> Survey:
+        """Moments of the gradients at the readers' outputs."""
+        job, measured, text = self.job, Survey(scratch), start(self.job.source, ids)
+        readers = {group.reader for group in job.all_groups}
+        for block, stats in backward(
+            job.source, text, readers, frozenset(), job.gradients, scratch, job.method.labels, self.progress.note
+        ):
+            measured.keep_gradients(block, stats, job.gradients)
+            del stats  # free them before the next block's are collected
+            return_freed_memory()
+        return measured
 
     def _rounds(self, what: str, windows: int) -> Rounds:
         return rounds_of(self.job, self.calibration.ids[:windows], what, self.cache, self.progress.note)

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,37 @@ def surveyed(
     job: Job, ids: Tensor, scratch: Path, cache: ScoreCache | None = None, note: Callable[[str], None] = ignore
 ) -> Survey:
     """`survey`, taken from the folder beside the `cache` of scores where it was measured before, and kept there."""
-    if cache is None or not job.is_surveyed:
-        return survey(job, ids, scratch, note)
-    place, key = _place(cache), _key(job, ids)
+    measure = partial(survey, job, ids, scratch, note)
+    return shared(_key(job, ids), measure, scratch, cache, note) if cache and job.is_surveyed else measure()
+
+
+def gradients_of(
+    job: ShapeJob,
+    ids: Tensor,
+    measure: Callable[[], Survey],
+    scratch: Path,
+    cache: ScoreCache | None,
+    note: Callable[[str], None] = ignore,
+) -> Survey:
+    """What a job that removes units `measure`s of gradients at its readers, on the windows `ids`; kept in the same way."""
+    if cache is None:
+        return measure()
+    readers = sorted(group.reader for group in job.all_groups)
+    asked = {"format": FORMAT, "readers": readers, "gradients": sorted(job.gradients), "labels": job.method.labels}
+    return shared(_content(job, {**asked, **_basis(job.recipe, ids)}), measure, scratch, cache, note)
+
+
+def shared(
+    key: str, measure: Callable[[], Survey], scratch: Path, cache: ScoreCache, note: Callable[[str], None]
+) -> Survey:
+    """The survey that is kept under a key, or what `measure` gives, which is kept then; gradients are in `scratch`."""
+    place = _place(cache)
     with _alone(place.folder, key):
         found = _kept(place, key, scratch)
         if found is not None:
             note(f"what was measured of the dense model is taken from {place.folder} (--no-cache measures anew)")
             return found
-        measured = survey(job, ids, scratch, note)
+        measured = measure()
         _keep(place, key, measured)
         return measured
 
@@ -63,7 +86,7 @@ def rounds_of(
     if cache is None:
         return Rounds()
     place, asked = _place(cache), {"format": FORMAT, "choice": what, **_basis(job.recipe, ids)}
-    path = place.folder / f"{content_key(job.source.folder, job.source, rounds=asked)}.rounds.json"
+    path = place.folder / f"{_content(job, asked)}.rounds.json"
     known: list[Values] = []
     with suppress(OSError, ValueError):
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -97,6 +120,10 @@ def _key(job: Job, ids: Tensor) -> str:
         "layers": [view.name for view in job.targets],
         **_basis(job.recipe, ids),
     }
+    return _content(job, asked)
+
+
+def _content(job: Job | ShapeJob, asked: dict[str, Any]) -> str:
     return content_key(job.source.folder, job.source, survey=asked)
 
 

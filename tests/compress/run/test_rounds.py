@@ -1,4 +1,4 @@
-"""Greedy choices of blocks, attention and MLPs are kept one by one: what a stopped run chose is not measured again."""
+"""What is measured before units and blocks go is kept: greedy choices one by one, and gradients at readers of units."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.writer import CheckpointWriter
 from paredown.compress.recipe import Recipe
-from paredown.compress.run import curve
+from paredown.compress.run import curve, smaller
 from paredown.compress.run.score_cache import ScoreCache
 from paredown.compress.run.smaller import SmallerRun
 from paredown.compress.shape_job import resolve
@@ -105,3 +105,23 @@ def test_the_curve_of_a_plan_shares_them(choose, measured, tmp_path, windows, mo
     job = resolve(ModelSource(tmp_path / "model", "m"), recipe)
     found = curve._by_depth(job, job.method, windows.ids, ScoreCache(tmp_path / "scores", 10**9), print, print)
     assert len(found.rows) == 2 and measured == [0, 1]
+
+
+def test_runs_that_keep_other_widths_share_gradients_to_the_same_bytes(tmp_path, save_model, windows, monkeypatch):
+    save_model(tmp_path / "model", LlamaConfig(**SIZES), torch.float32)
+    passes, whole = [], smaller.backward
+    monkeypatch.setattr(smaller, "backward", lambda *args: passes.append(args) or whole(*args))
+
+    def weights(units, out, cached=True, **options):
+        recipe = {"method": "paredown_width", "options": {"units": units, "gradient_windows": 4, **options}}
+        job = resolve(ModelSource(tmp_path / "model", "m"), Recipe.parse(recipe))
+        cache = ScoreCache(tmp_path / "scores", 10**9) if cached else None
+        with CheckpointWriter(tmp_path / out) as writer:
+            SmallerRun(job, windows, [], writer, cache=cache).run()
+            return {path.name: path.read_bytes() for path in writer.folder.glob("*.safetensors")}
+
+    weights(32, "first")
+    shared = weights(24, "second")
+    assert len(passes) == 1 and shared == weights(24, "third", cached=False)
+    weights(24, "fourth", gradient_windows=3)
+    assert len(passes) == 3
