@@ -66,10 +66,19 @@ def _group_of(trial: Trial, before: Sequence[View], reader: View) -> Group | Non
             if coupled(module, every, units):
                 head = trial.block.prefix + (f"{path}." if path else "")
                 named = tuple(replace(part, name=head + part.name) for part in every)
-                convolved = any(module.tensors[part.name].dim() > 1 for part in parts if part.name in own)
-                kind: Kind = "ssm_heads" if convolved else "kv_groups"
-                return Group(head.rstrip("."), kind, units, named, reader.name, "")
+                return Group(head.rstrip("."), _kind(own, parts), units, named, reader.name, "")
     return None
+
+
+def _kind(own: Mapping[str, Tensor], parts: Sequence[Part]) -> Kind:
+    """A state space has a convolution and, for each head, numbers of its own, such as how fast it forgets.
+
+    `own` are the module's parameters outside of linear layers.
+    """
+    mine = {part.name for part in parts} & own.keys()
+    convolved = any(own[name].dim() > 1 for name in mine)
+    numbers = any(name.rpartition(".")[2] not in ("weight", "bias") for name in mine)
+    return "ssm_heads" if convolved and numbers else "kv_groups"
 
 
 def _around(trial: Trial, before: Sequence[View], reader: View) -> str | None:

@@ -361,6 +361,11 @@ FOUND = {
     "self_attn.o_proj=num_key_value_heads,num_attention_heads_per_layer": "laguna",
     "temporal_block.linear_out= temporal_block.o_proj=": "recurrent_gemma",
 }
+# state spaces in modules that are called otherwise
+SPACES = {
+    "kimi_linear": {"self_attn.o_proj"}, "bailing_hybrid": {"self_attn.o_proj"},
+    "recurrent_gemma": {"temporal_block.linear_out"},
+}  # fmt: skip
 DAILY = ["qwen3", "phi3", "gpt_oss", "olmo2", "deepseek_v3", "qwen3_next", "bert", "bloom", "falcon_h1"]
 RARE = [pytest.param(f, marks=pytest.mark.all_families) for f in sorted(FAMILIES - set(DAILY))]
 
@@ -373,6 +378,8 @@ def test_the_heads_of_a_family_are_found_and_a_smaller_config_fits_them(family, 
     keys = [",".join([g.config_key, *(key for key, _ in (*g.further, *g.fixed))]) for _, g in every]
     readers = [group.reader.split(f".{index}.", 1)[1] for index, group in every]
     assert {f"{reader}={key}" for reader, key in zip(readers, keys, strict=True)} == set(expected.split())
+    spaces = {reader for reader, (_, group) in zip(readers, every, strict=True) if group.kind == "ssm_heads"}
+    assert spaces == (SPACES.get(family, set()) or {r for r in readers if "linear_attn" in r or "mamba" in r})
     named = [group for _, group in every if group.config_key]
     if named and not any("norm" in part.name for group in named for part in group.parts):  # over all heads together
         check_smaller(family, config, named)
