@@ -139,7 +139,8 @@ class Trainable:
         """Compute activations inside blocks again in the backward pass, in place of keeping them."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        renamed = getattr(self.model, "activation_checkpointing_enable", None)  # after transformers 5.17
+        (renamed or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True  # of the block alone: what is in it has no dropout still
