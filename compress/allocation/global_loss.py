@@ -8,6 +8,9 @@ method weighs its losses itself; with the two-sided metric they have that unit t
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from typing import Annotated
+
+from pydantic import Field
 
 from paredown.compress.allocation.base import ALLOCATIONS, Allocation, Budget, Layer, Options, smallest
 from paredown.compress.allocation.shares import options_for
@@ -25,7 +28,10 @@ class Global(Allocation):
 
     Optimal for each budget at which a step ends; in between the loss exceeds the optimum by less than one step. Where any
     share can be kept, the last step is taken in part, and what is predicted between measured shares is optimal too.
+    `shrink` of the way is gone back to the same share of every layer: what costs least on one text does not on all.
     """
+
+    shrink: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     reads = "losses"
     needs = SECOND_ORDER
@@ -33,7 +39,13 @@ class Global(Allocation):
 
     def allocate(self, budget: Budget) -> Options:
         """Raises PareError if not even the smallest choices fit the budget."""
-        return settled(budget, steepest(budget, {layer.name: points(layer)[0] for layer in budget.layers}))
+        chosen = steepest(budget, {layer.name: points(layer)[0] for layer in budget.layers})
+        if not self.shrink:
+            return settled(budget, chosen)
+        own = {layer.name: chosen[layer.name].numbers / layer.size for layer in budget.layers}
+        return options_for(
+            budget, {n: (1 - self.shrink) * share + self.shrink * budget.kept for n, share in own.items()}
+        )
 
 
 def steepest(budget: Budget, start: Mapping[str, Choice]) -> dict[str, Choice]:

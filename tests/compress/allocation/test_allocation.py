@@ -475,3 +475,24 @@ def test_energy_of_a_large_weight_is_rounded_up_to_a_whole_step():
     weight.diagonal().copy_(losses.sqrt())
     edit = build("svd", {"energy": 0.85, "storage": "factors"}).compress(weight, Stats(InputStats(4096, frozenset())))
     assert edit.rank == 16 * math.ceil(exact / 16)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_part_of_the_way_back_every_layer_lies_between_its_own_and_the_common_share(seed):
+    budget = Budget(layers_of(problem(seed, smallest=12, largest_side=30), "factors"), 0.7)
+    taken = costs("factors")
+    shapes = {c.name: c.shape for c in problem(seed, smallest=12, largest_side=30)}
+
+    def shares(shrink):
+        options = Global(shrink).allocate(budget)
+        sizes = {name: a * b for name, (a, b) in shapes.items()}
+        return {n: 1.0 if r is None else taken(shapes[n], r) / sizes[n] for n, r in options.items()}
+
+    own, half, equal = shares(0.0), shares(0.5), shares(1.0)
+    for layer in budget.layers:
+        step = sum(shapes[layer.name]) / layer.size  # of one rank
+        low, high = sorted((own[layer.name], budget.kept))
+        assert low - step <= half[layer.name] <= high + 1e-9
+        assert abs(half[layer.name] - (own[layer.name] + budget.kept) / 2) <= step + 1e-9
+        assert budget.kept - step <= equal[layer.name] <= budget.kept + 1e-9
+    assert own != half
