@@ -132,6 +132,7 @@ def shape_words(report: Report) -> str:
     words += _uneven_words(structure)
     if gone := [str(i) for i in range(before) if i not in stay]:
         words.insert(0, f"{len(stay)} of {before} blocks, without {', '.join(gone)}")
+    words += [f"{', '.join(map(str, group))} became one block" for group in structure.get("merged", [])]
     return "; ".join(words)
 
 

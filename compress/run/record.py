@@ -108,6 +108,7 @@ def structure_of(job: Task, result: Result) -> dict[str, Any]:
     own = {
         "sizes": {g.name: [g.units, result.sizes[g.name]] for g in groups if g.name in result.sizes},
         "absent": [name for name in small.shapes.absent if name not in before],
+        "merged": [list(group) for group in result.merged],
     }
     return {
         "structure": {

@@ -1,6 +1,6 @@
 """What a run measures, added up layer by layer; the report is made from it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -47,6 +47,7 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)  # by step of the run
     smaller: Reshaped | None = None  # the smaller model, where blocks or units were removed
     sizes: Mapping[str, int] = field(default_factory=dict)  # units of each group by name, where blocks differ
+    merged: Sequence[Sequence[int]] = ()  # blocks that became one, first the one that stays
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:

@@ -74,6 +74,7 @@ class SmallerRun(Walk):
         with result.timed("write"):
             write_rest(self.writer, job.source, job.blocks, small)
         result.smaller, result.sizes = small, chosen.sizes
+        result.merged = [[index for index, _ in mix] for mix in chosen.stay if len(mix) > 1]
         result.seconds["forward"] = sum(s.seconds for s in streams.named().values())
         return result
 

@@ -139,15 +139,18 @@ def _shape(shapes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     blocks: list[int] = list(range(shapes[0]["blocks_before"]))
     counts: dict[str, dict[str, list[int]]] = {"units": {}, "sizes": {}}
     absent: list[str] = []
+    merged: list[list[int]] = []
     for shape in shapes:
         stay = shape["blocks"]
+        merged += [[blocks[i] for i in group] for group in shape.get("merged", [])]
         blocks = [blocks[i] for i in stay]
         counts["sizes"] = {new: pair for name, pair in counts["sizes"].items() if (new := _moved(name, stay))}
         absent = [new for name in absent if (new := _moved(name, stay))] + shape.get("absent", [])
         for kind, known in counts.items():
             for key, (before, after) in shape.get(kind, {}).items():
                 known[key] = [known.get(key, [before])[0], after]
-    own = {key: value for key, value in (("sizes", counts["sizes"]), ("absent", absent)) if value}
+    found = {"sizes": counts["sizes"], "absent": absent, "merged": merged}
+    own = {key: value for key, value in found.items() if value}
     return {"blocks": blocks, "blocks_before": shapes[0]["blocks_before"], "units": counts["units"], **own}
 
 

@@ -86,6 +86,8 @@ class Structure(TypedDict):
     """The same by the name of the module that holds them, where blocks differ."""
     absent: NotRequired[list[str]]
     """Parts of blocks that are absent, such as the attention of one."""
+    merged: NotRequired[list[list[int]]]
+    """Blocks that became one, by their numbers in the model that was read; the first of them stays."""
 
 
 @strict

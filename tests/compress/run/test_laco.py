@@ -15,6 +15,7 @@ from paredown.compress.methods.structured.laco import STEP, collapsed
 from paredown.compress.model import stream as stream_module
 from paredown.compress.model.blocks import blocks
 from paredown.compress.survey.depth import profile, profile_bytes
+from paredown.evaluation.report import shape_words
 
 C = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
@@ -113,7 +114,11 @@ def test_a_run_writes_the_sums_and_goes_on_to_the_same_bytes_after_a_stop(tmp_pa
     save_model(tmp_path / "model", t.LlamaConfig(**C), torch.float32)
     notes = []
     report = run_raw(tmp_path / "model", LACO, "whole", note=notes.append)
-    assert len(report["structure"]["blocks"]) == 3 and any("similarity" in note for note in notes)
+    stay, merged = report["structure"]["blocks"], report["structure"]["merged"]
+    assert len(stay) == 3 and any("similarity" in note for note in notes)
+    assert sorted(i for group in merged for i in group[1:]) == [i for i in range(6) if i not in stay]
+    assert all(group[0] in stay for group in merged)
+    assert f"{', '.join(map(str, merged[0]))} became one block" in shape_words(report)
 
     class Stopped(Exception):
         pass
