@@ -15,7 +15,8 @@ from paredown.compress.recipe import Recipe, shipped_recipes
 def test_every_shipped_recipe_loads_builds_and_cites(name):
     recipe = Recipe.load(name)
     assert recipe.name == name and re.search(r"arXiv|ICLR|baseline", recipe.citation) and recipe.description
-    assert isinstance(recipe.build(), Method) and recipe.evaluate.perplexity == ("stdlib",)
+    assert all(isinstance(one.build(), Method) for one in recipe.each_stage or [recipe])
+    assert recipe.evaluate.perplexity == ("stdlib",)
     assert Recipe.parse(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
 
 
