@@ -29,7 +29,7 @@ Damping = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Shape = tuple[int, int]  # (out, in)
 Shares = Literal["any", "many", "few"]
 Share = Annotated[float, Field(gt=0, lt=1)]
-# units of a group: channels of an MLP; key/value heads, each with its query heads; experts of a mixture
+# units of a group: channels of an MLP; key/value heads, each with its query heads; heads of a state space; experts
 Kind = Literal["channels", "kv_groups", "ssm_heads", "experts"]
 # a block that stays: of which of the dense model's blocks it is the sum, and how often each counts; its own is the first
 Mix = tuple[tuple[int, float], ...]

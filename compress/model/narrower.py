@@ -58,14 +58,13 @@ def check_group(source: ModelSource, trial: Trial, block: Block, target: Block, 
         units.copy_(units.narrow(part.dim, 0, 1).expand_as(units))
         tensors[part.name.removeprefix(head)] = span
     keep = torch.arange(group.units) < stay
-    own = dict([*smaller.named_parameters(), *smaller.named_buffers()])  # a part may be absent
+    buffers = {name for name, t in smaller.named_buffers() if name in tensors and t.shape == tensors[name].shape}
+    names = {name for name, _ in smaller.named_parameters()} | buffers  # a part may be absent, a buffer of another size
     kept = {
         name: sliced(tensor, [p for p in group.parts if p.name == head + name], keep)
         for name, tensor in tensors.items()
-        if name in own
+        if name in names
     }
-    made = {name for name, _ in smaller.named_buffers()}  # of the config, at its own size
-    kept = {name: tensor for name, tensor in kept.items() if name not in made or tensor.shape == own[name].shape}
     name = reader.name.removeprefix(head)
     gone = torch.arange(stay * reader.width, group.units * reader.width) + reader.first
     wanted = module.output({**tensors, name: tensors[name].index_fill(reader.dim, gone.to(tensors[name].device), 0.0)})

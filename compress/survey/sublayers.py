@@ -59,19 +59,6 @@ def chosen_sublayers(
     return gone[:-1] if _overshoots(method, gone, numbers) else gone
 
 
-def _round(
-    source: ModelSource,
-    all_blocks: Sequence[Block],
-    first: Stream,
-    gone: Collection[Sublayer],
-    tried: Sequence[Sublayer],
-    doing: Callable[[str], None],
-) -> Values:
-    """The loss without what is `gone`, called WHOLE, and without one more of the `tried`."""
-    whole, trials = _try_each(source, all_blocks, first, gone, tried, doing)
-    return dict(zip((WHOLE, *trials), losses(source, [whole, *trials.values()]), strict=True))
-
-
 def _enough(method: SublayerMethod, gone: Sequence[Sublayer], numbers: int) -> bool:
     return len(gone) == method.drop if method.drop is not None else sum(s.numbers for s in gone) >= numbers
 
@@ -84,15 +71,15 @@ def _overshoots(method: SublayerMethod, gone: Sequence[Sublayer], numbers: int) 
     return total - numbers > numbers - (total - gone[-1].numbers)
 
 
-def _try_each(
+def _round(
     source: ModelSource,
     all_blocks: Sequence[Block],
     first: Stream,
     gone: Collection[Sublayer],
     tried: Sequence[Sublayer],
     doing: Callable[[str], None],
-) -> tuple[Stream, dict[str, Stream]]:
-    """The stream that went through all blocks without those `gone`, and those without one more of the `tried`, by its name.
+) -> Values:
+    """The loss of the model without those `gone`, called WHOLE, and without one more of the `tried`, by its name.
 
     `first` stands before the first block. A trial begins as a copy before its block, so that what leads there is run once.
     """
@@ -108,4 +95,4 @@ def _try_each(
                 with silent(block, [name]):
                     trials[name].advance(block)
             whole.advance(block)
-    return whole, trials
+    return dict(zip((WHOLE, *trials), losses(source, [whole, *trials.values()]), strict=True))

@@ -19,7 +19,7 @@ from paredown.compress.survey.gradients import moments
 
 ALL = {f.name.removesuffix(".yaml"): f for f in files("paredown.recipes").iterdir() if f.name.endswith(".yaml")}
 RECOVERIES = [name for name in ALL if name.startswith("recover-")]  # of checkpoints that are compressed already
-STAGED = ["lorap-whole-80", "two-ssp-80"]
+STAGED = [name for name, recipe in shipped_recipes().items() if recipe.stages]
 FILES = {name: f for name, f in ALL.items() if name not in [*RECOVERIES, *STAGED]}
 PAPERS = {
     "magnitude": ["1506.02626"], "wanda": ["2306.11695"], "sparsegpt": ["2301.00774"], "masked": ["2306.11695"],
