@@ -11,6 +11,7 @@ from torch import Tensor
 from paredown.compress.errors import PareError
 from paredown.compress.numerics.cholesky import InverseCholesky, inverse_cholesky
 from paredown.compress.numerics.masked_least_squares import damped_gram
+from paredown.compress.numerics.precision import exact_products
 from paredown.compress.numerics.spectral import Spectrum
 
 STRIP = 512  # columns of the Gram matrix that are summed at a time; what lies above the diagonal is not computed
@@ -138,8 +139,9 @@ class InputStats:
                 total += squares
             elif name == Need.GRAM:
                 wide = x.float()  # (tokens, in)
-                for i in range(0, self.in_features, STRIP):
-                    total[i:, i : i + STRIP] += wide[:, i:].T @ wide[:, i : i + STRIP]
+                with exact_products(x):
+                    for i in range(0, self.in_features, STRIP):
+                        total[i:, i : i + STRIP] += wide[:, i:].T @ wide[:, i : i + STRIP]
             elif name == Need.MEAN:
                 total += x.float().sum(0)
             elif name == Need.ABSOLUTE_MEAN:
@@ -164,8 +166,9 @@ class InputStats:
             total += flat.sum(0)
             return
         wide = x.float()  # (tokens, in)
-        for i in range(0, self.in_features, STRIP):
-            total[i : i + STRIP] += flat[:, i : i + STRIP].T @ wide
+        with exact_products(x, dense):
+            for i in range(0, self.in_features, STRIP):
+                total[i : i + STRIP] += flat[:, i : i + STRIP].T @ wide
 
     @property
     def gram(self) -> Tensor:  # (in, in)
