@@ -12,11 +12,11 @@ from paredown.compress.recipe import DistillSpec, Recipe, ReconstructSpec
 from paredown.compress.run.open import check_ids, max_length
 from paredown.compress.run.texts import open_texts
 from paredown.compress.text.corpus import Corpus
-from paredown.compress.text.held_out import overlap, shared_windows
+from paredown.compress.text.held_out import divided, overlap, shared_windows
 from paredown.compress.text.mix import counts, mixed
-from paredown.compress.text.windows import Windows, evaluation_windows
+from paredown.compress.text.windows import Windows, calibration_windows, evaluation_windows
 
-SPREAD = 4  # so many times as much text as is trained on is read, and windows are drawn from it
+SPREAD = 4  # times as much text as is trained on: a text of more is not cut into windows in order, all of them
 HELDOUT = 5  # of a short text, one window in so many is held out
 
 
@@ -66,18 +66,25 @@ def _windows(
         windows, length, key = recipe.calibration.sequences, recipe.calibration.length, "calibration.length"
     wanted = counts(max(windows, len(weights)), weights)
     held = counts(max(spec.heldout, len(weights)), weights)
-    pairs = []
+    longest, bos, pairs = max_length(source), recipe.bos, []
     for corpus, number, last in zip(corpora, wanted, held, strict=True):
         limit = SPREAD * (number + last)
-        cut = evaluation_windows(corpus, tokenizer, length, max_length(source), limit, bos=recipe.bos)
+        cut = evaluation_windows(corpus, tokenizer, length, longest, limit, bos=bos)
         if len(cut.ids) < 2:
             raise PareError(
                 f"the text {corpus.name} has one window of {cut.length} tokens, and one is trained on and one held out. "
                 f"Name a longer text, or take shorter windows: --set {key}=..."
             )
-        last = min(last, max(1, len(cut.ids) // HELDOUT))
-        others = cut.ids[:-last]
-        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
-        drawn = replace(cut, ids=others[order[:number]], seed=seed, sampling="drawn from the windows in order")
-        pairs.append((drawn, replace(cut, ids=cut.ids[-last:], sampling="the last of the windows in order")))
-    return mixed([drawn for drawn, _ in pairs], seed), mixed([last for _, last in pairs], seed)
+        if len(cut.ids) == limit:  # there may be much more: of all of it
+            parts = zip(divided(corpus), (number, last), strict=True)
+            drawn, later = (
+                calibration_windows(part, tokenizer, n, length, seed, longest, bos=bos) for part, n in parts
+            )
+        else:
+            last = min(last, max(1, len(cut.ids) // HELDOUT))
+            others = cut.ids[:-last]
+            order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
+            drawn = replace(cut, ids=others[order[:number]], seed=seed, sampling="drawn from the windows in order")
+            later = replace(cut, ids=cut.ids[-last:], sampling="the last of the windows in order")
+        pairs.append((drawn, later))
+    return mixed([drawn for drawn, _ in pairs], seed), mixed([later for _, later in pairs], seed)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import datasets
@@ -218,6 +219,19 @@ def test_a_recovery_trains_on_what_the_teacher_writes(compressed, dense, text_fi
     ((text, heldout),) = texts[0].steps
     assert writers == [str(dense)] and text.corpus == "self"
     assert text.ids.shape == (20, 32) and heldout.ids.shape == (4, 32)  # as much as the recovery takes
+
+
+def test_a_long_text_is_trained_on_all_over_and_its_end_is_held_out(dense, tmp_path):
+    lines, text = 4000, tmp_path / "long.txt"
+    text.write_text("".join(f"line {i} of many\n" for i in range(lines)))
+    tokenizer = load_tokenizer(dense)
+    steps = recovery_texts(recipe_of(text), ModelSource(dense, "dense"), tokenizer, lambda note: None).steps
+    drawn, heldout = (
+        [int(i) for row in windows.ids for i in re.findall(r"line (\d+) of", tokenizer.decode(row))]
+        for windows in steps[0]
+    )
+    assert min(drawn) < lines / 4 and lines / 2 < max(drawn) < 0.9 * lines <= min(heldout)
+    assert [len(windows.ids) for windows in steps[0]] == [20, 4]
 
 
 def test_a_recovery_that_is_killed_goes_on_to_the_same_bytes(recovered, train, compressed, tmp_path, monkeypatch):
