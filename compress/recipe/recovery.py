@@ -12,8 +12,9 @@ from paredown.compress.recipe.spec import Count, Strict
 class ReconstructSpec(Strict):
     """Tune each compressed block towards the dense block's output: `steps` of Adam on `batch` windows each.
 
-    `lr` is the first step's size relative to the root mean square of each tensor; it falls linearly to zero. `heldout`: so
-    many of the calibration windows are not trained on, and tell when to stop; 0: all steps are taken.
+    `lr` is the first step's size relative to the root mean square of each tensor; it falls linearly to zero. A block that it
+    does not help is tuned once more at a fifth of it. `heldout`: so many of the calibration windows are not trained on, and
+    tell when to stop; 0: all steps are taken.
     """
 
     steps: Count = Field(150, ge=1)

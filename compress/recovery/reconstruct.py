@@ -20,6 +20,7 @@ from paredown.compress.progress import ignore
 from paredown.compress.recipe import ReconstructSpec
 
 EVALUATIONS, PATIENCE = 10, 3  # on held-out windows: how many, and how many without a lower error end training
+SHORTER = 0.2  # times the rate, where training ended above its start
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,39 @@ def tuned(
     inputs and outputs (batch, length, hidden), in the same batches. `progress` is called with the number of each step. Each
     takes every window's input from `interpolated`, because calibration text is short and the block would otherwise fit it
     too closely. With `spec.heldout` the last windows are not trained on: what has the lowest error on them is kept, and
-    training ends once it no longer falls. If the error is no lower afterwards, the parameters are put back.
-    Raises PareError if the training diverges.
+    training ends once it no longer falls. If the error is no lower afterwards, it begins anew with shorter steps, once; if
+    that does not help, the parameters are put back. Raises PareError if the training diverges.
     """
-    trained, masks = chosen.parameters, chosen.masks
     variance = _variance(targets)
-    before = _error(block, inputs, targets) / variance
-    original = {name: p.detach().clone() for name, p in trained.items()}
+    before = after = _error(block, inputs, targets) / variance
+    original = {name: p.detach().clone() for name, p in chosen.parameters.items()}
+    taken = 0
+    for lr in (spec.lr, SHORTER * spec.lr):
+        taken = _trained(block, inputs, dense, targets, chosen, spec, lr, seed, variance, progress)
+        after = _error(block, inputs, targets) / variance
+        if after < before:
+            return Reconstructed(before, after, taken)
+        for name, parameter in chosen.parameters.items():
+            parameter.copy_(original[name])
+    if not after < float("inf"):
+        raise PareError(f"{block.name}: reconstruction diverged. Lower reconstruct.lr.")
+    return Reconstructed(before, before, taken)
+
+
+def _trained(
+    block: Block,
+    inputs: Stream,
+    dense: list[Tensor],
+    targets: list[Tensor],
+    chosen: Chosen,
+    spec: ReconstructSpec,
+    lr: float,
+    seed: int,
+    variance: float,
+    progress: Callable[[int], None],
+) -> int:
+    """Leave in the block what `tuned` keeps. Returns how many steps were taken."""
+    trained, masks = chosen.parameters, chosen.masks
     masters = {name: p.detach().float().requires_grad_() for name, p in trained.items()}
     # learning rates are relative to each tensor's size: PIFA's coefficients are about ten times as large as its rows
     sizes = [max(float(m.detach().square().mean().sqrt()), 1e-3) for m in masters.values()]
@@ -96,7 +123,7 @@ def tuned(
     for step in range(spec.steps):
         progress(step + 1)
         for group in optimizer.param_groups:
-            group["lr"] = spec.lr * group["size"] * (1 - step / spec.steps)
+            group["lr"] = lr * group["size"] * (1 - step / spec.steps)
         picked = torch.randperm(seen, generator=generator)[: ceil(spec.batch / len(targets[0]))].tolist()
         for i in picked:
             with torch.enable_grad():
@@ -113,14 +140,7 @@ def tuned(
             if watch.ends(masters, _error(block, inputs, targets, seen)):
                 break
     _show(trained, watch.kept if watch else masters, masks)
-    after = _error(block, inputs, targets) / variance
-    if not after < float("inf"):
-        raise PareError(f"{block.name}: reconstruction diverged. Lower reconstruct.lr.")
-    if after > before:
-        for name, parameter in trained.items():
-            parameter.copy_(original[name])
-        after = before
-    return Reconstructed(before, after, taken)
+    return taken
 
 
 @dataclass

@@ -16,7 +16,7 @@ from paredown.compress.model.stream import BATCH_TOKENS, start
 from paredown.compress.numerics.edits import Masked
 from paredown.compress.numerics.perplexity import perplexity, token_nll
 from paredown.compress.recipe import Recipe
-from paredown.compress.recovery.reconstruct import Reconstructed, interpolated, reconstruct
+from paredown.compress.recovery.reconstruct import SHORTER, Reconstructed, interpolated, reconstruct
 from paredown.compress.run.editor import Editor
 from paredown.compress.storage.modules import PACKED
 from paredown.compress.survey.collect import observe_alone, observe_both, shared_copy
@@ -350,6 +350,12 @@ def test_a_block_is_never_worse_than_before_on_the_calibration_windows(recipe, l
         runs = run(model_of(), **recipe, reconstruct=spec), run(model_of(), **recipe)
         tuned, plain = (load_file(out / "model.safetensors") for out, _ in runs)
         assert tuned.keys() == plain.keys() and all(torch.equal(tuned[name], plain[name]) for name in plain)
+
+
+def test_steps_that_are_too_long_are_taken_at_a_fifth_once(model_of, tuned):
+    spec = {**TUNE, "steps": 6}
+    long, short = (tuned(model_of(), **HALF, reconstruct={**spec, "lr": lr})[0].result for lr in (0.5, SHORTER * 0.5))
+    assert long == short and short.after < short.before
 
 
 def test_a_rate_under_which_the_tuning_diverges_is_refused(model_of, tmp_path, prune):
