@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from math import fsum, prod
 from typing import Any, Literal
 
+from torch import Tensor
+
 from paredown.compress.allocation.base import (
     ALLOCATIONS,
     Allocation,
@@ -66,6 +68,10 @@ class Job:
         if allocation.reads != "losses" or self.method.weighs:
             needs |= allocation.needs
         return needs - {Need.SECOND_MOMENT} if Need.GRAM in needs else needs
+
+    def surveyed_of(self, ids: Tensor) -> Tensor:
+        """Those of the windows `ids` (windows, length) on which the dense model is surveyed."""
+        return ids[: self.method.gradient_windows] if self.gradients else ids
 
     @property
     def is_surveyed(self) -> bool:

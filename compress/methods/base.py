@@ -135,6 +135,11 @@ class WeightMethod(Method):
         """The method without what its survey of the dense model does not depend on, such as how much is kept."""
         return self
 
+    @property
+    def gradient_windows(self) -> int | None:
+        """On how many calibration windows the dense model is surveyed, where gradients are taken; None: on all."""
+        return None
+
     def without_bias(self) -> "WeightMethod | None":
         """The same method for layers without a bias that cannot get one; None if it has to add one."""
         return self

@@ -21,13 +21,13 @@ def stage_seconds(
 
     A stage is timed on the model as it is now. `cache`: the dense model's scores and its survey may have been kept.
     """
-    known = _known(first.source, evaluations) if cache else set[int]()
+    scores, known = (ScoreCache.of_user(), _known(first.source, evaluations)) if cache else (None, set[int]())
     total: dict[str, float] = {}
     try:
         for n, recipe in enumerate(every, 1):
             job = first if n == 1 else resolve(first.source, recipe)
             steps = walk_seconds(job, text, evaluations if n == len(every) else [], known)
-            if n == 1 and cache and isinstance(job, Job) and is_kept(job, text.surveyed, ScoreCache.of_user()):
+            if n == 1 and isinstance(job, Job) and is_kept(job, job.surveyed_of(text.surveyed), scores):
                 steps.pop("survey", None)
             for name, seconds in steps.items():
                 total[name] = total.get(name, 0.0) + seconds

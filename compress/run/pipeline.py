@@ -54,7 +54,7 @@ class Run(Walk):
 
     def _editor(self, scratch: Path, result: Result, state: State | None) -> Editor:
         """Survey the dense model and allocate, or take over the survey of an interrupted run."""
-        job, ids = self.job, self.calibration.surveyed
+        job, ids = self.job, self.job.surveyed_of(self.calibration.surveyed)
         if state:
             self.progress.note(f"going on after {state.facts['blocks']} blocks")
             result.restore(state.facts["result"])

@@ -139,6 +139,8 @@ class _Probe:
         surveyed, most = len(self.calibration.surveyed), None
         if isinstance(job.method, GroupMethod):
             most = WINDOWS if job.method.uneven else job.method.gradient_windows
+        elif isinstance(job, Job) and job.gradients:
+            most = job.method.gradient_windows
         times, wanted = self._counts().all, min(surveyed, most or surveyed)
         if not job.gradients:
             return times * measured * wanted / last.windows

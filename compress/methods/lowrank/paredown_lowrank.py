@@ -4,8 +4,9 @@ Each part can be switched off by its option; evaluation/BENCHMARKS.md shows what
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from paredown.compress.methods.base import Damping, register
@@ -27,6 +28,7 @@ class ParedownLowRank(Factorized):
     residual: bool = True  # layers that write to the residual stream make up for its error; needs regression
     damping: Damping = 0.3  # the cost of changing the weight itself, relative to the input's mean moment
     output_damping: Damping = 0.5  # likewise for the gradient's moment, an average of a curvature that varies by token
+    gradient_windows: Annotated[int, Field(ge=1)] = 64  # of the calibration text, on which gradients are taken
     labels: Labels = "data"  # empirical Fisher, or the true one with tokens drawn from the model
     # what ranks are chosen by: the second-order loss of each token by itself, or of averages over tokens (K-FAC), which
     # prices a token with huge activations and a small gradient, an attention sink, far too high

@@ -66,6 +66,14 @@ def ranks_of(job, made):
     return job.allocate(job.targets_within(made.angles), made.choices or None, IDS.numel(), made.sensitivities)
 
 
+def test_gradients_are_taken_on_the_first_windows_and_all_else_on_all(source):
+    job_of = lambda **options: resolve_job(source, Recipe.parse({"method": "paredown_lowrank", "options": options}))  # noqa: E731
+    assert torch.equal(job_of(gradient_windows=2).surveyed_of(IDS), IDS[:2])
+    assert torch.equal(job_of(gradient_windows=2, two_sided=False).surveyed_of(IDS), IDS)
+    fisher = resolve_job(source, Recipe.parse({"method": "fisher_svd"}))
+    assert torch.equal(fisher.surveyed_of(IDS), IDS)
+
+
 class Sealed(ModelSource):
     """A model of which no weight may be read."""
 
