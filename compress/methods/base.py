@@ -62,6 +62,11 @@ class Method:
         """A sentence about the method that belongs in the report."""
         return None
 
+    @property
+    def gradient_windows(self) -> int | None:
+        """On how many calibration windows gradients are taken; None: on all."""
+        return None
+
 
 class WeightMethod(Method):
     """Edits one weight matrix at a time."""
@@ -134,11 +139,6 @@ class WeightMethod(Method):
     def surveyed(self) -> "WeightMethod":
         """The method without what its survey of the dense model does not depend on, such as how much is kept."""
         return self
-
-    @property
-    def gradient_windows(self) -> int | None:
-        """On how many calibration windows the dense model is surveyed, where gradients are taken; None: on all."""
-        return None
 
     def without_bias(self) -> "WeightMethod | None":
         """The same method for layers without a bias that cannot get one; None if it has to add one."""
@@ -268,11 +268,6 @@ class GroupMethod(Method):
     def shrink(self) -> float:
         """How much of the way uneven numbers of units go back to equal ones, from 0 to 1."""
         return 0.5
-
-    @property
-    def gradient_windows(self) -> int | None:
-        """On how many calibration windows gradients are taken; None: on all."""
-        return None
 
     @property
     def uneven(self) -> bool:

@@ -83,9 +83,8 @@ def tuned(
     that does not help, the parameters are put back. Raises PareError if the training diverges.
     """
     variance = _variance(targets)
-    before = after = _error(block, inputs, targets) / variance
+    before = _error(block, inputs, targets) / variance
     original = {name: p.detach().clone() for name, p in chosen.parameters.items()}
-    taken = 0
     for lr in (spec.lr, SHORTER * spec.lr):
         taken = _trained(block, inputs, dense, targets, chosen, spec, lr, seed, variance, progress)
         after = _error(block, inputs, targets) / variance

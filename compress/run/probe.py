@@ -136,11 +136,9 @@ class _Probe:
         job, measured = self.job, last.seconds.get("survey", 0.0)
         if isinstance(job.method, BlockMethod):
             return self._depth(job.method)
-        surveyed, most = len(self.calibration.surveyed), None
-        if isinstance(job.method, GroupMethod):
-            most = WINDOWS if job.method.uneven else job.method.gradient_windows
-        elif isinstance(job, Job) and job.gradients:
-            most = job.method.gradient_windows
+        surveyed, most = len(self.calibration.surveyed), job.method.gradient_windows if job.gradients else None
+        if isinstance(job.method, GroupMethod) and job.method.uneven:
+            most = WINDOWS
         times, wanted = self._counts().all, min(surveyed, most or surveyed)
         if not job.gradients:
             return times * measured * wanted / last.windows

@@ -16,7 +16,7 @@ from paredown.compress.text.held_out import divided, overlap, shared_windows
 from paredown.compress.text.mix import counts, mixed
 from paredown.compress.text.windows import Windows, calibration_windows, evaluation_windows
 
-SPREAD = 4  # times as much text as is trained on: a text of more is not cut into windows in order, all of them
+SPREAD = 4  # a text of at least so many times the windows taken is drawn from all over, a shorter one is cut in order
 HELDOUT = 5  # of a short text, one window in so many is held out
 
 
@@ -75,7 +75,7 @@ def _windows(
                 f"the text {corpus.name} has one window of {cut.length} tokens, and one is trained on and one held out. "
                 f"Name a longer text, or take shorter windows: --set {key}=..."
             )
-        if len(cut.ids) == limit:  # there may be much more: of all of it
+        if len(cut.ids) == limit:
             parts = zip(divided(corpus), (number, last), strict=True)
             drawn, later = (
                 calibration_windows(part, tokenizer, n, length, seed, longest, bos=bos) for part, n in parts

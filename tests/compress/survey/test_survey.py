@@ -67,11 +67,12 @@ def ranks_of(job, made):
 
 
 def test_gradients_are_taken_on_the_first_windows_and_all_else_on_all(source):
-    job_of = lambda **options: resolve_job(source, Recipe.parse({"method": "paredown_lowrank", "options": options}))  # noqa: E731
-    assert torch.equal(job_of(gradient_windows=2).surveyed_of(IDS), IDS[:2])
-    assert torch.equal(job_of(gradient_windows=2, two_sided=False).surveyed_of(IDS), IDS)
-    fisher = resolve_job(source, Recipe.parse({"method": "fisher_svd"}))
-    assert torch.equal(fisher.surveyed_of(IDS), IDS)
+    def read(method, **options):
+        return resolve_job(source, Recipe.parse({"method": method, "options": options})).surveyed_of(IDS)
+
+    assert torch.equal(read("paredown_lowrank", gradient_windows=2), IDS[:2])
+    assert torch.equal(read("paredown_lowrank", gradient_windows=2, two_sided=False), IDS)
+    assert torch.equal(read("fisher_svd"), IDS)
 
 
 class Sealed(ModelSource):
