@@ -37,3 +37,9 @@ def exact_products(*factors: Tensor) -> Iterator[None]:
         yield
     finally:
         settings.fp32_precision = before
+
+
+def exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in float32, under `exact_products`."""
+    with exact_products(a, b):
+        return a.float() @ b.float()

@@ -23,6 +23,7 @@ from paredown.compress.model.rest import materialised_rest
 from paredown.compress.model.stream import Stream, head_positions
 from paredown.compress.numerics.moments import GRADIENT_NEEDS, Labels, Need, Stats
 from paredown.compress.numerics.perplexity import target_nll
+from paredown.compress.numerics.precision import exact_product
 from paredown.compress.progress import Counted, ignore
 from paredown.compress.survey.products import InputObserver, routed
 
@@ -34,7 +35,7 @@ Pair = Callable[[View, Tensor, Tensor], None]
 def moments(
     needs: frozenset[Need], weight: Tensor, x: Tensor, delta: Tensor, sequences: int
 ) -> Iterator[tuple[Need, Tensor]]:
-    """Sums over the tokens of one batch: x (tokens, in), delta = dL/dy (tokens, out), weight (out, in); float32.
+    """Sums over the tokens of one batch, in float32: x (tokens, in), delta = dL/dy (tokens, out), weight (out, in).
 
     `sequences` is how many sequences of equal length the tokens are.
 
@@ -45,21 +46,21 @@ def moments(
     fisher_rows               the same, summed over inputs too (out,): FWSVD's importance
     fisher_rows_per_token     sum of delta^2 |x|^2 (out,): as if every token were a sequence
     """
-    squares = delta.square()
+    squares = delta.float().square()
     if Need.OUTPUT_GRADIENT in needs:
-        folded = delta if weight.shape[0] <= weight.shape[1] else delta @ weight.float()
-        yield Need.OUTPUT_GRADIENT, folded.T @ folded
+        folded = delta if weight.shape[0] <= weight.shape[1] else exact_product(delta, weight)
+        yield Need.OUTPUT_GRADIENT, exact_product(folded.T, folded)
     if needs & {Need.OUTPUT_GRADIENT, Need.OUTPUT_GRADIENT_DIAGONAL}:
         yield Need.OUTPUT_GRADIENT_DIAGONAL, squares.sum(0)
     if Need.WEIGHT_GRADIENT in needs:
-        yield Need.WEIGHT_GRADIENT, delta.T @ x
+        yield Need.WEIGHT_GRADIENT, exact_product(delta.T, x)
     if Need.FISHER_ROWS_PER_TOKEN in needs:
-        yield Need.FISHER_ROWS_PER_TOKEN, x.square().sum(1) @ squares
+        yield Need.FISHER_ROWS_PER_TOKEN, x.float().square().sum(1) @ squares
     if needs & {Need.FISHER, Need.FISHER_ROWS}:
         per_sequence = zip(delta.chunk(sequences), x.chunk(sequences), strict=True)
         total = torch.zeros_like(weight, dtype=torch.float32)  # (out, in)
         for sequence_delta, sequence_x in per_sequence:
-            total += (sequence_delta.T @ sequence_x).square()
+            total += exact_product(sequence_delta.T, sequence_x).square()
         if Need.FISHER in needs:
             yield Need.FISHER, total
         if Need.FISHER_ROWS in needs:
@@ -94,14 +95,12 @@ class GradientObserver(InputObserver):
             rows = routed(x)
             gradient, x = gradient[expert][rows], x[rows]
         gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
-        delta = gradient.float()  # (tokens, out)
-        if not bool(torch.isfinite(delta.sum())):
+        if not bool(torch.isfinite(gradient.sum(dtype=torch.float32))):
             raise PareError(f"{view.name}: its gradients are not finite. Try --dtype bfloat16 or float32.")
         if self._pair is not None:
             self._pair(view, x, gradient)
         sums = self.gradients.setdefault(view.name, {})
-        weight = view.weight
-        for need, value in moments(self._gradient_needs, weight, x.float(), delta, self.sequences):
+        for need, value in moments(self._gradient_needs, view.weight, x, gradient, self.sequences):
             if need in sums:
                 sums[need] += value
             else:
