@@ -18,7 +18,8 @@ from paredown.compress.storage.spec import Spec
 
 AT_ONCE = 2048  # tokens
 OUTLINE = 24  # points at most that a report keeps of a spectrum
-LARGE = 512  # the smaller side of a weight from which ranks go in steps of 16, at most 3% of it
+LARGE = 512  # the smaller side of a weight from which ranks go in steps
+STEP = 16  # ranks whose factors kernels load in whole vectors: at most 3% of the smaller side
 
 
 @dataclass(frozen=True)
@@ -162,16 +163,17 @@ def balanced(factors: Factors) -> tuple[Tensor, Tensor]:
     return (left * ratio).where(alive, 0.0), (right / ratio[:, None]).where(alive[:, None], 0.0)
 
 
-def largest_rank(kind: str, shape: tuple[int, int], numbers: float, bias: bool = False) -> int:
+def largest_rank(kind: str, shape: tuple[int, int], numbers: float, bias: bool = False, multiple: int = STEP) -> int:
     """The largest multiple of `rank_step` at which at most so many numbers are stored; 0 if there is none."""
     numbers += 1e-6  # shares are decimal fractions: 0.29 of 100 is 29
-    ranks = range(rank_step(shape), min(shape) + 1, rank_step(shape))
-    return rank_step(shape) * bisect_right(ranks, numbers, key=lambda rank: cost(kind, shape, rank, bias))
+    step = rank_step(shape, multiple)
+    ranks = range(step, min(shape) + 1, step)
+    return step * bisect_right(ranks, numbers, key=lambda rank: cost(kind, shape, rank, bias))
 
 
-def rank_step(shape: tuple[int, int]) -> int:
-    """Ranks of a large weight (out, in) are multiples of 16, so that kernels load its factors in whole vectors."""
-    return 16 if min(shape) >= LARGE else 1
+def rank_step(shape: tuple[int, int], multiple: int = STEP) -> int:
+    """Ranks of a large weight (out, in) are multiples of `multiple`, and of a small one all that there are."""
+    return multiple if min(shape) >= LARGE else 1
 
 
 def cost(kind: str, shape: tuple[int, int], rank: int, bias: bool = False) -> int:

@@ -42,22 +42,27 @@ PRUNERS: dict[str, Raw] = {
 }
 OF_FRACTIONS = ("owl-wanda", "alpha-sparsegpt")  # a pattern leaves them nothing to share out
 OURS: Raw = {"method": "paredown_lowrank"}
+TO_THE_LAST: Raw = {"options": {"rank_multiple": 1}}  # ranks of papers, which keep the whole share
 LOWRANK: dict[str, Raw] = {
-    "SVD": {"method": "svd"},
-    "FWSVD": {"method": "fwsvd"},
-    "ASVD": {"method": "asvd"},
-    "ASVD by sensitivity": {"method": "asvd", "allocation": {"strategy": "sensitivity"}},
-    "LoRAP (AWSVD)": {"method": "lorap"},
-    "LLM-ROM (affine)": {"method": "rom"},
-    "SVD-LLM": {"method": "svd_llm"},
-    "SVD-LLM by theoretical loss": {"method": "svd_llm", "allocation": {"strategy": "theoretical_loss"}},
-    "two-sided Fisher": {"method": "fisher_svd"},
-    "two-sided Fisher (global)": {"method": "fisher_svd", "allocation": {"strategy": "global"}},
+    "SVD": {"method": "svd", **TO_THE_LAST},
+    "FWSVD": {"method": "fwsvd", **TO_THE_LAST},
+    "ASVD": {"method": "asvd", **TO_THE_LAST},
+    "ASVD by sensitivity": {"method": "asvd", "allocation": {"strategy": "sensitivity"}, **TO_THE_LAST},
+    "LoRAP (AWSVD)": {"method": "lorap", **TO_THE_LAST},
+    "LLM-ROM (affine)": {"method": "rom", **TO_THE_LAST},
+    "SVD-LLM": {"method": "svd_llm", **TO_THE_LAST},
+    "SVD-LLM by theoretical loss": {
+        "method": "svd_llm",
+        "allocation": {"strategy": "theoretical_loss"},
+        **TO_THE_LAST,
+    },
+    "two-sided Fisher": {"method": "fisher_svd", **TO_THE_LAST},
+    "two-sided Fisher (global)": {"method": "fisher_svd", "allocation": {"strategy": "global"}, **TO_THE_LAST},
     "ours": OURS,
     "ours with blocks reconstructed": {**OURS, "reconstruct": {}},
 }
 ABLATIONS: dict[str, Raw] = {
-    "SVD-LLM": {"method": "svd_llm"},
+    "SVD-LLM": {"method": "svd_llm", **TO_THE_LAST},
     "SVD-LLM + affine": {"method": "rom"},
     "SVD-LLM + PIFA": {"method": "svd_llm", "options": {"storage": "pifa"}},
     "SVD-LLM + regression": {
@@ -69,7 +74,7 @@ ABLATIONS: dict[str, Raw] = {
     "ours": OURS,
     "ours hardly damped": {**OURS, "options": {"damping": 0.01, "output_damping": 0.001}},
     "ours without two-sided": {**OURS, "options": {"two_sided": False}},
-    "ours without affine": {**OURS, "options": {"affine": False}},
+    "ours with biases": {**OURS, "options": {"affine": True}},
     "ours without regression": {**OURS, "options": {"regression": False}},
     "ours without PIFA": {**OURS, "options": {"storage": "factors"}},
     "ours without global allocation": {**OURS, "allocation": {"strategy": "uniform"}},

@@ -13,6 +13,7 @@ from paredown.compress.errors import PareError
 from paredown.compress.methods.base import Budget, Choice, Shape, Share, WeightMethod
 from paredown.compress.numerics.edits import Factored
 from paredown.compress.numerics.factorize import (
+    STEP,
     Factors,
     balanced,
     cost,
@@ -41,6 +42,9 @@ class Factorized(WeightMethod):
     energy: Share | None = None  # the share of each layer's energy, in the method's own metric, that must be kept
     target_parameters: Count | None = None  # of the whole model
     storage: Literal["factors", "pifa"] = "factors"
+    rank_multiple: Count = (
+        STEP  # of which ranks of large weights are multiples, as kernels like them; 1: to the last one
+    )
 
     chain = True
     strategy = "uniform"
@@ -110,7 +114,7 @@ class Factorized(WeightMethod):
         if self.rank is None and self.share is None:
             return None
         size = shape[0] * shape[1]
-        rank = self.rank or largest_rank(self.kind, shape, (self.share or 0) * size, self.adds_bias)
+        rank = self.rank or largest_rank(self.kind, shape, (self.share or 0) * size, self.adds_bias, self.rank_multiple)
         if not rank:
             raise PareError(
                 f"{[*shape]}: not even rank 1 fits into {self.share:g} of it. Raise kept, or skip it with targets.skip."
@@ -140,7 +144,7 @@ class Factorized(WeightMethod):
         return spectrum(self.target(weight, stats), self.metric(stats))
 
     def choices(self, shape: Shape, weight: Tensor | None = None, stats: Stats | None = None) -> list[Choice]:
-        """Every multiple of `rank_step` at which less is stored than the dense weight."""
+        """Every multiple of its step at which less is stored than the dense weight."""
         if weight is None or stats is None:
             return self._choices(shape, [nan] * min(shape))
         return self._choices(shape, self.losses(weight, stats).tolist())
@@ -150,7 +154,7 @@ class Factorized(WeightMethod):
         choices = [Choice(0, tail, None)]
         for rank, loss in enumerate(losses, 1):
             tail = max(tail - loss, 0.0)
-            if rank % rank_step(shape):
+            if rank % rank_step(shape, self.rank_multiple):
                 continue
             numbers = self.numbers(shape, rank)
             if numbers >= shape[0] * shape[1]:
@@ -194,7 +198,7 @@ class Factorized(WeightMethod):
         if self.energy is None:
             raise PareError("target_parameters counts the whole model: the pipeline turns it into ranks.")
         energies = losses.cumsum(0)
-        step = rank_step(shape)
+        step = rank_step(shape, self.rank_multiple)
         rank = step * (int((energies < self.energy * energies[-1]).sum()) // step + 1)
         return rank if rank <= len(losses) and self.numbers(shape, rank) < shape[0] * shape[1] else 0
 

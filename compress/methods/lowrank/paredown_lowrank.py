@@ -1,6 +1,6 @@
-"""Ours: two-sided Fisher, affine, reduced-rank regression towards the dense output, ranks by one budget, PIFA storage.
+"""Ours: two-sided Fisher, reduced-rank regression towards the dense output, ranks by one budget, PIFA storage.
 
-Each part can be switched off by its option; evaluation/BENCHMARKS.md shows what each is worth.
+Each part can be switched off by its option, and biases on; evaluation/BENCHMARKS.md shows what each is worth.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from paredown.compress.numerics.moments import Labels, Need, Residual, Stats
 class ParedownLowRank(Factorized):
     storage: Literal["factors", "pifa"] = "pifa"
     two_sided: bool = True  # weigh the output side by the moment of the loss's gradient
-    affine: bool = True  # keep the mean output with a bias
+    affine: bool = False  # keep the mean output with a bias where that loses less
     regression: bool = True  # approximate the dense model's output from the compressed model's input
     residual: bool = True  # layers that write to the residual stream make up for its error; needs regression
     damping: Damping = 0.3  # the cost of changing the weight itself, relative to the input's mean moment
@@ -123,7 +123,7 @@ class ParedownLowRank(Factorized):
         projected, shift = target.projected(low, metric), self.shift(weight, low, stats)
         without_loss = target.error_of(projected, metric) / max(target.error_of_zero(metric), 1e-300)
         without = replace(without, loss=without_loss, aim=target.aim)
-        rank = largest_rank(self.kind, shape, plain.numbers(shape, without.rank), bias=True)
+        rank = largest_rank(self.kind, shape, plain.numbers(shape, without.rank), True, self.rank_multiple)
         if not rank:
             return without
         del low, target

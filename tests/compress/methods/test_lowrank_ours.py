@@ -82,9 +82,9 @@ def test_a_bias_is_taken_only_where_it_loses_less_than_more_components(shape, st
         for rank in (2, 4, 6):
             seen = {"two_sided": two_sided, "regression": regression}
             undamped = {"damping": 1e-9, "output_damping": OUTPUT_DAMPING}
-            asked = {**undamped, "storage": storage, **seen}
+            asked = {**undamped, "storage": storage, "affine": True, **seen}
             edit = problem.compress("paredown_lowrank", rank=rank, **asked)
-            plain = problem.compress("paredown_lowrank", rank=rank, affine=False, **asked)
+            plain = problem.compress("paredown_lowrank", rank=rank, **{**asked, "affine": False})
             less = rank_beside_a_bias(SHAPES[shape], rank, storage)
             made, shift = slow_paredown(problem, less, affine=True, **undamped, **seen)
             lost = [data_loss(problem, e.dense(), e.shift, **seen) for e in (edit, plain)]
@@ -99,9 +99,9 @@ def test_a_bias_is_taken_only_where_it_loses_less_than_more_components(shape, st
 
 def test_where_no_bias_fits_beside_rank_one_there_is_none(lowrank_problem):
     problem = lowrank_problem(apart=True)
-    edit = problem.compress("paredown_lowrank", rank=1, storage="factors")
+    edit = problem.compress("paredown_lowrank", rank=1, storage="factors", affine=True)
     assert edit.rank == 1 and edit.shift is None
-    assert problem.compress("paredown_lowrank", rank=2, storage="factors").shift is not None
+    assert problem.compress("paredown_lowrank", rank=2, storage="factors", affine=True).shift is not None
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -127,8 +127,8 @@ def test_a_layer_that_writes_to_the_residual_stream_makes_up_for_what_it_lost(
 
 @pytest.mark.parametrize("off", [{"residual": False}, {"regression": False}])
 def test_what_was_lost_stays_lost_where_the_option_says_so(off, lowrank_problem):
-    problem, method = lowrank_problem(apart=True), build("paredown_lowrank", {"rank": 4, **off})
-    stats = problem.stats(build("paredown_lowrank", {}))
+    problem, method = lowrank_problem(apart=True), build("paredown_lowrank", {"rank": 4, "affine": True, **off})
+    stats = problem.stats(build("paredown_lowrank", {"affine": True}))
     told = replace(stats, residual=problem.residual())
     assert torch.equal(method.target(problem.weight, told).value, method.target(problem.weight, stats).value)
     made = torch.zeros_like(problem.wide)
@@ -153,8 +153,8 @@ def test_each_part_of_ours_earns_its_place_on_the_data(shape, seed, lowrank_prob
     problem = lowrank_problem(shape, seed=seed, apart=True)
 
     def lost(**options):
-        undamped = {"damping": 0.0, "output_damping": OUTPUT_DAMPING}
-        edit = problem.compress("paredown_lowrank", rank=4, storage="factors", **undamped, **options)
+        asked = {"damping": 0.0, "output_damping": OUTPUT_DAMPING, "affine": True, **options}
+        edit = problem.compress("paredown_lowrank", rank=4, storage="factors", **asked)
         return data_loss(problem, edit.dense(), edit.shift)
 
     whole = lost()
@@ -166,7 +166,7 @@ def test_each_part_of_ours_earns_its_place_on_the_data(shape, seed, lowrank_prob
 def test_no_affine_map_of_that_rank_is_nearer_to_the_dense_output_than_ours(shape, lowrank_problem):
     problem = lowrank_problem(shape, apart=True)
     weigh = root(problem.damped_outputs())
-    edit = problem.compress("paredown_lowrank", rank=4, damping=0.0, output_damping=OUTPUT_DAMPING)
+    edit = problem.compress("paredown_lowrank", rank=4, affine=True, damping=0.0, output_damping=OUTPUT_DAMPING)
     inputs = torch.cat((problem.x.double(), torch.ones(len(problem.x), 1).double()), 1)
     wanted = problem.dense.double() @ problem.wide.T @ weigh
     left = torch.randn(len(problem.weight), edit.rank, generator=torch.Generator().manual_seed(0)).double()
@@ -186,7 +186,7 @@ def test_no_affine_map_of_that_rank_is_nearer_to_the_dense_output_than_ours(shap
 @pytest.mark.parametrize("shape", SHAPES)
 def test_damping_counts_as_data_that_say_the_weight_is_right_as_it_is(shape, lowrank_problem):
     """E|W x - W' y|^2 + lambda |W - W'|^2: ridge regression towards the weight, at any rank."""
-    problem, asked = lowrank_problem(shape), {"rank": 4, "two_sided": False, "affine": False}
+    problem, asked = lowrank_problem(shape), {"rank": 4, "two_sided": False}
     damped = problem.compress("paredown_lowrank", damping=0.3, **asked)
     tokens, inner = problem.x.shape
     more = (0.3 * tokens * problem.x.square().mean()).sqrt() * torch.eye(inner)

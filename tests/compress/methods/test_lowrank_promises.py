@@ -6,7 +6,7 @@ from math import isnan
 
 import pytest
 import torch
-from oracles import SHAPES, numbers_by_hand, rank_beside_a_bias
+from oracles import SHAPES, numbers_by_hand
 
 from paredown.compress.errors import PareError
 from paredown.compress.methods import METHODS, build
@@ -21,7 +21,7 @@ FACTORED = {
     "laser": {}, "lorap": {},
 }  # fmt: skip
 RANKED = {**FACTORED, "cur": {}}
-ALL = {**RANKED, "sparse_low_rank": {"rounds": 2}}
+ALL = {**RANKED, "sparse_low_rank": {"rounds": 2}, "paredown_lowrank": {"affine": True}}
 
 
 ASKED = {"kept": 0.5, "rank": 3, "energy": 0.9, "target_parameters": 1000}
@@ -62,10 +62,6 @@ def test_kept_is_the_most_that_the_share_allows_with_the_bias_counted(shape, nam
         edit = problem.compress(name, kept=kept, storage=storage)
         stored = sum(t.numel() for t in edit.parts.values() if t.is_floating_point())
         assert edit.numbers == stored
-        if name == "paredown_lowrank" and edit.shift is not None:  # as many numbers as the plan, or a few less
-            planned = build(name, {"kept": kept, "storage": storage}).planned_rank(shape)
-            assert edit.rank == rank_beside_a_bias(shape, planned, storage)
-            continue
         assert (edit.shift is not None) == bias
         assert stored + (shape[0] if bias else 0) == numbers_by_hand(shape, edit.rank, storage, bias) <= kept * size
         following = numbers_by_hand(shape, edit.rank + 1, storage, bias)
@@ -92,10 +88,7 @@ def test_a_rank_that_pays_is_factored_and_any_larger_one_stays_dense(name, stora
     bias, method = name == "rom", build(name, {"storage": storage})
     pays = max(k for k in range(1, 13) if numbers_by_hand(shape, k, storage, bias) < 240)
     edit = problem.compress(name, rank=pays, storage=storage)
-    if name == "paredown_lowrank" and edit.shift is not None:
-        assert edit.rank == rank_beside_a_bias(shape, pays, storage)
-    else:
-        assert edit.rank == pays
+    assert edit.rank == pays
     for rank in (pays + 1, 12, 13, 500):
         assert problem.compress(name, rank=rank, storage=storage) is None
         assert method.at(rank).expect(shape, 2) is None
@@ -140,7 +133,7 @@ def test_sparse_plus_low_rank_leaves_a_weight_dense_where_it_would_store_no_less
 def test_energy_is_the_least_rank_that_keeps_the_share_in_the_methods_own_metric(name, shape, energy, lowrank_problem):
     problem = lowrank_problem(shape)
     edit = problem.compress(name, energy=energy, storage="factors")
-    method = build(name, {"affine": False} if name == "paredown_lowrank" else {})  # ours plans without a bias
+    method = build(name, {})
     stats = problem.stats(method)
     losses = spectrum(method.target(problem.weight, stats), method.metric(stats))
     rank = next(k for k in range(1, 13) if float(losses[:k].sum()) >= energy * float(losses.sum()))
@@ -208,8 +201,7 @@ def test_each_choice_is_what_the_method_at_it_expects_to_store(name, storage, sh
         assert spec.rank == choice.option and kinds.stored_numbers(spec) == choice.numbers < problem.weight.numel()
         edit = method.at(choice.option).compress(problem.weight, stats)
         bias = 0 if edit.shift is None else len(edit.shift)
-        # ours may take a bias, and then a few components less, for as many numbers or fewer
-        assert edit.numbers + bias <= choice.numbers and (edit.rank == choice.option or name == "paredown_lowrank")
+        assert edit.numbers + bias <= choice.numbers and edit.rank == choice.option
     offered = [choice.option for choice in choices]
     assert offered == [k for k in range(1, 13) if method.at(k).expect(SHAPES[shape], 4)]
     by_shape = method.choices(SHAPES[shape])
@@ -218,11 +210,15 @@ def test_each_choice_is_what_the_method_at_it_expects_to_store(name, storage, sh
 
 
 @pytest.mark.parametrize("name", RANKED)
-def test_of_a_large_weight_only_whole_steps_are_choices(name):
-    shape, method = (512, 1024), build(name, {})
+@pytest.mark.parametrize("step", [16, 32, 1])
+def test_of_a_large_weight_only_whole_steps_are_choices(name, step):
+    shape, method = (512, 1024), build(name, {} if step == 16 else {"rank_multiple": step})
     ranks = [choice.option for choice in method.choices(shape)[1:]]
-    assert ranks == list(range(16, ranks[-1] + 1, 16)) and method.at(ranks[-1]).expect(shape, 2).rank == ranks[-1]
-    assert method.at(ranks[-1] + 16).expect(shape, 2) is None or ranks[-1] + 16 > 512
+    assert ranks == list(range(step, ranks[-1] + 1, step)) and method.at(ranks[-1]).expect(shape, 2).rank == ranks[-1]
+    assert method.at(ranks[-1] + step).expect(shape, 2) is None or ranks[-1] + step > 512
+    if name not in ("cur", "laser"):
+        following = build(name, {"kept": 0.7, "rank_multiple": 1}).expect(shape, 2).rank
+        assert build(name, {"kept": 0.7, "rank_multiple": step}).expect(shape, 2).rank == following // step * step
 
 
 def test_sparse_plus_low_rank_offers_nothing_to_allocate(lowrank_problem):

@@ -56,7 +56,7 @@ METHODS = {
     "rom pifa": {"method": "rom", "options": {"kept": 0.6, "storage": "pifa"}},
     "cur": {"method": "cur", "options": {"blocks": None}},
     "sparse_low_rank": {"method": "sparse_low_rank", "options": {"sparsity": "2:4", "rank": 2, "rounds": 2}},
-    "paredown_lowrank": {"method": "paredown_lowrank", "options": {"kept": 0.6}},
+    "paredown_lowrank": {"method": "paredown_lowrank", "options": {"kept": 0.6, "affine": True}},
 }
 KIND = {
     "svd_llm": "lowrank", "svd_llm pifa": "pifa", "rom": "lowrank", "rom pifa": "pifa", "cur": "cur",
