@@ -115,7 +115,7 @@ def _tall(target: Target, metric: Metric) -> Problem:
         return root[:, None] * product * root, lambda top: (times_value(root[:, None] * top), top.T / root)
     if metric.mean is not None:
         moment = moment.addr(metric.mean, metric.mean, alpha=-1.0)
-    root, unroot = root_of(damped(moment, metric.ridge) if metric.ridge else moment)
+    root, unroot = root_of(moment if metric.ridge is None else damped(moment, metric.ridge))
     return root.T @ product @ root, lambda top: (times_value(root @ top), unroot(top.T))
 
 

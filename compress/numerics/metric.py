@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from paredown.compress.numerics.spectral import cholesky, damped
+from paredown.compress.numerics.spectral import cholesky, damped, ridge_of
 
 OUTPUT_DAMPING = 1e-3  # of the mean diagonal of G: output directions without any gradient still count a little
 
@@ -21,8 +21,8 @@ class Metric:
     input: A (in, in), or its diagonal (in,); with `mean` (in,), A - mean mean^T.
     output: G (out, out), or its diagonal (out,); where out > in it is "folded", W^T G W (in, in), and comes with diag G
     (out,) in `output_diagonal`.
-    A solver adds `input_damping` and `output_damping` times the mean diagonal to a full A and G; errors are measured
-    without.
+    A solver adds `input_damping` times its own diagonal to a full A, and `output_damping` times its mean diagonal to a full
+    G; errors are measured without.
     """
 
     input: Tensor | None = None
@@ -33,12 +33,12 @@ class Metric:
     input_damping: float = 0.0
 
     @cached_property
-    def ridge(self) -> float:
+    def ridge(self) -> Tensor | None:  # (in,)
         """What a solver adds to the diagonal of a full A."""
         if not self.input_damping or self.input is None:
-            return 0.0
+            return None
         diagonal = self.input.diagonal() if self.mean is None else self.input.diagonal() - self.mean.square()
-        return self.input_damping * float(diagonal.mean())
+        return ridge_of(diagonal, self.input_damping)
 
     def folded(self, shape: tuple[int, ...]) -> bool:
         """Whether only W^T G W is known of the G of a weight of this shape (out, in)."""
@@ -110,14 +110,14 @@ def share_lost(aim: Tensor, result: Tensor, metric: Metric, weight: Tensor) -> f
     return error(aim - result, metric, weight) / max(error(weight, metric, weight), 1e-300)
 
 
-def times_moment(rows: Tensor, metric: Metric, ridge: float = 0.0) -> Tensor:
-    """`rows @ (A + ridge I)`, (rows, in)."""
+def times_moment(rows: Tensor, metric: Metric, ridge: Tensor | None = None) -> Tensor:
+    """`rows @ (A + diag(ridge))`, (rows, in)."""
     moment, mean = metric.input, metric.mean
     if moment is None:
         return rows
     if moment.dim() == 1:
         return rows * moment
     weighed = rows @ moment
-    if ridge:
-        weighed.add_(rows, alpha=ridge)
+    if ridge is not None:
+        weighed.addcmul_(rows, ridge)
     return weighed if mean is None else weighed.addr_(rows @ mean, mean, alpha=-1.0)

@@ -11,6 +11,7 @@ from paredown.compress.errors import PareError
 
 # relative to the largest: smaller eigenvalues of an input moment, which may be singular, count as this much
 FLOOR = 1e-10
+LEAST = 1e-6  # of the mean: what damping takes a smaller entry of a diagonal for
 UNFACTORED = "a moment of its data cannot be factored: raise damping, or calibrate on more text."
 
 
@@ -110,6 +111,14 @@ def damped(matrix: Tensor, added: Tensor | float | None = None) -> Tensor:
     result = matrix.clone()
     result.diagonal().add_((FLOOR * matrix.diagonal().mean() if added is None else added) + 1e-300)
     return result
+
+
+def ridge_of(diagonal: Tensor, damping: float) -> Tensor:  # (n,)
+    """What is added to a moment with this diagonal (n,), `damping` times each entry: correlations shrink by 1 + damping.
+
+    Relative to their mean it would drown all others where a single channel is huge, as in front of an attention sink.
+    """
+    return damping * diagonal.clamp_min(max(LEAST * float(diagonal.mean()), 1e-12))
 
 
 def floored(values: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from paredown.compress.survey.rounds import Rounds, Values
 from paredown.compress.survey.survey import Survey, survey
 from paredown.evaluation.surroundings import versions
 
-FORMAT = 1  # of an entry
+FORMAT = 2  # of an entry
 FACTS = ".survey.safetensors"
 
 

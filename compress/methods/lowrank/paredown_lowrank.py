@@ -26,7 +26,7 @@ class ParedownLowRank(Factorized):
     affine: bool = False  # keep the mean output with a bias where that loses less
     regression: bool = True  # approximate the dense model's output from the compressed model's input
     residual: bool = True  # layers that write to the residual stream make up for its error; needs regression
-    damping: Damping = 0.3  # the cost of changing the weight itself, relative to the input's mean moment
+    damping: Damping = 0.3  # the cost of changing a weight, relative to the moment of its input
     output_damping: Damping = 0.5  # likewise for the gradient's moment, an average of a curvature that varies by token
     gradient_windows: Annotated[int, Field(ge=1)] = 64  # of the calibration text, on which gradients are taken
     labels: Labels = "data"  # empirical Fisher, or the true one with tokens drawn from the model
@@ -96,10 +96,10 @@ class ParedownLowRank(Factorized):
             if mean is not None:
                 change.addr_(inputs.dense_mean - mean, mean, alpha=-1.0)
             if weight.shape[0] > weight.shape[1]:
-                return Target(weight.double(), correction=regressed(change, gram, self.damping, mean))
+                return Target(weight.double(), correction=regressed(change, gram, self.damping, mean, each=True))
             wanted = weight.double() @ change
             del change
-        added = regressed(wanted, gram, self.damping, mean)
+        added = regressed(wanted, gram, self.damping, mean, each=True)
         return Target(weight.double(), added=added)
 
     def shift(self, weight: Tensor, low: Tensor, stats: Stats) -> Tensor | None:

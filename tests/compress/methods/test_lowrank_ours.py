@@ -20,7 +20,7 @@ def slow_paredown(problem, rank, two_sided, affine, regression, damping=0.3, out
     centred_x, centred_dense, centred_lost = (t - mean for t, mean in zip((x, dense, lost), means, strict=True))
     a = centred_x.T @ centred_x / len(x)
     c = centred_dense.T @ centred_x / len(x)
-    added = damping * a.diagonal().mean() * torch.eye(len(a)).double()
+    added = damping * torch.diag(a.diagonal())
     aim = (problem.wide @ (c + added) + centred_lost.T @ centred_x / len(x)) @ torch.linalg.inv(a + added)
     left = root(problem.damped_outputs(output_damping)) if two_sided else torch.eye(len(aim)).double()
     right = root(a + added if regression else a)
@@ -185,11 +185,10 @@ def test_no_affine_map_of_that_rank_is_nearer_to_the_dense_output_than_ours(shap
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_damping_counts_as_data_that_say_the_weight_is_right_as_it_is(shape, lowrank_problem):
-    """E|W x - W' y|^2 + lambda |W - W'|^2: ridge regression towards the weight, at any rank."""
+    """E|W x - W' y|^2 + lambda sum_j E[y_j^2] |W_j - W'_j|^2: ridge regression towards the weight, at any rank."""
     problem, asked = lowrank_problem(shape), {"rank": 4, "two_sided": False}
     damped = problem.compress("paredown_lowrank", damping=0.3, **asked)
-    tokens, inner = problem.x.shape
-    more = (0.3 * tokens * problem.x.square().mean()).sqrt() * torch.eye(inner)
+    more = torch.diag((0.3 * problem.x.square().sum(0)).sqrt())
     problem.x, problem.dense = (torch.cat((t, more.to(t.dtype))) for t in (problem.x, problem.dense))
     close(problem.compress("paredown_lowrank", damping=0.0, **asked), damped.dense().double(), 1e-4)
 

@@ -61,20 +61,21 @@ def shifted(x, seed=0):
     return 0.8 * x + 0.4 * x.abs().mean() * noise + 0.5
 
 
-def regression(gram, cross, damping):
+def regression(gram, cross, damping, **options):
     """The correction E of W (I + E) from the moments E[y y^T] and E[x y^T]."""
-    return regressed(cross - gram, gram, damping)
+    return regressed(cross - gram, gram, damping, **options)
 
 
-def test_the_regression_is_the_ridge_towards_the_dense_output():
+@pytest.mark.parametrize("each", [False, True])
+def test_the_regression_is_the_ridge_towards_the_dense_output(each):
     weight, x, _ = data(9, 14)
-    y = shifted(x)
+    y = shifted(x) * torch.logspace(0, 2, 14)
+    sizes = moment(y).diagonal()
     for damping in (1e-9, 0.01, 1.0):
-        added = damping * moment(y).diagonal().mean()
-        change = regression(moment(y), x.T @ y / len(x), damping)
+        change = regression(moment(y), x.T @ y / len(x), damping, each=each)
         # least squares on the data and on rows that stand for the damping, which pull towards the weight itself
-        rows = torch.cat((y, (len(x) * added).sqrt() * torch.eye(14)))
-        wanted = torch.cat((x @ weight.T, (len(x) * added).sqrt() * weight.T))
+        pull = torch.diag((len(x) * damping * (sizes if each else sizes.mean().expand(14))).sqrt())
+        rows, wanted = torch.cat((y, pull)), torch.cat((x @ weight.T, pull @ weight.T))
         best = torch.linalg.lstsq(rows, wanted).solution.T
         torch.testing.assert_close(Target(weight, change).value, best, rtol=1e-7, atol=1e-7)
 
