@@ -27,9 +27,10 @@ def regressed(
 def _factored(gram: Tensor, damping: float, mean: Tensor | None, each: bool) -> Tensor:
     """The lower factor of the damped A. The covariance of inputs that hardly vary is rounding, and that much is added."""
     damped = gram.clone() if mean is None else gram.addr(mean, mean, alpha=-1.0)  # (in, in)
-    size, varying = gram.diagonal().mean(), damped.diagonal().mean()
-    added = ridge_of(damped.diagonal(), damping) if each else damping * varying.clamp_min(1e-12)
-    if mean is not None and bool(varying <= ROUNDING * size):
-        added = added + ROUNDING * size
+    varying = damped.diagonal()  # (in,)
+    added = ridge_of(varying, damping) if each else damping * varying.mean().clamp_min(1e-12)
+    if mean is not None:
+        rounding = ROUNDING * gram.diagonal()
+        added = added + rounding.where(varying <= rounding, 0.0)
     damped.diagonal().add_(added)
     return cholesky_in_place(damped)

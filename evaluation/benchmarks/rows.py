@@ -63,21 +63,21 @@ LOWRANK: dict[str, Raw] = {
 }
 ABLATIONS: dict[str, Raw] = {
     "SVD-LLM": {"method": "svd_llm", **TO_THE_LAST},
-    "SVD-LLM + affine": {"method": "rom"},
-    "SVD-LLM + PIFA": {"method": "svd_llm", "options": {"storage": "pifa"}},
+    "SVD-LLM + affine": {"method": "rom", **TO_THE_LAST},
+    "SVD-LLM + PIFA": {"method": "svd_llm", "options": {"storage": "pifa", "rank_multiple": 1}},
     "SVD-LLM + regression": {
         "method": "paredown_lowrank",
-        "options": {"two_sided": False, "affine": False, "storage": "factors"},
+        "options": {"two_sided": False, "storage": "factors", "rank_multiple": 1},
         "allocation": {"strategy": "uniform"},
     },
-    "SVD-LLM + global": {"method": "svd_llm", "allocation": {"strategy": "global"}},
+    "SVD-LLM + global": {"method": "svd_llm", "allocation": {"strategy": "global"}, **TO_THE_LAST},
     "ours": OURS,
     "ours hardly damped": {**OURS, "options": {"damping": 0.01, "output_damping": 0.001}},
     "ours without two-sided": {**OURS, "options": {"two_sided": False}},
     "ours with biases": {**OURS, "options": {"affine": True}},
     "ours without regression": {**OURS, "options": {"regression": False}},
     "ours without PIFA": {**OURS, "options": {"storage": "factors"}},
-    "ours without global allocation": {**OURS, "allocation": {"strategy": "uniform"}},
+    "ours without global allocation": {**OURS, "allocation": {"strategy": "uniform"}, **TO_THE_LAST},
 }
 STRUCTURED: dict[str, Raw] = {
     "tail": {"method": "tail"},

@@ -42,9 +42,7 @@ class Factorized(WeightMethod):
     energy: Share | None = None  # the share of each layer's energy, in the method's own metric, that must be kept
     target_parameters: Count | None = None  # of the whole model
     storage: Literal["factors", "pifa"] = "factors"
-    rank_multiple: Count = (
-        STEP  # of which ranks of large weights are multiples, as kernels like them; 1: to the last one
-    )
+    rank_multiple: Count = STEP  # ranks of large weights are multiples of it, as kernels like them
 
     chain = True
     strategy = "uniform"
@@ -117,7 +115,8 @@ class Factorized(WeightMethod):
         rank = self.rank or largest_rank(self.kind, shape, (self.share or 0) * size, self.adds_bias, self.rank_multiple)
         if not rank:
             raise PareError(
-                f"{[*shape]}: not even rank 1 fits into {self.share:g} of it. Raise kept, or skip it with targets.skip."
+                f"{[*shape]}: not even rank {rank_step(shape, self.rank_multiple)} fits into {self.share:g} of it. "
+                "Raise kept, or skip it with targets.skip; ranks of large weights are multiples of rank_multiple."
             )
         return rank if rank <= min(shape) and self.numbers(shape, rank) < size else 0
 

@@ -211,20 +211,25 @@ def test_the_regression_stays_off_though_both_streams_were_followed(lowrank_prob
     assert torch.equal(off.target(problem.weight, paired).value, problem.wide)
 
 
+@pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_ours_takes_fewer_tokens_than_inputs_too(shape, lowrank_problem):
+def test_ours_takes_fewer_tokens_than_inputs_too(shape, affine, lowrank_problem):
     problem = lowrank_problem(shape, tokens=4, sequences=2)
     problem.x[:, :3] = 0
-    edit = problem.compress("paredown_lowrank", rank=5)
+    edit = problem.compress("paredown_lowrank", rank=5, affine=affine)
     made = problem.x.double() @ edit.dense().double().T + (0 if edit.shift is None else edit.shift)
     wanted = problem.dense.double() @ problem.wide.T
     assert torch.isfinite(edit.dense()).all() and mean_square(made - wanted) < 0.05 * mean_square(wanted)
 
 
-def test_ours_takes_inputs_that_never_change(lowrank_problem):
-    problem = lowrank_problem()
-    problem.x[:], problem.dense[:] = 1, 1
-    assert torch.isfinite(problem.compress("paredown_lowrank", rank=5).dense()).all()
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("still", [slice(None), slice(3)])
+def test_ours_takes_inputs_that_never_change(still, shape, affine, lowrank_problem):
+    problem = lowrank_problem(shape)
+    for value in (1.0, 1234.567):  # whose sums of squares are rounded
+        problem.x[:, still] = problem.dense[:, still] = value
+        assert torch.isfinite(problem.compress("paredown_lowrank", rank=5, affine=affine).dense()).all()
 
 
 @pytest.mark.parametrize("affine", [False, True])

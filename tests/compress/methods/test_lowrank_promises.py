@@ -73,6 +73,8 @@ def test_where_not_even_rank_one_fits_the_message_says_what_to_do(lowrank_proble
     with pytest.raises(PareError, match=r"not even rank 1.*Raise kept, or skip it"):
         problem.compress("svd", kept=32 / 240 - 1e-6)
     assert problem.compress("svd", kept=32 / 240 + 1e-6).rank == 1
+    with pytest.raises(PareError, match=r"not even rank 600 .*rank_multiple"):
+        build("svd", {"kept": 0.9, "rank_multiple": 600}).expect((512, 1024), 2)
     with pytest.raises(PareError, match="not even rank 1"):  # the bias of the affine form is too much
         problem.compress("rom", kept=32 / 240 + 1e-6)
 

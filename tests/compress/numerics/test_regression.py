@@ -179,3 +179,12 @@ def test_refitting_the_left_factor_helps_on_other_inputs_only(shape):
     y = shifted(x)
     lost = [float((x @ weight.T - y @ (u @ found.right).T).square().sum()) for u in (refitted(y), found.left)]
     assert lost[0] < 0.99 * lost[1]
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_the_variance_of_an_input_that_never_changes_may_be_rounded_below_zero(each):
+    _, x, _ = data(9, 14)
+    x[:, 3] = 1000.0
+    gram, mean = moment(x), x.mean(0)
+    gram[3, 3] -= 1e-6 * gram[3, 3]  # as sums in float32 may end
+    assert torch.isfinite(regressed(torch.ones(2, 14).double(), gram, 0.01, mean, each=each)).all()
