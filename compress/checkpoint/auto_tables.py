@@ -24,7 +24,17 @@ def register_companions(dense: type[Any], packed: type[Any]) -> None:
     """Give the config class `packed` the tokenizer and the processors of the class `dense`."""
     for mapping in _mappings():
         if dense in mapping:
-            mapping.register(packed, mapping[dense], exist_ok=True)
+            enter(mapping, packed, mapping[dense])
+
+
+def enter(mapping: Any, config: type[Any], value: Any) -> None:
+    """Enter a config class of ours into a table of transformers, over what it has for it.
+
+    Before version 5.19 its own `register` passes over classes with the `__module__` of transformers.
+    """
+    mapping.register(config, value, exist_ok=True)
+    if mapping.get(config, None) is not value:
+        mapping._extra_content[config] = value
 
 
 @cache

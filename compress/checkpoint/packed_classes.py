@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from paredown.compress.checkpoint.architectures import candidates, dense_names, model_class
-from paredown.compress.checkpoint.auto_tables import register_companions
+from paredown.compress.checkpoint.auto_tables import enter, register_companions
 from paredown.compress.checkpoint.tensor_files import all_finite
 from paredown.compress.errors import PareError
 from paredown.compress.storage.modules import PACKED
@@ -128,7 +128,7 @@ def packed_model_class(model_type: str, architecture: str) -> type[Any]:
         # a multimodal model is also found where lm-eval and others look for any language model
         if architecture in names or auto is AutoModelForCausalLM:
             before = auto._model_mapping.get(config, ())
-            auto._model_mapping.register(config, (*before, model), exist_ok=True)
+            enter(auto._model_mapping, config, (*before, model))
     return model
 
 

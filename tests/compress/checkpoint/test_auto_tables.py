@@ -4,7 +4,8 @@ import json
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers.models.auto.auto_factory import _LazyAutoMapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import (
     MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
@@ -13,6 +14,7 @@ from transformers.models.auto.tokenization_auto import (
 
 from paredown.compress.checkpoint import transformers_plugin
 from paredown.compress.checkpoint.architectures import model_types
+from paredown.compress.checkpoint.auto_tables import enter
 from paredown.compress.checkpoint.packed_classes import packed_model_type
 
 TEXTS = [
@@ -77,3 +79,16 @@ def test_the_tables_know_every_family_packed():
         packed = packed_model_type(name)
         assert TOKENIZER_MAPPING_NAMES.get(packed) == TOKENIZER_MAPPING_NAMES.get(name)
         assert (packed in wrong) == (name in wrong)
+
+
+def test_a_class_is_entered_also_where_transformers_passes_over_those_with_its_module(monkeypatch):
+    """As its versions 5.17 and 5.18 do."""
+    monkeypatch.setattr(_LazyAutoMapping, "register", lambda *_, exist_ok: None)
+    table = AutoModelForCausalLM._model_mapping
+    config = type("PackedGPT2Config", (GPT2Config,), {"__module__": GPT2Config.__module__})
+    try:
+        for value in (("one",), ("one", "two")):
+            enter(table, config, value)
+            assert table[config] is value
+    finally:
+        table._extra_content.pop(config, None)
