@@ -1,7 +1,7 @@
 """The factorizer: minimise |L (B - W') R| over matrices W' of rank k, for any weightings L and R.
 
 B is the weight, or the one that regression towards the dense model's output puts in its place. The papers differ in L
-and R: see methods/lowrank/. In float64; on a GPU eigenvectors are computed in float32 first.
+and R: see methods/lowrank/. In the precision of the metric; on a GPU eigenvectors are computed in float32 first.
 """
 
 from bisect import bisect_right
@@ -41,17 +41,21 @@ def factorize(target: Target, metric: Metric, choose: Callable[[Tensor], int]) -
     Moments may be singular. Raises PareError if a decomposition fails.
     """
     product, factors = _problem(target, metric)
-    losses, vectors = eigh_by_float32(product) if product.is_cuda else eigh(product)
+    losses, vectors = eigh_by_float32(product) if _in_float32(product) else eigh(product)
     return Factors(*factors(vectors[:, : choose(losses)]), losses)
 
 
 def spectrum(target: Target, metric: Metric) -> Tensor:
     """The losses of `factorize`, (min(out, in),), for less work than the factors take."""
     product = _problem(target, metric)[0]
-    if product.is_cuda:
+    if _in_float32(product):
         return eigh_by_float32(product)[0]
     values: Tensor = decomposed(torch.linalg.eigvalsh, product)
     return values.flip(0).clamp_min(0)
+
+
+def _in_float32(product: Tensor) -> bool:
+    return product.is_cuda or product.dtype == torch.float32
 
 
 # the symmetric matrix whose eigenvalues are the losses, and a function from its first eigenvectors (size, k) to factors
@@ -159,7 +163,7 @@ def balanced(factors: Factors) -> tuple[Tensor, Tensor]:
     left, right = factors.left, factors.right
     lefts, rights = left.norm(dim=0), right.norm(dim=1)  # (k,)
     alive = (lefts > 0) & (rights > 0)
-    ratio = (rights / lefts).where(alive, 1.0).clamp(1e-300, 1e300).sqrt()  # (k,)
+    ratio = (rights / lefts).where(alive, 1.0).clamp(1e-30, 1e30).sqrt()  # (k,)
     return (left * ratio).where(alive, 0.0), (right / ratio[:, None]).where(alive[:, None], 0.0)
 
 

@@ -1,4 +1,4 @@
-"""How an error D of a weight is measured, `tr(G D A D^T)` in float64, and which matrix is approximated.
+"""How an error D of a weight is measured, `tr(G D A D^T)`, and which matrix is approximated.
 
 G = L^T L weighs the output side and A = R R^T the input side; each may be a full moment, a diagonal, or the identity.
 """
@@ -16,7 +16,7 @@ OUTPUT_DAMPING = 1e-3  # of the mean diagonal of G: output directions without an
 
 @dataclass(frozen=True)
 class Metric:
-    """How an error D (out, in) is weighed: `tr(G D A D^T)`; None means the identity. float64.
+    """How an error D (out, in) is weighed: `tr(G D A D^T)`; None means the identity. All in one precision.
 
     input: A (in, in), or its diagonal (in,); with `mean` (in,), A - mean mean^T.
     output: G (out, out), or its diagonal (out,); where out > in it is "folded", W^T G W (in, in), and comes with diag G
@@ -47,7 +47,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Target:
-    """The matrix to approximate: `weight @ (I + correction) + added`, (out, in) float64."""
+    """The matrix to approximate: `weight @ (I + correction) + added`, (out, in), in the precision of the metric."""
 
     weight: Tensor
     correction: Tensor | None = None  # (in, in)
@@ -88,21 +88,21 @@ class Target:
         if not metric.folded(self.weight.shape) or metric.input is None or metric.input.dim() == 1:
             return error(self.weight, metric, self.weight)
         assert metric.output is not None  # and E is the identity
-        total = (metric.output * metric.input).sum()
+        total = (metric.output * metric.input).sum(dtype=torch.float64)
         return float(total if metric.mean is None else total - metric.mean @ metric.output @ metric.mean)
 
 
 def error(difference: Tensor, metric: Metric, weight: Tensor) -> float:
-    """`tr(G D A D^T)` of D (out, in), float64; where G is folded, of the projection of D on the span of W's columns."""
+    """`tr(G D A D^T)` of D (out, in); where G is folded, of the projection of D on the span of W's columns."""
     return measured(Target(weight).projected(difference, metric), metric)
 
 
 def measured(wrong: Tensor, metric: Metric) -> float:
-    """`tr(G D A D^T)` of D as `Target.projected` returns it."""
+    """`tr(G D A D^T)` of D as `Target.projected` returns it, summed in float64."""
     weighed = times_moment(wrong, metric)
     if metric.output is not None:
         weighed = metric.output[:, None] * weighed if metric.output.dim() == 1 else metric.output @ weighed
-    return float(weighed.flatten().dot(wrong.flatten()))
+    return float((weighed * wrong).sum(dtype=torch.float64))
 
 
 def share_lost(aim: Tensor, result: Tensor, metric: Metric, weight: Tensor) -> float:

@@ -1,6 +1,7 @@
 """Statistics of a layer's inputs and outputs: moments summed batch by batch, under the names that methods ask for."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal
@@ -77,8 +78,10 @@ class InputStats:
 
     `needs`, a subset of PAIRED_NEEDS, says what is collected; reading anything else raises NotCollected. Linears with the
     same input (q/k/v; gate/up) share one object. Of the Gram matrix only the lower triangle is summed. `vector` entries side
-    by side are one vector, such as the output of an attention head.
+    by side are one vector, such as the output of an attention head. Means are given in `precision`.
     """
+
+    precision = torch.float64
 
     def __init__(
         self, in_features: int, needs: frozenset[Need], device: torch.device | str = "cpu", vector: int = 1
@@ -258,7 +261,13 @@ class InputStats:
     def _mean(self, name: str) -> Tensor:
         if name not in self._sums:
             raise NotCollected(name)
-        return self._sums[name] / max(self.count, 1)
+        return self._sums[name].to(self.precision, copy=True).div_(max(self.count, 1))
+
+    def at(self, precision: torch.dtype) -> "InputStats":
+        """The same sums, whose means are given in another precision."""
+        other = copy(self)
+        other.precision = precision
+        return other
 
 
 @dataclass(frozen=True)
@@ -284,10 +293,17 @@ class Stats:
     pairs: Sequence[tuple[Tensor, Tensor]] = ()
 
     def gradient(self, need: Need) -> Tensor:
-        """One of GRADIENT_NEEDS, float64. Shapes: see survey/gradients.py."""
+        """One of GRADIENT_NEEDS, in the precision of the inputs. Shapes: see survey/gradients.py."""
         if need not in self.gradients:
             raise NotCollected(need)
-        return self.gradients[need].double()
+        return self.gradients[need].to(self.inputs.precision)
+
+    def at(self, precision: torch.dtype) -> "Stats":
+        """The same, given in another precision than float64."""
+        residual = self.residual
+        if residual:
+            residual = Residual(residual.missing.to(precision), residual.missing_mean.to(precision))
+        return replace(self, inputs=self.inputs.at(precision), residual=residual)
 
     def with_gradients(self, gradients: Mapping[Need, Tensor]) -> "Stats":
         """The same with further moments of the output's gradient."""

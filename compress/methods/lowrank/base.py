@@ -55,6 +55,11 @@ class Factorized(WeightMethod):
             raise PareError(f"{' and '.join(asked)} say how much is kept in different ways: give one of them.")
 
     @property
+    def precision(self) -> torch.dtype:
+        """Of its moments and decompositions."""
+        return torch.float64
+
+    @property
     def kind(self) -> str:
         """The kind in which its factors are stored."""
         return "lowrank" if self.storage == "factors" else "pifa"
@@ -94,7 +99,7 @@ class Factorized(WeightMethod):
 
     def target(self, weight: Tensor, stats: Stats) -> Target:
         """The matrix to approximate, by default the weight (out, in)."""
-        return Target(weight.double())
+        return Target(weight.to(stats.inputs.precision))
 
     def shift(self, weight: Tensor, low: Tensor, stats: Stats) -> Tensor | None:
         """What the bias gains, (out,) float64, given the weight and its approximation `low` (out, in) float64."""
@@ -125,7 +130,7 @@ class Factorized(WeightMethod):
         return Spec(self.kind, shape, rank=rank, bias=self.adds_bias) if rank else None
 
     def working_bytes(self, shape: Shape) -> int:
-        """float64 copies of the weight, of a moment of its smaller side, and of the input's moment."""
+        """Copies of the weight, of a moment of its smaller side, and of the input's moment; a decomposition's float64."""
         out, inner = shape
         needs = self.needs
         # regression adds its target and the correction; two forms are compared if one has a bias
@@ -136,10 +141,11 @@ class Factorized(WeightMethod):
         if Need.CROSS in needs and Need.RESIDUAL not in needs:
             # its sums and a copy; with RESIDUAL the widest layer writes to the residual stream, without a cross moment
             held += 2 * inner * inner
-        return 8 * held
+        return self.precision.itemsize * held + 24 * min(shape) ** 2
 
     def losses(self, weight: Tensor, stats: Stats) -> Tensor:
         """All squared singular values, largest first: the loss at rank k is the sum of those past the k-th."""
+        stats = stats.at(self.precision)
         return spectrum(self.target(weight, stats), self.metric(stats))
 
     def choices(self, shape: Shape, weight: Tensor | None = None, stats: Stats | None = None) -> list[Choice]:
@@ -165,11 +171,12 @@ class Factorized(WeightMethod):
         """None if factors would store no less than the weight."""
         if self.planned_rank((weight.shape[0], weight.shape[1])) == 0:
             return None
+        stats = stats.at(self.precision)
         target, metric = self.target(weight, stats), self.metric(stats)
         edit = self.approximate(target, metric, weight.dtype)
         if edit is None:
             return None
-        low = dense64(edit, weight.dtype)
+        low = rounded(edit, weight.dtype).to(self.precision)
         loss = target.error_of(target.projected(low, metric), metric) / max(target.error_of_zero(metric), 1e-300)
         return replace(edit, shift=self.shift(weight, low, stats), loss=loss, aim=target.aim)
 
@@ -202,9 +209,9 @@ class Factorized(WeightMethod):
         return rank if rank <= len(losses) and self.numbers(shape, rank) < shape[0] * shape[1] else 0
 
 
-def dense64(edit: Factored, dtype: torch.dtype) -> Tensor:  # (out, in)
-    """The approximation as the checkpoint rounds it, float64. Raises PareError if the product overflows `dtype`."""
-    return narrowed(edit.dense(), dtype).double()
+def rounded(edit: Factored, dtype: torch.dtype) -> Tensor:  # (out, in)
+    """The approximation as the checkpoint holds it. Raises PareError if the product overflows `dtype`."""
+    return narrowed(edit.dense(), dtype)
 
 
 def centred(inputs: InputStats) -> Tensor:  # (in, in)

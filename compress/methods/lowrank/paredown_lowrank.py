@@ -6,16 +6,19 @@ Each part can be switched off by its option, and biases on; evaluation/BENCHMARK
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from paredown.compress.methods.base import Damping, register
-from paredown.compress.methods.lowrank.base import Factorized, affine_shift, dense64
+from paredown.compress.methods.lowrank.base import Factorized, affine_shift, rounded
 from paredown.compress.numerics.edits import Factored
 from paredown.compress.numerics.factorize import factorize, largest_rank, spectrum, steps
 from paredown.compress.numerics.least_squares import regressed
 from paredown.compress.numerics.metric import OUTPUT_DAMPING, Metric, Target, measured
 from paredown.compress.numerics.moments import Labels, Need, Residual, Stats
+
+STEADY = 0.1  # damping from which on float32 will do
 
 
 @register("paredown_lowrank")
@@ -48,6 +51,13 @@ class ParedownLowRank(Factorized):
         return frozenset(need for need, wanted in asked.items() if wanted)
 
     @property
+    def precision(self) -> torch.dtype:
+        """float32 where damping bounds how ill-conditioned moments are; a covariance loses digits with its mean."""
+        dampings = [self.damping, *([self.output_damping] if self.two_sided else [])]
+        steady = self.regression and not self.affine and min(dampings) >= STEADY
+        return torch.float32 if steady else torch.float64
+
+    @property
     def reads_pairs(self) -> bool:
         return self.two_sided and self.curves == "direct"
 
@@ -76,6 +86,7 @@ class ParedownLowRank(Factorized):
         """
         if stats.pairs:
             plain = replace(self, affine=False, regression=False)
+            stats = stats.at(self.precision)
             metric = replace(plain.metric(stats), input_damping=self.damping)
             return steps(factorize(plain.target(weight, stats), metric, len), stats.pairs)
         plain = replace(self, affine=False, damping=0.0, output_damping=OUTPUT_DAMPING)
@@ -85,7 +96,7 @@ class ParedownLowRank(Factorized):
         """Towards the dense output: a correction of the input for a tall weight, a change of the weight for a wide one."""
         inputs, residual = stats.inputs, self._residual(stats)
         if not self.regression or not (residual or Need.CROSS in inputs.needs):
-            return Target(weight.double())  # a survey of the dense model follows one stream only
+            return super().target(weight, stats)  # a survey of the dense model follows one stream only
         gram, mean = inputs.gram if gram is None else gram, inputs.mean if self.affine else None
         if residual:
             wanted = residual.missing  # (out, in)
@@ -96,11 +107,11 @@ class ParedownLowRank(Factorized):
             if mean is not None:
                 change.addr_(inputs.dense_mean - mean, mean, alpha=-1.0)
             if weight.shape[0] > weight.shape[1]:
-                return Target(weight.double(), correction=regressed(change, gram, self.damping, mean, each=True))
-            wanted = weight.double() @ change
+                return Target(weight.to(gram.dtype), correction=regressed(change, gram, self.damping, mean, each=True))
+            wanted = weight.to(gram.dtype) @ change
             del change
         added = regressed(wanted, gram, self.damping, mean, each=True)
-        return Target(weight.double(), added=added)
+        return Target(weight.to(gram.dtype), added=added)
 
     def shift(self, weight: Tensor, low: Tensor, stats: Stats) -> Tensor | None:
         if not self.affine:
@@ -119,7 +130,7 @@ class ParedownLowRank(Factorized):
         without = plain.approximate(target, metric, weight.dtype)
         if without is None:
             return None
-        low = dense64(without, weight.dtype)  # (out, in)
+        low = rounded(without, weight.dtype).double()  # (out, in)
         projected, shift = target.projected(low, metric), self.shift(weight, low, stats)
         without_loss = target.error_of(projected, metric) / max(target.error_of_zero(metric), 1e-300)
         without = replace(without, loss=without_loss, aim=target.aim)
@@ -135,7 +146,7 @@ class ParedownLowRank(Factorized):
         means = target.projected(shift[:, None], metric)
         error = target.error_of(projected, metric) + measured(means, replace(metric, input=None, mean=None))
         del projected
-        low = dense64(shifted, weight.dtype)
+        low = rounded(shifted, weight.dtype).double()
         varying = target.error_of(target.projected(low, metric), metric)
         if error <= varying:
             return without

@@ -46,19 +46,23 @@ def test_the_optimum_is_the_svd_in_the_middle_by_any_root(shape, input_side, out
 
 @pytest.mark.parametrize("decades", [0, 5, 12])
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
-def test_vectors_by_float32_lose_next_to_nothing(decades, size):
-    basis = torch.linalg.qr(torch.randn(96, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
-    matrix = size * (basis * torch.logspace(0, -decades, 96, dtype=torch.float64)) @ basis.T
+@pytest.mark.parametrize(("count", "leading"), [(96, 1.0), (300, 1.0), (300, 1e7)])
+def test_vectors_by_float32_lose_next_to_nothing(decades, size, count, leading):
+    """Also of what a direction that owns nearly all leaves to the others."""
+    draw = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(count, count, generator=draw, dtype=torch.float64))[0]
+    spectrum = size * torch.logspace(0, -decades, count, dtype=torch.float64)
+    spectrum[0] *= leading
+    matrix = (basis * spectrum) @ basis.T
     values, vectors = eigh_by_float32(matrix)
-    exact = torch.linalg.eigvalsh(matrix).flip(0)
-    whole = float(exact.sum())
+    rest = float(spectrum[1:].sum())
     assert torch.equal(values, values.sort(descending=True)[0])
-    torch.testing.assert_close(vectors.T @ vectors, torch.eye(96, dtype=torch.float64), rtol=0, atol=1e-10)
-    for rank in (0, 1, 48, 95, 96):
-        kept = vectors[:, :rank]
-        lost = whole - float((kept * (matrix @ kept)).sum())
-        assert lost == pytest.approx(float(values[rank:].sum()), abs=1e-10 * whole)
-        assert lost == pytest.approx(float(exact[rank:].sum()), abs=2e-7 * whole)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(count, dtype=torch.float64), rtol=0, atol=1e-10)
+    for rank in (1, count // 2, count - 1, count):
+        kept = vectors[:, rank:]  # of what is left out
+        lost = float((kept * (matrix @ kept)).sum())
+        assert lost == pytest.approx(float(values[rank:].sum()), abs=1e-8 * rest)
+        assert lost == pytest.approx(float(spectrum[rank:].sum()), abs=1e-5 * rest)
 
 
 @pytest.mark.parametrize(("shape", "input_side", "output_side"), COMBINATIONS)
