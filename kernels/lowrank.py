@@ -14,6 +14,7 @@ from torch.nn import functional as F
 # numbers of a weight: up to here PIFA's outputs come in order from a left factor that has its rows so, whose further products
 # take less time than permuting outputs
 SMALL = 1 << 20
+AT_ONCE = 512  # tokens whose outputs a CPU permutes while they are in its cache
 
 
 def lowrank_matmul(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -32,11 +33,18 @@ def pifa_matmul(
     if len(order) * x.shape[-1] <= SMALL:
         return lowrank_matmul(x, pifa_left(coefficients, order), pivots, bias)
     tokens = x.reshape(-1, x.shape[-1])
-    # one token a column: rows are permuted many times faster than columns
-    hidden = pivots @ tokens.T  # (k, tokens)
-    y = torch.cat((hidden, coefficients @ hidden)).index_select(0, order).T.contiguous()  # (tokens, out)
+    if x.device.type == "cpu" and len(tokens) > AT_ONCE:
+        y = torch.cat([_pifa_rows(part, pivots, coefficients, order) for part in tokens.split(AT_ONCE)])
+    else:
+        y = _pifa_rows(tokens, pivots, coefficients, order)
     y = y.view(*x.shape[:-1], len(order))
     return y if bias is None else y + bias
+
+
+def _pifa_rows(x: Tensor, pivots: Tensor, coefficients: Tensor, order: Tensor) -> Tensor:  # (tokens, out)
+    """By way of one token a column: rows are permuted many times faster than columns."""
+    hidden = pivots @ x.T  # (k, tokens)
+    return torch.cat((hidden, coefficients @ hidden)).index_select(0, order).T.contiguous()
 
 
 def pifa_left(coefficients: Tensor, order: Tensor) -> Tensor:  # (out, k)

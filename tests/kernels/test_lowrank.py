@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from paredown.kernels import lowrank
 from paredown.kernels.lowrank import cur_dense, cur_matmul, lowrank_dense, lowrank_matmul, pifa_dense, pifa_matmul
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -159,7 +160,11 @@ def test_gradients_reach_the_factors_through_the_dense_weight_as_through_the_pro
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(9, 7, 3), (12, 5, 5), (6, 8, 1)])
-def test_pifa_gives_many_tokens_what_it_gives_each(shape, dtype):
+@pytest.mark.parametrize("small", [lowrank.SMALL, 0])
+def test_pifa_gives_many_tokens_what_it_gives_each(shape, dtype, small, monkeypatch):
+    """Of large weights also in several parts."""
+    monkeypatch.setattr(lowrank, "SMALL", small)
+    monkeypatch.setattr(lowrank, "AT_ONCE", 32)
     pivots, coefficients, order = factors("pifa", shape, dtype)
     bias, x = torch.randn(shape[0]).to(dtype), torch.randn(2, 40, shape[1]).to(dtype)
     many = pifa_matmul(x, pivots, coefficients, order, bias)
