@@ -78,7 +78,7 @@ class InputStats:
 
     `needs`, a subset of PAIRED_NEEDS, says what is collected; reading anything else raises NotCollected. Linears with the
     same input (q/k/v; gate/up) share one object. Of the Gram matrix only the lower triangle is summed. `vector` entries side
-    by side are one vector, such as the output of an attention head. Means are given in `precision`.
+    by side are one vector, such as the output of an attention head. Means come in `precision`, by default float64.
     """
 
     precision = torch.float64
@@ -175,7 +175,7 @@ class InputStats:
 
     @property
     def gram(self) -> Tensor:  # (in, in)
-        """H = E[x x^T], float64."""
+        """H = E[x x^T]."""
         full = self._mean(Need.GRAM)
         for i in range(0, self.in_features, STRIP):  # mirrored strip by strip: a second copy would be large
             corner = full[i : i + STRIP, i : i + STRIP].tril_()
@@ -197,17 +197,17 @@ class InputStats:
 
     @property
     def mean(self) -> Tensor:  # (in,)
-        """E[x], float64."""
+        """E[x]."""
         return self._mean(Need.MEAN)
 
     @property
     def absolute_mean(self) -> Tensor:  # (in,)
-        """E|x|, float64."""
+        """E|x|."""
         return self._mean(Need.ABSOLUTE_MEAN)
 
     @property
     def window_mean(self) -> Tensor:  # (in,)
-        """E[(mean |x|)^2], the mean over a window's tokens and the expectation over windows, float64.
+        """E[(mean |x|)^2], the mean over a window's tokens and the expectation over windows.
 
         |x| is the norm of the vector that an entry lies in.
         """
@@ -215,17 +215,17 @@ class InputStats:
 
     @property
     def window_norm(self) -> Tensor:  # (in,)
-        """E[(mean x^2)^(1/2)], the mean over a window's tokens and the expectation over windows, float64."""
+        """E[(mean x^2)^(1/2)], the mean over a window's tokens and the expectation over windows."""
         return self._mean(Need.WINDOW_NORM)
 
     @property
     def cross(self) -> Tensor:  # (in, in)
-        """E[x y^T] of the dense model's input x and the compressed one's y, float64."""
+        """E[x y^T] of the dense model's input x and the compressed one's y."""
         return self._mean(Need.CROSS)
 
     @property
     def dense_mean(self) -> Tensor:  # (in,)
-        """E[x] of the dense model's input, float64; without CROSS there is one input, and this is its mean."""
+        """E[x] of the dense model's input; without CROSS there is one input, and this is its mean."""
         return self._mean(DENSE_MEAN if Need.CROSS in self.needs else Need.MEAN)
 
     def energy(self, rows: Tensor) -> float:
