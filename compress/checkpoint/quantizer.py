@@ -14,7 +14,7 @@ from paredown.compress.storage.install import install, read_specs
 from paredown.compress.storage.kinds import FORMAT_VERSION
 from paredown.compress.storage.shapes import Shapes
 from paredown.compress.storage.spec import Spec, told
-from paredown.compress.storage.unpacked import keep_unpacked
+from paredown.compress.storage.unpacked import align, keep_unpacked
 
 
 def read_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Spec], Shapes]:
@@ -74,6 +74,7 @@ class PackedWeightsQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         _compute_as_dense(model)
+        align(model)
         fuse(model)
         keep_unpacked(model)
         return model

@@ -12,6 +12,7 @@ from paredown.compress.storage.kinds import MASKS, kind_of
 from paredown.compress.storage.modules import PACKED, PackedLinear
 
 MOST = 0.5  # of the memory that is free, unless a person asks
+LINE = 64  # bytes of a line of the cache
 
 
 def keep_unpacked(model: nn.Module, wanted: bool | None = None) -> int:
@@ -36,3 +37,15 @@ def keep_unpacked(model: nn.Module, wanted: bool | None = None) -> int:
         module.keeps = own > 0 and wanted is not False
         module.forget()
     return size if wanted is not False else 0
+
+
+def align(model: nn.Module) -> None:
+    """Copy what a file's mapping left across lines of the cache, of weights of low rank on a CPU.
+
+    Products by it in bfloat16 take nearly twice as long.
+    """
+    for module in model.modules():
+        if isinstance(module, PACKED) and module.kind not in MASKS:
+            for tensor in module.parameters(recurse=False):
+                if tensor.device.type == "cpu" and tensor.data_ptr() % LINE:
+                    tensor.data = tensor.data.clone()

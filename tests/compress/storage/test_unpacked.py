@@ -13,7 +13,7 @@ from paredown.compress.storage import unpacked
 from paredown.compress.storage.install import install
 from paredown.compress.storage.kinds import pack
 from paredown.compress.storage.spec import Spec
-from paredown.compress.storage.unpacked import keep_unpacked
+from paredown.compress.storage.unpacked import LINE, align, keep_unpacked
 
 
 class Experts(nn.Module):
@@ -134,6 +134,20 @@ def test_a_small_pifa_weight_keeps_a_left_factor(size, kept):
     assert (model[0]._kept is not None) == (kept > 0)
     model[0].coefficients.mul_(0.0)
     assert float((model(x) - after).norm() / before.norm()) > 0.1
+
+
+def test_factors_are_copied_to_where_a_line_of_the_cache_begins():
+    model = nn.Sequential(nn.Linear(24, 24))
+    install(model, {"0": Spec("lowrank", (24, 24), rank=8)})
+    placed = {
+        name: torch.randn(1 + 24 * 8)[1:].view(p.shape) for name, p in model[0].named_parameters() if p.dim() == 2
+    }
+    for name, values in placed.items():
+        getattr(model[0], name).data = values
+    align(model)
+    for name, values in placed.items():
+        tensor = getattr(model[0], name)
+        assert values.data_ptr() % LINE and not tensor.data_ptr() % LINE and torch.equal(tensor, values)
 
 
 @torch.no_grad()
