@@ -53,7 +53,7 @@ def eigh_by_float32(matrix: Tensor) -> tuple[Tensor, Tensor]:
     top = _leading(wide)  # (n, LEADING)
     across = wide @ top  # (n, LEADING)
     inside = top.T @ across
-    sizes, turn = torch.linalg.eigh(inside)
+    sizes, turn = decomposed(torch.linalg.eigh, inside)
     half = across - top @ inside / 2
     rest = wide.addmm(half, top.T, alpha=-1.0).addmm_(top, half.T, alpha=-1.0)  # nothing along `top`
     scale = rest.diagonal().mean().clamp_min(1e-300)  # into float32's range
