@@ -11,7 +11,7 @@ from paredown.compress.errors import PareError
 
 # relative to the largest: smaller eigenvalues of an input moment, which may be singular, count as this much
 FLOOR = 1e-10
-LEADING, ITERATIONS = 16, 8  # directions that are taken out before the rest is decomposed in float32
+LEADING, ITERATIONS = 16, 8  # directions that are looked for before the rest is decomposed in float32
 SMALL = 256  # decomposed in float64 in no time
 LEAST = 1e-6  # of the mean: what damping takes a smaller entry of a diagonal for
 UNFACTORED = "a moment of its data cannot be factored: raise damping, or calibrate on more text."
@@ -43,24 +43,20 @@ def eigh_by_float32(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """As `eigh`, with the bulk decomposed in float32: GPUs are far slower at it in float64, CPUs half as fast.
 
     float32 misses vectors by what is 1e-7 of the largest eigenvalue, and beside an attention sink that is as large as those
-    at the cut. So the leading directions are found by subspace iteration in float64, and the rest is decomposed alone.
+    at the cut. So directions that stand out are found in float64 first, and the rest is decomposed without them.
     Vectors of a float64 matrix are made orthonormal in float64, and their values are those of the matrix.
     """
     wide = (matrix.double() + matrix.T) / 2
     if len(matrix) < SMALL:
         values, vectors = eigh(wide)
         return values.to(matrix.dtype), vectors.to(matrix.dtype)
-    top = _leading(wide)  # (n, LEADING)
-    across = wide @ top  # (n, LEADING)
-    inside = top.T @ across
-    sizes, turn = decomposed(torch.linalg.eigh, inside)
-    half = across - top @ inside / 2
-    rest = wide.addmm(half, top.T, alpha=-1.0).addmm_(top, half.T, alpha=-1.0)  # nothing along `top`
+    sizes, top = _outstanding(wide)  # (d,), (n, d)
+    rest = wide.addmm(top * sizes, top.T, alpha=-1.0)
     scale = rest.diagonal().mean().clamp_min(1e-300)  # into float32's range
-    rest = rest.div_(scale).addmm_(top, top.T, alpha=-1.0)  # `top` has the lowest values, and so comes last
+    rest = rest.div_(scale).addmm_(top, top.T, alpha=-1.0)  # `top` has the lowest values, and so comes first
     values, vectors = decomposed(torch.linalg.eigh, rest.float())
-    values = torch.cat((values[LEADING:].double() * scale, sizes)).clamp_min(0)
-    vectors = torch.cat((vectors[:, LEADING:].to(matrix.dtype), (top @ turn).to(matrix.dtype)), dim=1)
+    values = torch.cat((values[len(sizes) :].double() * scale, sizes)).clamp_min(0)
+    vectors = torch.cat((vectors[:, len(sizes) :].to(matrix.dtype), top.to(matrix.dtype)), dim=1)
     if matrix.dtype == torch.float64:
         # one Newton-Schulz step: an error of 1e-6 becomes 1e-12
         vectors = torch.addmm(vectors, vectors, vectors.T @ vectors, beta=1.5, alpha=-0.5)
@@ -69,13 +65,20 @@ def eigh_by_float32(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(matrix.dtype), vectors[:, order]
 
 
-def _leading(matrix: Tensor) -> Tensor:  # (n, LEADING)
-    """An orthonormal basis near the eigenvectors of the largest eigenvalues of a float64 matrix, by subspace iteration."""
+def _outstanding(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues (d,) of a float64 matrix and their vectors (n, d), as far as subspace iteration settles.
+
+    Those are the ones far above the others; where none is, float32 needs no help.
+    """
     start = torch.randn(len(matrix), LEADING, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
     basis: Tensor = torch.linalg.qr(start.to(matrix.device))[0]
     for _ in range(ITERATIONS):
         basis = torch.linalg.qr(matrix @ basis)[0]
-    return basis
+    across = matrix @ basis  # (n, LEADING)
+    sizes, turn = decomposed(torch.linalg.eigh, basis.T @ across)
+    basis, across = basis @ turn, across @ turn
+    found = (across - basis * sizes).norm(dim=0) <= 1e-7 * sizes
+    return sizes[found], basis[:, found]
 
 
 def decomposed(by: Callable[[Tensor], Any], matrix: Tensor) -> Any:

@@ -55,14 +55,20 @@ def test_vectors_by_float32_lose_next_to_nothing(decades, size, count, leading):
     spectrum[0] *= leading
     matrix = (basis * spectrum) @ basis.T
     values, vectors = eigh_by_float32(matrix)
-    rest = float(spectrum[1:].sum())
+    exact = torch.linalg.eigvalsh(matrix).flip(0)
+    whole, rest = float(exact.sum()), float(spectrum[1:].sum())
     assert torch.equal(values, values.sort(descending=True)[0])
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(count, dtype=torch.float64), rtol=0, atol=1e-10)
-    for rank in (1, count // 2, count - 1, count):
-        kept = vectors[:, rank:]  # of what is left out
-        lost = float((kept * (matrix @ kept)).sum())
+    for rank in (0, 1, count // 2, count - 1, count):
+        kept = vectors[:, :rank]
+        lost = whole - float((kept * (matrix @ kept)).sum())
+        assert lost == pytest.approx(float(values[rank:].sum()), abs=1e-10 * whole)
+        assert lost == pytest.approx(float(exact[rank:].sum()), abs=2e-7 * whole)
+    for rank in (1, count // 2, count - 1):  # beside what the leading direction owns
+        left = vectors[:, rank:]
+        lost = float((left * (matrix @ left)).sum())
         assert lost == pytest.approx(float(values[rank:].sum()), abs=1e-8 * rest)
-        assert lost == pytest.approx(float(spectrum[rank:].sum()), abs=1e-5 * rest)
+        assert lost == pytest.approx(float(spectrum[rank:].sum()), abs=5e-6 * rest)
 
 
 @pytest.mark.parametrize(("shape", "input_side", "output_side"), COMBINATIONS)
