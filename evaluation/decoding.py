@@ -54,9 +54,14 @@ class Decoding:
         for _ in range(self.steps):
             self._launch()
 
-    def use_graph(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Replay this graph of `step` instead of calling it."""
-        self._launch = graph.replay
+    def use_graph(self, graph: torch.cuda.CUDAGraph, logits: Tensor) -> None:
+        """Replay this graph of `step`, which writes to `logits`, instead of calling it."""
+
+        def launch() -> None:
+            graph.replay()
+            self.logits = logits
+
+        self._launch = launch
 
     def run_once(self) -> Tensor:
         """Prefill and decode as they are timed. Returns the logits of the first and the last step, (batch, 2, vocabulary)."""
@@ -187,7 +192,7 @@ def use_graphs(runs: Mapping[str, Decoding], errors: dict[str, LogitError], capt
     if graphs is None:
         return "a step cannot be captured into one"
     for name, run in runs.items():
-        run.use_graph(graphs[name])
+        run.use_graph(graphs[name], run.logits)  # still those of the step that was captured
         error = compare(run.run_once(), run.plain(), name)
         if largest(error) > max(TOLERANCE, 2 * largest(errors[name])):
             return f"the captured step of {name} does not compute what the model computes"
