@@ -68,7 +68,7 @@ def sparse24(
         sparse24_expand.matmul(x, values, indices, bias, y, lowrank, **tile)
         return y
     if choice.path == "cusparselt" and sparse24_cusparselt.is_available(values):
-        return sparse24_cusparselt.matmul(x, values, indices, bias)
+        return sparse24_cusparselt.matmul(x, values, indices, bias, choice.tile)
     weight = x.new_empty(y.shape[1], x.shape[1])
     sparse24_expand.decompress(values, indices, weight)
     return F.linear(x, weight, bias)

@@ -17,7 +17,9 @@ def test_a_copy_serves_until_the_weight_changes(random_24):
             compressed.append(values)
             return unpack24(values, indices)
 
-        return sparse24_cusparselt.matmul(x, values, indices, None, compress)
+        return sparse24_cusparselt.matmul(
+            x, values, indices, None, {}, compress, lambda copy, x, bias, _: F.linear(x, copy, bias)
+        )
 
     first, second = random_24(16, 64, torch.float32), random_24(16, 64, torch.float32, seed=1)
     (values, indices), others, x = pack24(*first), pack24(*second), torch.randn(3, 64)
@@ -32,7 +34,15 @@ def test_a_copy_serves_until_the_weight_changes(random_24):
     assert torch.equal(matmul(x, values, indices), F.linear(x, first[0]))
 
 
-def test_a_weight_on_a_cpu_or_of_odd_rows_is_not_taken(monkeypatch):
+def test_a_weight_on_a_cpu_or_of_parts_of_the_librarys_tiles_is_not_taken(monkeypatch):
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
-    assert not sparse24_cusparselt.is_available(torch.zeros(16, 32))
-    assert not sparse24_cusparselt.is_available(torch.zeros(15, 32))
+
+    class OnAGpu:
+        is_cuda = True
+
+        def __init__(self, *shape):
+            self.shape = shape
+
+    assert not sparse24_cusparselt.is_available(torch.zeros(64, 64))
+    assert sparse24_cusparselt.is_available(OnAGpu(64, 64))
+    assert not sparse24_cusparselt.is_available(OnAGpu(96, 64)) and not sparse24_cusparselt.is_available(OnAGpu(64, 96))
