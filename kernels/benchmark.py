@@ -48,7 +48,8 @@ LINES = [
     *(Line(Product("sparse24", *shape), (1, 8, 16), 1.5) for shape in MLP),
     Line(Product("sparse24", *QKV), (1, 8, 16), 1.4),
     *(Line(Product("sparse24", *shape), (64,), 1.3) for shape in (*MLP, QKV)),
-    *(Line(Product("sparse24", *shape), (256, 1024, 4096), 1.2) for shape in (*MLP, QKV)),
+    *(Line(Product("sparse24", *shape), (256, 1024, 4096, 16384), 1.2) for shape in (*MLP, QKV)),
+    *(Line(Product("sparse24", *shape), (32,), None) for shape in (*MLP, QKV)),
     Line(Product("lowrank", 4096, 14336, HALF_RANK), (1, 8, 16), 1.7),
     Line(Product("pifa", 4096, 14336, 1792), (1, 16), None),
     Line(Product("sparse24_lowrank", 4096, 14336, 128), (1, 16), None),
@@ -148,21 +149,28 @@ def main() -> int:
         result = best(product, tokens, device, dtype)
         print(line_of(product, tokens, bar, result, dtype), flush=True)
         choices.append(result.choice)
+        if options.write:  # after each, because the time may be over
+            write_table(options.write, device, choices, versions)
         missed += bar is not None and result.dense.median / result.time.median < bar
     if "model" in options.only and not options.quick:
         per_shape = {shape: best(Product("sparse24", *shape), 1, device, dtype).choice for shape in BLOCK}
-        choices += per_shape.values()
+        if options.write:
+            write_table(options.write, device, list(per_shape.values()), versions)
         times = model_times(device, dtype, 1, per_shape)
         ratio = times["dense"].median / times["ours"].median
         columns = f"{_us(times['ours'])} | {_us(times['dense'])}"
         print(f"| linears of Llama-3-8B, 2:4 | all | 1 | as above | {columns} | | {_verdict(ratio, MODEL_BAR)} |")
         missed += ratio < MODEL_BAR
-    if options.write:
-        table = DispatchTable(name, arch_of(device), "measured", tuple(choices), versions, date.today().isoformat())
-        if options.write.exists():
-            table = table.over(DispatchTable.read(options.write))
-        options.write.write_text(table.to_json())
     return min(missed, 1)
+
+
+def write_table(file: Path, device: torch.device, choices: Sequence[Choice], versions: dict[str, str]) -> None:
+    """Write the choices as a table of this device. A table that is already there keeps its other choices."""
+    name = torch.cuda.get_device_name(device)
+    table = DispatchTable(name, arch_of(device), "measured", tuple(choices), versions, date.today().isoformat())
+    if file.exists():
+        table = table.over(DispatchTable.read(file))
+    file.write_text(table.to_json())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A table is JSON: {"device", "arch", "basis": "measured" | "modelled", "versions", "date", "choices": [...]}. A choice is
 {"op", "rows", "columns", "tokens", "path", "tile", "ratio"}: it runs `op` on a weight (rows, columns) with at most
-`tokens` tokens by `path`, with the launch parameters `tile`. `ratio` is dense time / time of this path, if measured.
+`tokens` tokens by `path`, with the launch parameters `tile`. `ratio` is dense time / time of this path, if it was measured:
+in a measured table the lines without it are modelled.
 
 The table of a device is read from the user's cache, where `paredown tune` writes it, or else from the shipped ones.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-BUCKETS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)  # tokens; a choice is valid up to its bucket
+BUCKETS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)  # tokens; a choice is valid up to its bucket
 
 
 @dataclass(frozen=True)

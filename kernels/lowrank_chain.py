@@ -13,7 +13,6 @@ are loaded in the order of the output, so the permutation costs nothing. CUR is 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paredown.kernels.primitives import INTERPRETED, dot
+from paredown.kernels.primitives import INTERPRETED, dependent_launch, dot
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -189,7 +188,7 @@ def partial_sums(x: Tensor, right: Tensor, **tile: int) -> Tensor:  # (splits, t
     sums = torch.empty(splits, tokens, ranks, dtype=torch.float32, device=x.device)
     down[(*programs, splits)](
         x, right, sums, tokens, ranks, columns,
-        PDL=_dependent_launch(x.device), INTERP=INTERPRETED,
+        PDL=dependent_launch(x.device), INTERP=INTERPRETED,
         TOKENS=block, RANKS=launch.down_ranks, COLUMNS=step, SPLITS=splits,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
@@ -205,7 +204,7 @@ def _up(
     # the partial sums of a step take at most 16 KB of shared memory
     most_ranks = triton.next_power_of_2(4096 // (block * splits) + 1) // 2
     step = tile.up_ranks or max(16, min(triton.next_power_of_2(max(ranks)), most_ranks))
-    dependent = _dependent_launch(sums.device)
+    dependent = dependent_launch(sums.device)
     options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
     up[(triton.cdiv(tokens, block), sum(triton.cdiv(out, tile.up_rows) for out in outs))](
         sums, left, y if order is None else order, y if bias is None else bias, y, tokens, tuple(ranks), tuple(outs),
@@ -213,12 +212,3 @@ def _up(
         TOKENS=block, ROWS=tile.up_rows, RANKS=step, SPLITS=splits,
         num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip
-
-
-def has_dependent_launch(device: torch.device, interpreted: bool = INTERPRETED) -> bool:
-    """Whether a kernel can start on this device before the previous one has finished: on NVIDIA from 9.0 on."""
-    nvidia = device.type == "cuda" and not torch.version.hip and not interpreted
-    return nvidia and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-_dependent_launch = cache(has_dependent_launch)  # asking the device takes time at every launch

@@ -5,6 +5,9 @@ interpreter computes bfloat16 wrongly and truncates where it should round (trito
 INTERP: when it is set they multiply in float32, and tests ask for float32 outputs.
 """
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 
@@ -18,3 +21,12 @@ def dot(a, b, total, INTERP: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     else:
         return tl.dot(a, b, total)
+
+
+def has_dependent_launch(device: torch.device, interpreted: bool = INTERPRETED) -> bool:
+    """Whether a kernel can start on this device before the previous one has finished: on NVIDIA from 9.0 on."""
+    nvidia = device.type == "cuda" and not torch.version.hip and not interpreted
+    return nvidia and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+dependent_launch = cache(has_dependent_launch)  # asking the device takes time at every launch

@@ -1,6 +1,7 @@
 """How long calls take: the median over repeats, with the smallest and the largest. Several calls take turns.
 
-On CUDA each call is captured into a graph, so that the work of the GPU is timed and not that of Python. Before each repeat
+On CUDA each call is captured into a graph, so that the work of the GPU is timed and not that of Python, unless that is asked
+for. Before each repeat
 a buffer larger than the L2 cache is written, because a model that decodes reads its weights from memory. The time is that
 between two CUDA events; it includes the launch of the graph, a few microseconds that are the same for every call.
 On a CPU the time is that of `time.perf_counter`, and the caches hold whatever the calls left in them.
@@ -33,19 +34,21 @@ class Timing:
 
 
 def interleaved(
-    calls: Mapping[str, Call], device: torch.device, repeats: int = 20, clock: Callable[[], float] = perf_counter
-) -> dict[str, Timing]:
+    calls: Mapping[str, Call], device: torch.device, repeats: int = 20, clock: Callable[[], float] = perf_counter,
+    graphs: bool = True,
+) -> dict[str, Timing]:  # fmt: skip
     """The time of each call. The calls take turns, so that other load on the machine slows all of them alike.
 
     A call runs more than `repeats` times, and every run must do the same work. If one of the calls cannot be captured into
-    a CUDA graph, none is timed as a graph. `clock` returns seconds and is read on a CPU only; on CUDA, events are.
+    a CUDA graph, none is timed as a graph; without `graphs` none is, and where Python launches more slowly than the GPU
+    works, that is the time. `clock` returns seconds and is read on a CPU only; on CUDA, events are.
     Raises ValueError for fewer than one repeat.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, not {repeats}")
     if device.type == "cuda":
         with torch.cuda.device(device), torch.no_grad():
-            return _on_cuda(calls, device, repeats)
+            return _on_cuda(calls, device, repeats, graphs)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
         for call in calls.values():
@@ -64,8 +67,8 @@ def in_turn(names: Iterable[str], repeat: int) -> list[str]:
     return list(names)[:: 1 if repeat % 2 == 0 else -1]
 
 
-def _on_cuda(calls: Mapping[str, Call], device: torch.device, repeats: int) -> dict[str, Timing]:
-    graphs = captured(calls)
+def _on_cuda(calls: Mapping[str, Call], device: torch.device, repeats: int, capture: bool) -> dict[str, Timing]:
+    graphs = captured(calls) if capture else None
     launches = calls if graphs is None else {name: graph.replay for name, graph in graphs.items()}
     flush = torch.empty(max(2 * l2_bytes(device), 1 << 26), dtype=torch.uint8, device=device)
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}

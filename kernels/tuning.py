@@ -1,7 +1,8 @@
 """Measure which path and tile is fastest for a product on this GPU, compare it with the dense product, write a table.
 
 The dense product is cuBLAS (rocBLAS) with the same pruned weight. Several copies of the weight take turns: so many that
-the next repeat does not find a copy in the L2 cache. A repeat is one CUDA graph that multiplies with each copy once.
+the next repeat does not find a copy in the L2 cache. A repeat multiplies with each copy once: up to DECODE tokens in one CUDA
+graph; more are launched from Python, as prefill is, where some paths cost more time than on the GPU.
 """
 
 import itertools
@@ -27,6 +28,16 @@ from paredown.kernels import sparse24 as sparse24s
 from paredown.kernels.dispatch import BUCKETS, Choice, DispatchTable, arch_of
 from paredown.kernels.timing import Call, Timing, interleaved, l2_bytes
 
+# (row_tiles, warps, row_warps, unroll) of the `mma.sp` kernel by the tiles of 8 tokens that a program takes
+MMA_TILES = {
+    1: (
+        (1, 2, 1, 1), (1, 4, 1, 1), (1, 8, 1, 1), (1, 16, 1, 1), (1, 2, 1, 2), (1, 4, 1, 2), (2, 2, 1, 1), (2, 4, 1, 1),
+        (2, 8, 1, 1),
+    ),
+    2: ((1, 2, 1, 1), (1, 4, 1, 1), (1, 8, 1, 1), (2, 2, 1, 1), (2, 4, 1, 1), (2, 8, 1, 1), (2, 4, 2, 1)),
+    4: ((1, 4, 1, 1), (1, 8, 1, 1), (1, 4, 2, 1), (2, 4, 1, 1), (2, 8, 1, 1), (2, 4, 2, 1), (2, 4, 4, 1)),
+    8: ((1, 4, 1, 1), (1, 8, 1, 1), (1, 8, 2, 1), (1, 4, 4, 1), (2, 4, 1, 1), (2, 8, 2, 1), (2, 4, 2, 1), (2, 4, 4, 1)),
+}  # fmt: skip
 DECODE = 64  # kernels that read packed weights are tried up to this number of tokens
 WRONG = 0.03  # relative error of a wrong result; three products in a row in bfloat16 stay below 0.01
 
@@ -61,12 +72,8 @@ def candidates(op: str, tokens: int, arch: int) -> Iterator[tuple[str, dict[str,
     if op in ("sparse24", "sparse24_lowrank"):
         has_mma = arch >= 80 and tokens <= DECODE
         if has_mma:
-            token_tiles = _power(math.ceil(tokens / 8))
-            for row_tiles, warps, unroll in itertools.product((1, 2, 4), (4, 8, 16), (1, 2, 4)):
-                # registers for sums, prefetched operands and addresses: fitted to what ptxas reports, to avoid spills
-                registers = 4 * row_tiles * token_tiles + unroll * (8 * token_tiles + 9 * row_tiles) + 56
-                if registers <= min(255, 2048 // warps) and row_tiles * unroll <= 8:
-                    yield "mma", {"row_tiles": row_tiles, "warps": warps, "unroll": unroll}
+            for row_tiles, warps, row_warps, unroll in MMA_TILES[_power(math.ceil(tokens / 8))]:
+                yield "mma", {"row_tiles": row_tiles, "warps": warps, "row_warps": row_warps, "unroll": unroll}
         # the portable kernel rarely beats mma.sp: two tiles are enough to find out
         for rows, warps, stages in (
             ((64, 4, 1), (64, 8, 2)) if has_mma else itertools.product((32, 64, 128), (4, 8), (1, 2))
@@ -76,7 +83,7 @@ def candidates(op: str, tokens: int, arch: int) -> Iterator[tuple[str, dict[str,
                 {"rows": rows, "tokens": min(64, max(16, _power(tokens))), "warps": warps, "stages": stages},
             )
         yield "dense", {}
-        if tokens > 16 and op == "sparse24" and torch.backends.cusparselt.is_available():
+        if tokens > DECODE and op == "sparse24" and torch.backends.cusparselt.is_available():
             yield "cusparselt", {}
     elif op == "bitmap":
         if tokens <= DECODE:
@@ -85,9 +92,9 @@ def candidates(op: str, tokens: int, arch: int) -> Iterator[tuple[str, dict[str,
         yield "dense", {}
     else:
         if tokens <= DECODE:
-            for rows, splits, warps, stages in itertools.product((32, 64), (1, 2, 4, 8), (4, 8), (3, 4)):
+            for ranks, splits, rows, stages in itertools.product((16, 32), (1, 2, 4), (16, 32), (4, 6)):
                 if splits * max(16, _power(tokens)) <= 256:
-                    yield "portable", {"up_rows": rows, "splits": splits, "warps": warps, "stages": stages}
+                    yield "portable", {"down_ranks": ranks, "splits": splits, "up_rows": rows, "stages": stages}
         yield "torch", {}
 
 
@@ -103,7 +110,10 @@ def best(product: Product, tokens: int, device: torch.device, dtype: torch.dtype
         for _, weight in weights:
             F.linear(x, weight)
 
-    return fastest(trials, dense, len(weights), repeats, lambda calls, repeats: interleaved(calls, device, repeats))
+    def timer(calls: Mapping[str, Call], repeats: int) -> Mapping[str, Timing]:
+        return interleaved(calls, device, repeats, graphs=tokens <= DECODE)
+
+    return fastest(trials, dense, len(weights), repeats, timer)
 
 
 def fastest(
@@ -130,27 +140,36 @@ def compile_ahead(work: Iterable[tuple[Product, int]], device: torch.device, dty
     again.
     """
     cases = {(product.op, tokens): (product, tokens, device, dtype) for product, tokens in work}
-    jobs = min(8, os.cpu_count() or 1, len(cases))
-    with suppress(Exception), ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for future in [pool.submit(_run_candidates, *case) for case in cases.values()]:
+    jobs = os.cpu_count() or 1
+    parts = math.ceil(2 * jobs / max(len(cases), 1))
+    with suppress(Exception), ProcessPoolExecutor(min(16, jobs), mp_context=get_context("spawn")) as pool:
+        for future in [pool.submit(_run_candidates, *case, i, parts) for case in cases.values() for i in range(parts)]:
             future.result()
 
 
 @torch.no_grad()
-def _run_candidates(product: Product, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+def _run_candidates(
+    product: Product, tokens: int, device: torch.device, dtype: torch.dtype, part: int, parts: int
+) -> None:
     tensors, dense = random_product(product, device, dtype)
     x = torch.randn(tokens, product.columns, device=device, dtype=dtype)
     exact = F.linear(x.float(), dense.float())
     warnings.simplefilter("ignore")
-    for _ in _trials(product, x, [tensors], exact):
+    for _ in _trials(product, x, [tensors], exact, part, parts):
         pass
 
 
 def _trials(
-    product: Product, x: Tensor, weights: list[tuple[Any, ...]], exact: Tensor
+    product: Product, x: Tensor, weights: list[tuple[Any, ...]], exact: Tensor, part: int = 0, parts: int = 1
 ) -> Iterator[tuple[Choice, Callable[[], Tensor]]]:
-    """The candidates that run on the device of x and are right, each with its call."""
-    for path, tile in candidates(product.op, len(x), arch_of(x.device)):
+    """The candidates that run on the device of x and are right, each with its call. Of `parts` parts of them only one."""
+    from paredown.kernels import sparse24_cusparselt
+
+    tried = list(candidates(product.op, len(x), arch_of(x.device)))[part::parts]
+    if ("cusparselt", {}) in tried:
+        with suppress(RuntimeError):  # not every size is searched by every version: its own choice remains
+            tried.append(("cusparselt", sparse24_cusparselt.searched(x, *weights[0])))
+    for path, tile in tried:
         choice = Choice(product.op, product.rows, product.columns, len(x), path, tile)
         call = _call(choice, x, weights)
         if is_right(choice, call, exact):

@@ -9,7 +9,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from paredown.kernels import lowrank_chain
+from paredown.kernels import lowrank_chain, primitives
 from paredown.kernels.lowrank import cur_matmul, lowrank_matmul, pifa_matmul
 
 NAN = float("nan")
@@ -306,8 +306,8 @@ def test_orders_are_relative_to_their_member():
 def test_only_new_nvidia_devices_start_the_second_kernel_early(monkeypatch, capability, hip, interpreted, wanted):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    assert lowrank_chain.has_dependent_launch(torch.device("cuda", 0), interpreted) is wanted
-    assert lowrank_chain.has_dependent_launch(torch.device("cpu"), interpreted) is False
+    assert primitives.has_dependent_launch(torch.device("cuda", 0), interpreted) is wanted
+    assert primitives.has_dependent_launch(torch.device("cpu"), interpreted) is False
 
 
 def test_every_row_belongs_to_one_member():

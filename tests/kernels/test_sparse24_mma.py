@@ -15,7 +15,7 @@ def relative_error(y, x, dense, bias):
 @pytest.mark.parametrize(
     ("rows", "columns", "tokens", "tile"),
     [
-        (16, 64, 1, {"warps": 1, "unroll": 1}),
+        (16, 64, 1, {"warps": 1}),
         (32, 512, 8, {"warps": 4}),
         (48, 256, 3, {"row_tiles": 2, "warps": 2}),
         (64, 128, 9, {"row_tiles": 4, "warps": 2}),
@@ -23,6 +23,8 @@ def relative_error(y, x, dense, bias):
         (33, 100, 65, {"warps": 2}),
         (17, 4, 2, {"warps": 4}),
         (20, 72, 16, {"row_tiles": 2, "warps": 1, "unroll": 2}),
+        (70, 640, 17, {"row_tiles": 2, "warps": 4, "row_warps": 2}),
+        (70, 1344, 4, {"warps": 4, "row_warps": 4, "unroll": 2}),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

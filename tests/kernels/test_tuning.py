@@ -125,3 +125,22 @@ def test_a_candidate_that_fails_or_is_wrong_is_left_out_and_one_that_does_not_fi
     for wrong in (exact * 1.1, exact * torch.nan):
         with pytest.warns(UserWarning, match="wrong by"):
             assert not tuning.is_right(choice, lambda wrong=wrong: wrong, exact)
+
+
+def test_what_the_cpu_must_plan_anew_is_tried_only_for_many_tokens(monkeypatch):
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    tried = {tokens: {path for path, _ in tuning.candidates("sparse24", tokens, HOPPER)} for tokens in (1, 64, 1024)}
+    assert "cusparselt" not in tried[1] | tried[64] and tried[1024] == {"portable", "dense", "cusparselt"}
+
+
+def test_the_parts_of_a_list_of_candidates_are_all_of_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    product, x = Product("lowrank", 24, 40, 6), torch.randn(2, 40).half()
+    tensors, dense = tuning.random_product(product, CPU, torch.float16)
+
+    def tried(*part):
+        exact = x.float() @ dense.float().T
+        return [str(choice) for choice, _ in tuning._trials(product, x, [tensors], exact, *part)]
+
+    parts = [name for part in range(3) for name in tried(part, 3)]
+    assert len(parts) > 3 and sorted(parts) == sorted(tried())
