@@ -49,6 +49,10 @@ class Tolerance:
     masks: float | None = None
     dense: float = 0.002
 
+    def loss_at(self, rise: float) -> float:
+        """What a loss may differ by that compression raises by `rise`: a ruined model's differs by a share of that."""
+        return max(self.loss, 0.02 * abs(rise))
+
 
 # a mask that decides otherwise swaps whole weights, and SparseGPT lets the columns to the right follow; CUR takes other
 # columns of the weight where two matter alike, which changes all of it
@@ -157,7 +161,10 @@ def wrong(row: dict[str, Any], allowed: Tolerance) -> list[str]:
     """What is out of its tolerance, in words."""
     faults = [
         f"{what} differs by {row[key]:+.4f}, more than {limit:g} nats per token"
-        for key, what, limit in (("dense", "the dense loss", allowed.dense), ("loss", "the loss", allowed.loss))
+        for key, what, limit in (
+            ("dense", "the dense loss", allowed.dense),
+            ("loss", "the loss", allowed.loss_at(row["rise"])),
+        )
         if not abs(row[key]) <= limit
     ]
     if allowed.masks is not None and not row["masks"] >= allowed.masks:
