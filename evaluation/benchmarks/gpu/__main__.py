@@ -1,6 +1,6 @@
 """Every open question about a GPU, answered by one command in the time that there is.
 
-    python -m paredown.evaluation.benchmarks.gpu --minutes 12 --out DIR [--only PART ...] [--skip PART ...] [--rehearse]
+    python -m paredown.evaluation.benchmarks.gpu --minutes 15 --out DIR [--only PART ...] [--skip PART ...] [--rehearse]
 
 Parts, each in processes of its own and with a share of the time: device, selftest, kernels, devices, whole, solvers, decode,
 sanitizer, recover, serve (see parts.py). What one does not use goes to the next ones; one that fails stops no other. After
