@@ -39,6 +39,7 @@ MMA_TILES = {
     8: ((1, 4, 1, 1), (1, 8, 1, 1), (1, 8, 2, 1), (1, 4, 4, 1), (2, 4, 1, 1), (2, 8, 2, 1), (2, 4, 2, 1), (2, 4, 4, 1)),
 }  # fmt: skip
 DECODE = 64  # kernels that read packed weights are tried up to this number of tokens
+COMPILING = 3 << 30  # bytes of the GPU for a process that compiles: its context, and one weight as it is made
 WRONG = 0.03  # relative error of a wrong result; three products in a row in bfloat16 stay below 0.01
 
 Timer = Callable[[Mapping[str, Call], int], Mapping[str, Timing]]  # calls by name, repeats -> times by name
@@ -140,9 +141,10 @@ def compile_ahead(work: Iterable[tuple[Product, int]], device: torch.device, dty
     again.
     """
     cases = {(product.op, tokens): (product, tokens, device, dtype) for product, tokens in work}
-    jobs = os.cpu_count() or 1
+    fitting = torch.cuda.mem_get_info(device)[0] // COMPILING
+    jobs = max(1, min(16, os.cpu_count() or 1, fitting))
     parts = math.ceil(2 * jobs / max(len(cases), 1))
-    with suppress(Exception), ProcessPoolExecutor(min(16, jobs), mp_context=get_context("spawn")) as pool:
+    with suppress(Exception), ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for future in [pool.submit(_run_candidates, *case, i, parts) for case in cases.values() for i in range(parts)]:
             future.result()
 
