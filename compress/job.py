@@ -173,8 +173,9 @@ class Job:
         return kept
 
     def method_of(self, view: View) -> WeightMethod:
-        """The method as this kind of layer can hold its edits."""
-        return self.method if view.expert is None else self.method.for_experts()
+        """The method as it treats this layer, and as this kind of layer can hold its edits."""
+        method = self.method.for_layer(view.name)
+        return method if view.expert is None else method.for_experts()
 
     def method_for(self, view: View, options: Options | None) -> WeightMethod | None:
         """The method with what the allocation gives a layer; None where the layer stays dense."""

@@ -144,6 +144,10 @@ class WeightMethod(Method):
         """The same method for layers without a bias that cannot get one; None if it has to add one."""
         return self
 
+    def for_layer(self, name: str) -> "WeightMethod":
+        """The same method as it treats the layer of that name."""
+        return self
+
     def for_experts(self) -> "WeightMethod":
         """The same method for the experts of a fused weight, none of which can get a bias."""
         return self

@@ -1,9 +1,11 @@
 """DSnoT: exchange removed for kept weights until each row's expected output is that of the dense row; weights stay.
 
-Zhang et al. 2023, Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs (arXiv 2310.08915).
+Zhang et al. 2023, Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs (arXiv 2310.08915). MLPs keep the
+mask that they begin with, as in the authors' code unless it is told otherwise (`--skip_layer mlp`).
 """
 
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -24,6 +26,8 @@ Threshold = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Cycles = Annotated[int, Field(ge=1, le=10_000)]
 # the authors' code sums expected errors over the tokens of a window, and theirs have so many
 WINDOW = 2048
+# how MLPs and their linears are called in the families of transformers
+MLPS = ("*mlp*", "*feed_forward*", "*ffn*", "*fc1", "*fc2", "*expert*", "*moe*")
 
 
 @UPDATES.register("dsnot")
@@ -51,6 +55,10 @@ class DSnoT(Pruner):
     threshold: Threshold = 0.1  # of the expected error, summed over a window of 2048 tokens
     cycles: Cycles = 50  # pairs of a row, at most
     damping: Damping = 0.01  # of the initial mask sparsegpt
+    still: tuple[str, ...] = MLPS  # patterns of the names of layers whose mask stays the initial one
+
+    def for_layer(self, name: str) -> "DSnoT":
+        return replace(self, cycles=0) if any(fnmatch(name, pattern) for pattern in self.still) else self
 
     def pair(self) -> tuple[Mask, DSnoTUpdate]:
         masks: dict[str, Mask] = {

@@ -86,6 +86,20 @@ def test_a_threshold_above_every_error_leaves_the_mask():
     assert torch.equal(moved.keep, wanda.keep)
 
 
+def test_mlps_keep_the_initial_mask_as_in_the_authors_code_unless_told_otherwise():
+    weight, stats, _ = problem()
+    wanda, moved = (build(name, {"sparsity": 0.5}).compress(weight, stats).keep for name in ("wanda", "dsnot"))
+
+    def kept(layer, **options):
+        return build("dsnot", {"sparsity": 0.5, **options}).for_layer(layer).compress(weight, stats).keep
+
+    assert torch.equal(kept("model.layers.0.mlp.up_proj"), wanda) and torch.equal(
+        kept("model.decoder.layers.1.fc1"), wanda
+    )
+    assert torch.equal(kept("model.layers.0.self_attn.q_proj"), moved) and not torch.equal(moved, wanda)
+    assert torch.equal(kept("model.layers.0.mlp.up_proj", still=[]), moved)
+
+
 def test_the_damping_of_its_initial_mask_is_reported():
     weight, stats, _ = problem()
     assert build("dsnot", {"initial": "sparsegpt", "damping": 0.02}).compress(weight, stats).damping == 0.02
