@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from paredown.compress.checkpoint.source import ModelSource
+from paredown.compress.job import resolve_job
 from paredown.compress.methods import build
 from paredown.compress.methods.pruning.dsnot import WINDOW
 from paredown.compress.numerics.masks import NofM
 from paredown.compress.numerics.moments import INPUT_NEEDS, InputStats, Stats
+from paredown.compress.recipe import Recipe
 
 
 def problem(out=24, inner=32, seed=0, tokens=200):
@@ -98,6 +101,12 @@ def test_mlps_keep_the_initial_mask_as_in_the_authors_code_unless_told_otherwise
     )
     assert torch.equal(kept("model.layers.0.self_attn.q_proj"), moved) and not torch.equal(moved, wanda)
     assert torch.equal(kept("model.layers.0.mlp.up_proj", still=[]), moved)
+
+
+def test_a_run_asks_the_method_how_it_treats_each_layer(tiny_model):
+    job = resolve_job(ModelSource(tiny_model, "m"), Recipe.parse({"method": "dsnot"}))
+    cycles = {view.name.rpartition(".")[2]: job.method_of(view).cycles for view in job.targets}
+    assert cycles["q_proj"] == cycles["o_proj"] == 50 and cycles["gate_proj"] == cycles["down_proj"] == 0
 
 
 def test_the_damping_of_its_initial_mask_is_reported():
