@@ -91,9 +91,9 @@ def cases() -> list[Case]:
 
     return [
         Case("tokens in the order of fragments", mma(x64, y64)),
-        Case("sparse24 mma.sp, 1 token", mma(x, y), mma_weights, 2.0, 1, mma_sp=True),
-        Case("sparse24 mma.sp, 1 token, 2 row tiles", mma(x, y, row_tiles=2), mma_weights, 2.0, 1, mma_sp=True),
-        Case("sparse24 mma.sp, 64 tokens", mma(x64, y64, row_tiles=2), mma_weights, 3.5, 1, mma_sp=True),
+        Case("sparse24 mma.sp, 1 token", mma(x, y), mma_weights, 1.25, 1, mma_sp=True),
+        Case("sparse24 mma.sp, 1 token, 2 row tiles", mma(x, y, row_tiles=2), mma_weights, 1.25, 1, mma_sp=True),
+        Case("sparse24 mma.sp, 64 tokens", mma(x64, y64, row_tiles=2), mma_weights, 3.25, 1, mma_sp=True),
         Case("sparse24 + low rank mma.sp", mma(x, y, summed), which=1, mma_sp=True),
         Case("sparse24 expand", lambda: sparse24_expand.matmul(x, values, indices, bias, y), expand_weights, 6.0),
         Case("sparse24 decompress", lambda: sparse24_expand.decompress(values, indices, dense)),

@@ -38,9 +38,8 @@ def compressed(values: Tensor, indices: Tensor) -> Tensor:
 
 def multiply(copy: Tensor, x: Tensor, bias: Tensor | None, algorithm: Mapping[str, int]) -> Tensor:
     """The library's product with a compressed copy. x (tokens, in); a new tensor (tokens, out)."""
-    padded = F.pad(x, (0, 0, 0, -len(x) % 8))  # the library takes multiples of 8 tokens
     product = torch._cslt_sparse_mm(
-        copy, padded.t(), bias, transpose_result=True, alg_id=algorithm.get("alg_id", 0),
+        copy, _by_columns(x), bias, transpose_result=True, alg_id=algorithm.get("alg_id", 0),
         split_k=algorithm.get("split_k", 1), split_k_mode=algorithm.get("split_k_mode", -1),
     )  # fmt: skip
     return product[: len(x)]
@@ -60,10 +59,13 @@ def matmul(
 
 def searched(x: Tensor, values: Tensor, indices: Tensor) -> dict[str, int]:
     """The library's algorithm for a product of this size: it times them on this device. Arguments of `matmul`."""
-    padded = F.pad(x, (0, 0, 0, -len(x) % 8))
     copy = _copy_of(values, indices, compressed)
-    algorithm, split, mode, _ = torch._C._cusparselt.mm_search(copy, padded.t(), None, None, None, True)  # type: ignore[attr-defined]
+    algorithm, split, mode, _ = torch._C._cusparselt.mm_search(copy, _by_columns(x), None, None, None, True)  # type: ignore[attr-defined]
     return {"alg_id": algorithm, "split_k": split, "split_k_mode": mode}
+
+
+def _by_columns(x: Tensor) -> Tensor:  # (in, tokens): the library takes multiples of 8 tokens
+    return F.pad(x, (0, 0, 0, -len(x) % 8)).t()
 
 
 def _copy_of(values: Tensor, indices: Tensor, compress: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
