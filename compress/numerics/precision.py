@@ -43,3 +43,8 @@ def exact_product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` in float32, under `exact_products`."""
     with exact_products(a, b):
         return a.float() @ b.float()
+
+
+def like(a: Tensor, b: Tensor) -> Tensor:
+    """`a` rounded to bfloat16 where b is, for an `exact_product` with it: where a mean over tokens averages roundings out."""
+    return a.to(b.dtype) if b.dtype == torch.bfloat16 else a

@@ -6,12 +6,14 @@ block, up to that group. The dense model's stay as they are: one pass finds them
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from paredown.compress.errors import PareError
 from paredown.compress.model.blocks import Block, View
 from paredown.compress.model.stream import Stream
 from paredown.compress.numerics.moments import InputStats, Need, Residual, Stats
+from paredown.compress.numerics.precision import exact_product, like
 from paredown.compress.survey.products import Capture, input_of, run_with_capture
 from paredown.compress.survey.residual import ResidualLayers, silenced
 
@@ -124,19 +126,19 @@ def observe_residual(own: Side, dense: Side, view: View, needs: frozenset[Need])
     """
     device = own.stream.device
     stats = InputStats(view.shape[1], needs - {Need.CROSS}, device)
-    weight = view.weight.float()  # (out, in)
-    missing = weight.new_zeros(weight.shape).double()  # (out, in)
-    total = weight.new_zeros(len(weight)).double()  # (out,)
+    weight = view.weight  # (out, in)
+    missing = torch.zeros_like(weight, dtype=torch.float64)
+    total = torch.zeros_like(weight[:, 0], dtype=torch.float64)  # (out,)
     for i in range(len(own.stream.hidden)):
         x, rest = own.input_and_rest(view.name, i)
         dense_x, dense_rest = dense.input_and_rest(view.name, i)
         if x is None or dense_x is None:
             return None
         _update(stats, view, x)
-        flat, dense_flat = (t.reshape(-1, view.shape[1]).float() for t in (x, dense_x))  # (tokens, in)
+        flat, dense_flat = (t.reshape(-1, view.shape[1]) for t in (x, dense_x))  # (tokens, in)
         z = (dense_rest - rest).reshape(-1, view.shape[0])  # (tokens, out)
-        z = z.addmm(dense_flat - flat, weight.T)
-        missing += z.T @ flat
+        z = z + exact_product(dense_flat - flat, weight.T)
+        missing += exact_product(like(z, flat).T, flat)
         total += z.sum(0)
     return Stats(stats, residual=Residual(missing.div_(stats.count), total / stats.count))
 
