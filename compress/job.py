@@ -71,7 +71,7 @@ class Job:
 
     def surveyed_of(self, ids: Tensor) -> Tensor:
         """Those of the windows `ids` (windows, length) on which the dense model is surveyed."""
-        return ids[: self.method.gradient_windows] if self.gradients else ids
+        return ids[: self.method.gradient_windows] if self.surveyed & GRADIENT_NEEDS else ids
 
     @property
     def is_surveyed(self) -> bool:
@@ -272,8 +272,7 @@ def _allocation(method: WeightMethod, asked: AllocationSpec | None, targets: Seq
         if asked is not None:
             raise PareError("this method offers no choices, so that an allocation has nothing to spread. Leave it out.")
         return uniform
-    weights = {"weights": dict(method.type_weights)} if method.type_weights else {}
-    spec = asked or AllocationSpec(strategy=method.strategy, **weights)
+    spec = asked or AllocationSpec(strategy=method.strategy, **method.spread)
     allocation = spec.build()
     allocation.check(sorted({view.name.rpartition(".")[2] for view in targets}), asked=asked is not None)
     if method.shares == "few":

@@ -74,11 +74,19 @@ class WeightMethod(Method):
     # its edits are products of smaller weights, which round unlike the dense product
     chain: ClassVar[bool] = False
     surveys_angles: ClassVar[bool] = False  # `chosen_blocks` reads the angles
-    strategy: ClassVar[str | None] = None  # the allocation, if the recipe names none; None: nothing to allocate
-    type_weights: ClassVar[Mapping[str, float]] = {}  # the option `weights` of that allocation
     predicts: ClassVar[bool] = True  # the losses of its choices predict those of its edits
     # those losses are weighed by moments of output gradients where the statistics hold some, else by inputs alone
     weighs: ClassVar[bool] = False
+
+    @property
+    def strategy(self) -> str | None:
+        """The allocation, if the recipe names none; None: there is nothing to allocate."""
+        return None
+
+    @property
+    def spread(self) -> Mapping[str, Any]:
+        """The options of that allocation."""
+        return {}
 
     @property
     def reads_pairs(self) -> bool:

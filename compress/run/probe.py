@@ -15,7 +15,7 @@ from paredown.compress.errors import PareError
 from paredown.compress.job import Job
 from paredown.compress.methods.base import BlockMethod, GroupMethod, SublayerMethod
 from paredown.compress.model.stream import BATCH_TOKENS, start
-from paredown.compress.numerics.moments import INPUT_NEEDS
+from paredown.compress.numerics.moments import GRADIENT_NEEDS, INPUT_NEEDS, Need
 from paredown.compress.run.first_block import Pruned, Reduced, first_blocks
 from paredown.compress.run.open import embedding_rows
 from paredown.compress.run.result import Result
@@ -136,11 +136,11 @@ class _Probe:
         job, measured = self.job, last.seconds.get("survey", 0.0)
         if isinstance(job.method, BlockMethod):
             return self._depth(job.method)
-        surveyed, most = len(self.calibration.surveyed), job.method.gradient_windows if job.gradients else None
+        surveyed, most = len(self.calibration.surveyed), job.method.gradient_windows if self._gradients() else None
         if isinstance(job.method, GroupMethod) and job.method.uneven:
             most = WINDOWS
         times, wanted = self._counts().all, min(surveyed, most or surveyed)
-        if not job.gradients:
+        if not self._gradients():
             return times * measured * wanted / last.windows
         windows = min(last.windows, most or last.windows)
         began, head, passes = self._backward(windows)
@@ -151,7 +151,7 @@ class _Probe:
         """Seconds to start, of the output head, and of the block, by a survey of gradients alone."""
         job, source = self.job, self.job.source
         ids = self._random(self.calibration, 1)[:windows]
-        needs, layers = job.gradients, self._layers()
+        needs, layers = self._gradients(), self._layers()
         inputs = job.surveyed & INPUT_NEEDS if isinstance(job, Job) else frozenset()
         clock = Result()
         with clock.timed("start"):
@@ -165,6 +165,10 @@ class _Probe:
         began, head, both = (clock.seconds[name] for name in ("start", "head", "both"))
         part = windows / len(ids)
         return began, head * part, max(both - head, 0.0) * part
+
+    def _gradients(self) -> frozenset[Need]:
+        """The moments of output gradients that its survey takes."""
+        return self.job.surveyed & GRADIENT_NEEDS if isinstance(self.job, Job) else self.job.gradients
 
     def _layers(self) -> set[str]:
         if isinstance(self.job, ShapeJob):

@@ -251,14 +251,11 @@ def test_a_file_writes_out_every_default_it_stands_on(name):
 
 @weights
 def test_ranks_are_spread_as_the_method_does_by_itself_and_the_file_says_so(name):
-    """A method whose own way is not uniform writes it out, with its weights."""
+    """A method whose own way is not uniform writes it out, with its options."""
     recipe = Recipe.load(name)
-    method = METHODS.get(recipe.method)
+    method = recipe.build()
     told = recipe.allocation.model_dump() if recipe.allocation else {"strategy": "uniform"}
-    own = {"strategy": method.strategy or "uniform"} | (
-        {"weights": dict(method.type_weights)} if method.type_weights else {}
-    )
-    assert told == own
+    assert told == {"strategy": method.strategy or "uniform", **method.spread}
 
 
 @named(lambda name: "of" in name.rsplit("-", 1)[-1], is_mask, lambda name: name == "sparse-low-rank")

@@ -6,7 +6,7 @@ attention alone. An MLP among the targets is factored as attention is.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from paredown.compress.methods.base import register
 from paredown.compress.methods.lowrank.awsvd import AWSVD
@@ -16,7 +16,7 @@ from paredown.compress.methods.lowrank.awsvd import AWSVD
 @dataclass(frozen=True)
 class LoRAP(AWSVD):
     strategy = "per_type"
-    type_weights: ClassVar[Mapping[str, float]] = {"v_proj": 3.0, "o_proj": 3.0, "q_proj": 1.0, "k_proj": 1.0}
+    spread: ClassVar[Mapping[str, Any]] = {"weights": {"v_proj": 3.0, "o_proj": 3.0, "q_proj": 1.0, "k_proj": 1.0}}
     remark = (
         "MLPs among the targets were factored: to prune their channels, as LoRAP does, begin with a stage of lorap_mlp"
     )

@@ -4,10 +4,10 @@ Both are registered, so that a recipe can pair any two: `{method: masked, option
 A paper's method is a named pair.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import nan
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class Pruner(WeightMethod):
     sparsity: Sparsity = 0.5  # the fraction removed, or "2:4" to keep 2 of every 4
     kept: Share | None = None  # of the targeted parameters: an allocation leaves some layers dense beside a pattern
 
-    strategy = "uniform"
+    measured: ClassVar[Sequence[float]] = MEASURED
     weighs = True
 
     def __post_init__(self) -> None:
@@ -106,6 +106,10 @@ class Pruner(WeightMethod):
     def pair(self) -> tuple[Mask, Update]:
         """The mask and the update, with their options."""
         raise NotImplementedError
+
+    @property
+    def strategy(self) -> str:
+        return "uniform"
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -144,7 +148,7 @@ class Pruner(WeightMethod):
 
     def choices(self, shape: Shape, weight: Tensor | None = None, stats: Stats | None = None) -> list[Choice]:
         """The pattern; or fractions in small steps, whose losses lie between those of the fractions that are measured."""
-        measured = [self.sparsity] if isinstance(self.sparsity, NofM) else list(MEASURED)
+        measured = [self.sparsity] if isinstance(self.sparsity, NofM) else list(self.measured)
         removed_all, losses = nan, [nan] * len(measured)
         if weight is not None and stats is not None:
             removed_all = predicted_loss(weight, stats)

@@ -206,6 +206,44 @@ def test_losses_of_masks_are_the_second_order_rise_in_nats(model, tmp_path):
         assert choices[0].option is None and all(a.numbers < b.numbers for a, b in pairwise(choices))
 
 
+def test_ours_is_spread_by_losses_unless_one_pattern_is_everywhere_and_reads_few_windows(model, tmp_path):
+    def job(**options):
+        return resolve_job(
+            ModelSource(tmp_path / "m", "m"), Recipe.parse({"method": "paredown_prune", "options": options})
+        )
+
+    spread = job(sparsity=0.6, gradient_windows=2)
+    assert spread.strategy == "global" and torch.equal(spread.surveyed_of(IDS), IDS[:2])
+    assert job(sparsity="2:4", kept=0.6).strategy == "global" and job(sparsity="2:4").strategy == "uniform"
+    assert not job(sparsity="2:4").is_surveyed
+    _, made, options = surveyed(tmp_path, {"strategy": "global"}, method="paredown_prune")
+    assert len(set(options.values())) > 3
+    total, removed = 0, 0.0
+    for name, option in options.items():
+        size = model.get_parameter(f"{name}.weight").numel()
+        total, removed = total + size, removed + size * (option or 0)
+    assert round(removed) == round(0.6 * total)
+    assert {c.option for choices in made.choices.values() for c in choices} >= {None, 0.2, 0.4, 0.6, 0.8, 0.95}
+    (tmp_path / "pattern").mkdir()
+    pattern = job(sparsity="2:4", kept=0.6)
+    picked = pattern.allocate(pattern.targets, survey(pattern, IDS, tmp_path / "pattern").choices)
+    assert set(picked.values()) == {None, "2:4"}, "what the budget leaves over goes to whole layers"
+
+
+def test_a_few_steps_predict_how_ours_compares_at_each_sparsity():
+    generator = torch.Generator().manual_seed(0)
+    for scale in (1.0, 3.0):
+        weight = torch.randn(24, 64, generator=generator)
+        inputs = InputStats(64, frozenset({Need.GRAM}))
+        inputs.update(scale * torch.randn(256, 64, generator=generator) @ torch.randn(64, 64, generator=generator))
+        for sparsity in (0.4, 0.6, 0.8):
+            ours = build("paredown_prune", {"sparsity": sparsity, "target": "own"})
+            sparsegpt = build("sparsegpt", {"sparsity": sparsity}).compress(weight, Stats(inputs)).weight
+            pruned = ours.compress(weight, Stats(inputs)).weight, ours.tried(weight, Stats(inputs)), sparsegpt
+            all_steps, few, other = (predicted_loss(weight - p, Stats(inputs)) for p in pruned)
+            assert all_steps < few < 2 * all_steps and 2.5 * all_steps < other
+
+
 def test_without_gradients_the_loss_is_the_layers_own():
     weight, x = torch.randn(5, 8), torch.randn(40, 8)
     inputs = InputStats(8, frozenset({Need.GRAM}))

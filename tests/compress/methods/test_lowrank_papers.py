@@ -138,7 +138,7 @@ def test_lorap_gives_values_and_outputs_three_times_the_numbers_of_queries_and_k
     method = build("lorap", {})
     assert method.strategy == "per_type"
     layers = [Layer(f"layers.0.{part}_proj", 240 * 240, method.choices((240, 240))) for part in "qkvo"]
-    ranks = PerType(dict(method.type_weights)).allocate(Budget(layers, 0.4))
+    ranks = PerType(**method.spread).allocate(Budget(layers, 0.4))
     by_hand = {part: 0.4 * 4 * weight / (3 + 3 + 1 + 1) for part, weight in zip("qkvo", (1, 1, 3, 3), strict=True)}
     for part, share in by_hand.items():
         assert ranks[f"layers.0.{part}_proj"] == int(share * 240 * 240 / 480)
