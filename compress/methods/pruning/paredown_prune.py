@@ -7,17 +7,20 @@ larger penalty settles ADMM's support in a few steps; the fit makes up for what 
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
-from paredown.compress.methods.base import Damping, Shape, register
+from paredown.compress.methods.base import Choice, Damping, Shape, register
 from paredown.compress.methods.pruning.aim import Aimed
 from paredown.compress.methods.pruning.alps import ADMMMask, Penalty, admm_bytes
+from paredown.compress.methods.pruning.curves import LEAST, predicted_loss
 from paredown.compress.methods.pruning.least_squares import Count, LeastSquaresUpdate
 from paredown.compress.numerics.masks import NofM
-from paredown.compress.numerics.moments import Stats
+from paredown.compress.numerics.moments import Need, Stats
 
 TRIED = 3  # steps of ADMM, and of conjugate gradients, by which losses are predicted
+ROWS = 512  # of a weight, whose losses are predicted
 
 
 @register("paredown_prune")
@@ -45,6 +48,17 @@ class ParedownPrune(Aimed):
     def spread(self) -> dict[str, float]:
         """Nothing lies between a pattern and a dense layer that could be gone back to."""
         return {} if isinstance(self.sparsity, NofM) else {"shrink": 0.5}
+
+    def choices(self, shape: Shape, weight: Tensor | None = None, stats: Stats | None = None) -> list[Choice]:
+        """Losses are those of ROWS of a weight's rows, drawn at random, in the ratio to which all of it would be lost."""
+        everywhere = super().choices(shape)
+        if weight is None or stats is None:
+            return everywhere
+        rows = torch.randperm(shape[0], generator=torch.Generator().manual_seed(0))[:ROWS].to(weight.device)
+        own: dict[Need, Tensor] = {n: g[rows] for n, g in stats.gradients.items() if n is Need.OUTPUT_GRADIENT_DIAGONAL}
+        some = super().choices((len(rows), shape[1]), weight[rows], replace(stats, gradients=own))
+        scale = predicted_loss(weight, stats) / max(some[0].loss, LEAST)
+        return [replace(c, loss=scale * part.loss) for c, part in zip(everywhere, some, strict=True)]
 
     def tried(self, weight: Tensor, stats: Stats) -> Tensor:  # (out, in)
         """By a few steps of each: what counts is how layers compare."""

@@ -19,6 +19,7 @@ from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.errors import PareError
 from paredown.compress.job import resolve_job
 from paredown.compress.methods import Choice, build
+from paredown.compress.methods.pruning import paredown_prune
 from paredown.compress.methods.pruning.base import MEASURED
 from paredown.compress.methods.pruning.curves import between, predicted_loss
 from paredown.compress.numerics.moments import InputStats, Need, Stats
@@ -242,6 +243,22 @@ def test_a_few_steps_predict_how_ours_compares_at_each_sparsity():
             pruned = ours.compress(weight, Stats(inputs)).weight, ours.tried(weight, Stats(inputs)), sparsegpt
             all_steps, few, other = (predicted_loss(weight - p, Stats(inputs)) for p in pruned)
             assert all_steps < few < 2 * all_steps and 2.5 * all_steps < other
+
+
+def test_the_loss_of_a_large_weight_is_told_from_some_of_its_rows(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(600, 32, generator=generator) * (0.5 + torch.rand(600, 1, generator=generator))
+    inputs = InputStats(32, frozenset({Need.GRAM}))
+    inputs.update(torch.randn(256, 32, generator=generator) @ torch.randn(32, 32, generator=generator))
+    stats = Stats(inputs, {Need.OUTPUT_GRADIENT_DIAGONAL: torch.rand(600, generator=generator)})
+    curves = []
+    for rows in (600, 200):
+        monkeypatch.setattr(paredown_prune, "ROWS", rows)
+        curves.append(build("paredown_prune", {"sparsity": 0.5}).choices((600, 32), weight, stats))
+    whole, some = curves
+    assert [(c.numbers, c.option) for c in some] == [(c.numbers, c.option) for c in whole]
+    assert [c.loss for c in some] == pytest.approx([c.loss for c in whole], rel=0.15)
+    assert whole[0].loss == pytest.approx(predicted_loss(weight, stats), rel=1e-5) and some[9].loss != whole[9].loss
 
 
 def test_without_gradients_the_loss_is_the_layers_own():
