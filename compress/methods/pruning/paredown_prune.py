@@ -50,15 +50,14 @@ class ParedownPrune(Aimed):
         return {} if isinstance(self.sparsity, NofM) else {"shrink": 0.5}
 
     def choices(self, shape: Shape, weight: Tensor | None = None, stats: Stats | None = None) -> list[Choice]:
-        """Losses are those of ROWS of a weight's rows, drawn at random, in the ratio to which all of it would be lost."""
-        everywhere = super().choices(shape)
-        if weight is None or stats is None:
-            return everywhere
+        """Of a large weight losses are those of ROWS rows, drawn at random, scaled as the loss of all of it is to theirs."""
+        if weight is None or stats is None or shape[0] <= ROWS:
+            return super().choices(shape, weight, stats)
         rows = torch.randperm(shape[0], generator=torch.Generator().manual_seed(0))[:ROWS].to(weight.device)
         own: dict[Need, Tensor] = {n: g[rows] for n, g in stats.gradients.items() if n is Need.OUTPUT_GRADIENT_DIAGONAL}
         some = super().choices((len(rows), shape[1]), weight[rows], replace(stats, gradients=own))
         scale = predicted_loss(weight, stats) / max(some[0].loss, LEAST)
-        return [replace(c, loss=scale * part.loss) for c, part in zip(everywhere, some, strict=True)]
+        return [replace(c, loss=scale * part.loss) for c, part in zip(super().choices(shape), some, strict=True)]
 
     def tried(self, weight: Tensor, stats: Stats) -> Tensor:  # (out, in)
         """By a few steps of each: what counts is how layers compare."""
