@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from paredown.compress.errors import PareError
+from paredown.compress.numerics.admm import UnitMoment
 from paredown.compress.numerics.cholesky import InverseCholesky, inverse_cholesky
 from paredown.compress.numerics.masked_least_squares import damped_gram
 from paredown.compress.numerics.precision import exact_products
-from paredown.compress.numerics.spectral import Spectrum
 
 STRIP = 512  # columns of the Gram matrix that are summed at a time; what lies above the diagonal is not computed
 TOKENS_AT_ONCE = 64  # squared together, so that they stay in cache
@@ -94,7 +94,7 @@ class InputStats:
         shapes = _shapes(in_features, needs)
         self._sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
         self._factors: dict[float, InverseCholesky] = {}
-        self._spectra: dict[float, Spectrum] = {}
+        self._units: dict[float, UnitMoment] = {}
 
     @classmethod
     def uniform(cls, in_features: int, needs: frozenset[Need], device: torch.device | str = "cpu") -> "InputStats":
@@ -159,7 +159,7 @@ class InputStats:
                 self._add_dense(name, total, x, dense)
         self.count += len(x)
         self._factors.clear()
-        self._spectra.clear()
+        self._units.clear()
 
     def _add_dense(self, name: str, total: Tensor, x: Tensor, dense: Tensor | None) -> None:
         if dense is None:
@@ -252,11 +252,11 @@ class InputStats:
             self._factors[damping] = inverse_cholesky(self._sums[Need.GRAM], max(self.count, 1), damping)
         return self._factors[damping]
 
-    def spectrum(self, damping: float) -> Spectrum:
+    def unit_moment(self, damping: float) -> UnitMoment:
         """Of H as `damped_gram` damps it. Computed once per damping, for all layers of this input and all sparsities."""
-        if damping not in self._spectra:
-            self._spectra[damping] = Spectrum.of(damped_gram(self.gram, damping))
-        return self._spectra[damping]
+        if damping not in self._units:
+            self._units[damping] = UnitMoment(damped_gram(self.gram, damping))
+        return self._units[damping]
 
     def _mean(self, name: str) -> Tensor:
         if name not in self._sums:

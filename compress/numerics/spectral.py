@@ -1,7 +1,6 @@
 """Cholesky factors, roots and eigenvectors of moments (n, n) that may be singular."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,22 +14,6 @@ LEADING, ITERATIONS = 16, 8  # directions that are looked for before the rest is
 SMALL = 256  # decomposed in float64 in no time
 LEAST = 1e-6  # of the mean: what damping takes a smaller entry of a diagonal for
 UNFACTORED = "a moment of its data cannot be factored: raise damping, or calibrate on more text."
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """A positive definite matrix A as `D V diag(values) V^T D`, whose middle has a diagonal of ones, float32."""
-
-    scale: Tensor  # the diagonal of D (n,), roots of that of A
-    values: Tensor  # (n,)
-    vectors: Tensor  # V, as columns (n, n)
-
-    @classmethod
-    def of(cls, matrix: Tensor) -> "Spectrum":
-        """Of A (n, n), float32 or wider, decomposed in float32."""
-        scale = matrix.diagonal().sqrt()  # (n,)
-        values, vectors = decomposed(torch.linalg.eigh, (matrix / scale[:, None] / scale).float())
-        return cls(scale.float(), values, vectors)
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,8 +33,8 @@ class ADMMMask:
 
     def choose(self, weight: Tensor, stats: Stats, sparsity: Sparsity) -> Choose:
         check_width(weight.shape[1], sparsity)
-        spectrum = stats.inputs.spectrum(self.damping)
-        return fixed_mask(admm_mask(weight.float(), spectrum, sparsity, self.steps, self.penalty))
+        moment = stats.inputs.unit_moment(self.damping)
+        return fixed_mask(admm_mask(weight.float(), moment, sparsity, self.steps, self.penalty))
 
 
 @register("alps")

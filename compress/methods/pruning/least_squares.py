@@ -31,8 +31,8 @@ class LeastSquaresUpdate:
 
     def apply(self, weight: Tensor, choose: Choose, stats: Stats, sparsity: Sparsity) -> Masked:
         keep = choose.whole()  # (out, in)
-        gram = damped_gram(stats.inputs.gram, self.damping)
-        x = fitted(weight.float(), keep, gram, self.iterations)
+        moment = stats.inputs.unit_moment(self.damping)
+        x = fitted(weight.float() * moment.scale, keep, moment.matrix, self.iterations) / moment.scale
         return Masked(masked(narrowed(x, weight.dtype), keep), keep, sparsity, self.damping)
 
 

@@ -7,12 +7,11 @@ import torch
 
 from paredown.compress.errors import PareError
 from paredown.compress.methods import MASKS, UPDATES, build
-from paredown.compress.numerics.admm import admm_mask
+from paredown.compress.numerics.admm import UnitMoment, admm_mask
 from paredown.compress.numerics.masked_least_squares import damped_gram, fitted, row_losses
 from paredown.compress.numerics.masks import NofM, keep_mask
 from paredown.compress.numerics.moments import GRADIENT_NEEDS, PAIRED_NEEDS, InputStats, Stats
 from paredown.compress.numerics.obs import obs_mask
-from paredown.compress.numerics.spectral import Spectrum
 from paredown.compress.numerics.swaps import _best_swaps, swapped
 from paredown.compress.survey.gradients import moments
 
@@ -111,17 +110,19 @@ def test_admm_is_its_slow_form():
             if changed == 0:
                 break
             rho, settled = rho * (1.3 if changed >= 0.1 else 1.2 if changed >= 0.005 else 1.1), keep
-    assert torch.equal(admm_mask(weight, Spectrum.of(gram), PATTERN, 60, 0.1), keep)
+    assert torch.equal(admm_mask(weight, UnitMoment(gram), PATTERN, 60, 0.1), keep)
 
 
-def test_a_decomposition_serves_every_sparsity_until_more_tokens_come():
+def test_the_first_inverse_serves_every_sparsity_until_more_tokens_come():
     _, stats = problem()
-    first = stats.inputs.spectrum(0.01)
-    assert stats.inputs.spectrum(0.01) is first
-    rebuilt = (first.vectors * first.values) @ first.vectors.T * first.scale[:, None] * first.scale
-    torch.testing.assert_close(rebuilt, damped_gram(stats.inputs.gram, 0.01), rtol=1e-4, atol=1e-4)
+    first = stats.inputs.unit_moment(0.01)
+    assert stats.inputs.unit_moment(0.01) is first and first.inverse(0.3) is first.inverse(0.3)
+    for penalty in (0.3, 0.36):
+        unit = first.inverse(penalty).double().inverse() - penalty * torch.eye(16)
+        rebuilt = (unit * first.scale[:, None] * first.scale).float()
+        torch.testing.assert_close(rebuilt, damped_gram(stats.inputs.gram, 0.01), rtol=1e-4, atol=1e-3)
     stats.inputs.update(torch.randn(10, 16), torch.randn(10, 16))
-    assert stats.inputs.spectrum(0.01) is not first
+    assert stats.inputs.unit_moment(0.01) is not first
 
 
 def test_ria_and_fisher_are_their_formulas():
