@@ -24,7 +24,7 @@ PACKAGE = "bitsandbytes"
 def make(kind: Kind, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Over groups of tensors whose gradients the caller sets; each group gets its learning rate before a step."""
     if kind == "adamw":
-        return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, foreach=False)  # foreach copies all tensors
+        return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
     from bitsandbytes.optim import AdamW8bit
 
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, betas=BETAS, weight_decay=0.0)
@@ -64,5 +64,4 @@ def restore(optimizer: torch.optim.Optimizer, masters: Mapping[str, Tensor], ten
     for full, value in tensors.items():
         key, _, name = full.partition("/")
         master, whole = masters[name], value.dim() == 0 and value.dtype == torch.int64
-        place = value.device if value.dim() == 0 else master.device
-        optimizer.state.setdefault(master, {})[key] = value.item() if whole else value.to(place, copy=True)
+        optimizer.state.setdefault(master, {})[key] = value.item() if whole else value.to(master.device, copy=True)

@@ -114,7 +114,8 @@ def _trained(
     masters = {name: p.detach().float().requires_grad_() for name, p in trained.items()}
     # learning rates are relative to each tensor's size: PIFA's coefficients are about ten times as large as its rows
     sizes = [max(float(m.detach().square().mean().sqrt()), 1e-3) for m in masters.values()]
-    optimizer = torch.optim.Adam([{"params": [m], "size": s} for m, s in zip(masters.values(), sizes, strict=True)])
+    groups = [{"params": [m], "size": s} for m, s in zip(masters.values(), sizes, strict=True)]
+    optimizer = torch.optim.Adam(groups, fused=True)
     generator = torch.Generator().manual_seed(seed)
     seen = len(targets) - _held_out(targets, spec.heldout)  # batches that are trained on
     watch = _Watch(masters, _error(block, inputs, targets, seen)) if seen < len(targets) else None

@@ -52,5 +52,5 @@ class ALPS(Pruner):
 
 
 def admm_bytes(shape: Shape) -> int:
-    """Six float32 copies of a weight (out, in): the wanted one, its product, the sparse, free and dual one, a temporary."""
+    """Six float32 copies of a weight (out, in): the wanted one, the point, the dual, what pulls it, and two temporaries."""
     return 6 * 4 * shape[0] * shape[1]
