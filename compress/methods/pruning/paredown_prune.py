@@ -20,7 +20,7 @@ from paredown.compress.numerics.masks import NofM
 from paredown.compress.numerics.moments import Need, Stats
 
 TRIED = 3  # steps of ADMM, and of conjugate gradients, by which losses are predicted
-ROWS = 512  # of a weight, whose losses are predicted
+ROWS = 256  # of a weight, whose losses are predicted
 
 
 @register("paredown_prune")
