@@ -115,6 +115,13 @@ def beaten_in_group(scores: Tensor, n: int) -> Tensor:
 
     scores (m, ...): they are compared along the first axis.
     """
+    if len(scores) == 4 and n == 2:
+        # of the pairs' winners the lower and of their losers the higher: one of these is the second
+        winners, losers = torch.maximum(scores[:2], scores[2:]), torch.minimum(scores[:2], scores[2:])
+        second = torch.maximum(torch.minimum(winners[0], winners[1]), torch.maximum(losers[0], losers[1]))
+        beaten = scores < second
+        if int(torch.count_nonzero(beaten)) * 2 == beaten.numel():  # not so where scores are equal
+            return beaten
     # as often each is beaten: by all before it, but for what the comparisons change
     beaten = torch.arange(len(scores), dtype=torch.uint8, device=scores.device)
     beaten = beaten.view(-1, *[1] * (scores.dim() - 1)).expand(scores.shape).contiguous()

@@ -22,17 +22,19 @@ class Choose:
     the updated weights (out, columns) from there to the end of the block and their `diag U` (columns,).
     `whole()` is the mask (out, in) for an update that does not go column by column; `inverse()` is the factor that
     computing it needs. `pattern`: `next_columns` chooses n of every m by `|updated / scales|`, as a kernel can too.
+    `start` are weights (out, in) near the best ones on a fixed mask, from which an update may begin.
     """
 
     next_columns: Callable[[Tensor, Tensor, int], Tensor]
     whole: Callable[[], Tensor]
     inverse: Callable[[], InverseCholesky] | None = None
     pattern: NofM | None = None
+    start: Tensor | None = None
 
 
-def fixed_mask(keep: Tensor) -> Choose:
+def fixed_mask(keep: Tensor, start: Tensor | None = None) -> Choose:
     """A mask that does not depend on updates. keep (out, in) bool."""
-    return Choose(lambda updated, scales, first: keep[:, first : first + updated.shape[1]], lambda: keep)
+    return Choose(lambda updated, scales, first: keep[:, first : first + updated.shape[1]], lambda: keep, start=start)
 
 
 def adaptive_mask(sparsity: Sparsity, weight: Tensor, inverse: Callable[[], InverseCholesky]) -> Choose:
@@ -79,9 +81,12 @@ def sparsegpt_sweep(
     if fused is None:
         fused = weight.is_cuda and find_spec("triton") is not None
     sweep_block = _fused_block if fused else _block
+    if choose.pattern and not fused:  # whose masks do not depend on blocks: fewer passes over what is to come
+        width *= 2
     # columns are rows here: each step then touches contiguous memory
     work = torch.empty(size, len(weight), device=weight.device).copy_(weight.T)  # (in, out)
-    work[inverse.dead] = 0.0
+    if bool(inverse.dead.any()):
+        work[inverse.dead] = 0.0
     keep = torch.empty(work.shape, dtype=torch.bool, device=work.device)  # (in, out)
     for begin in range(0, size, width):
         end = min(begin + width, size)
@@ -131,7 +136,7 @@ def _block(block: Tensor, local: Tensor, choose: Choose, first: int) -> tuple[Te
             carry(i, end, len(block))
             i = end
     stays = ~removed
-    block.mul_(stays)
+    block.view(torch.int32).mul_(stays)  # +0.0 where removed
     return errors, stays
 
 
