@@ -1,4 +1,4 @@
-"""A mask by ADMM on the layer loss with the support as a constraint.
+"""A mask, and weights on it, by ADMM on the layer loss with the support as a constraint.
 
 Meng et al. 2024, ALPS, algorithm 1 (arXiv 2406.07831).
 """
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from paredown.compress.numerics.masks import Sparsity, keep_mask
+from paredown.compress.numerics.precision import short_products
 from paredown.compress.numerics.spectral import cholesky
 
-EVERY = 3  # iterations between two looks at how far the support has settled
+EVERY = 3  # iterations between two looks at how far the support has settled, as published
 
 
 class UnitMoment:
@@ -32,26 +33,33 @@ class UnitMoment:
         return inverse
 
 
-def admm_mask(weight: Tensor, moment: UnitMoment, sparsity: Sparsity, iterations: int, penalty: float) -> Tensor:
-    """Which weights stay (out, in), bool, over the whole layer or in each group of m, once the support has settled.
+def admm(
+    weight: Tensor, moment: UnitMoment, sparsity: Sparsity, iterations: int, penalty: float, every: int = EVERY
+) -> tuple[Tensor, Tensor]:
+    """Which weights stay (out, in), bool, over the layer or in each group of m; and weights (out, in) near the best.
 
     weight W (out, in) float32; `moment` A of the damped inputs. `penalty` is the first rho: the larger, the sooner the
-    support settles. The free weights, `(W A - V + rho D) (A + rho I)^-1`, are W plus `(rho (D - W) - V) (A + rho I)^-1`:
-    one product an iteration. In the first of them D is W and V zero. float32.
+    support settles, which is looked at after `every` few iterations. The free weights, `(W A - V + rho D) (A + rho I)^-1`,
+    are W plus `rho (D - W - U) (A + rho I)^-1`, where U is V / rho: one product an iteration, whose rounding the next
+    makes up for. In the first iteration D is W and U zero.
     """
     wanted = weight * moment.scale  # W (out, in)
-    point, dual, rho, inverse = wanted, torch.zeros_like(wanted), penalty, moment.inverse(penalty)
+    rho, inverse = penalty, moment.inverse(penalty)
     keep = settled = keep_mask(wanted.abs(), sparsity, within="layer")
-    for i in range(1, iterations + 1):
-        if i > 1:
-            pull = (point * keep).sub_(wanted).mul_(rho).sub_(dual)
-            point = torch.addmm(dual.div(rho).add_(wanted), pull, inverse)  # free weights + V / rho
-            keep = keep_mask(point.abs(), sparsity, within="layer")
-        dual = (point * ~keep).mul_(rho)  # V + rho (free weights - D), where D is the point on its support
-        if i % EVERY == 0:
-            changed = int((keep ^ settled).sum()) / max(int(keep.sum()), 1)
+    nearest = wanted * keep  # D
+    aside = wanted - nearest  # U
+    for i in range(2, iterations + 1):
+        held = wanted + aside
+        with short_products(wanted.device.type):
+            point = torch.addmm(held, nearest.sub_(held), inverse, alpha=rho)  # free weights + U
+        keep = keep_mask(point.abs(), sparsity, within="layer")
+        nearest = point * keep
+        aside = point - nearest
+        if i % every == 0:
+            changed = int(torch.count_nonzero(keep ^ settled)) / max(int(torch.count_nonzero(keep)), 1)
             if not changed or i == iterations:
                 break
-            rho *= 1.3 if changed >= 0.1 else 1.2 if changed >= 0.005 else 1.1
-            inverse, settled = moment.inverse(rho), keep
-    return keep
+            grown = (1.3 if changed >= 0.1 else 1.2 if changed >= 0.005 else 1.1) ** (every / EVERY)
+            rho, aside, settled = rho * grown, aside / grown, keep
+            inverse = moment.inverse(rho)
+    return keep, nearest / moment.scale

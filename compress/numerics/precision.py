@@ -1,7 +1,7 @@
 """Borders between precisions: from a solver to a checkpoint, and where a shorter one loses nothing."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,14 +19,13 @@ def narrowed(wide: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def exact_products(*factors: Tensor) -> Iterator[None]:
-    """Inside, float32 products of numbers that these tensors hold are as exact as ever, and faster if all are bfloat16.
+def short_products(kind: str) -> Iterator[None]:
+    """Inside, float32 products round their factors to bfloat16 (a CPU with units for it) or TF32 (CUDA); sums are float32.
 
-    Units for bfloat16 (on a CPU) and TF32 (on CUDA) keep all bits of such numbers, and sum in float32. It holds for the whole
-    process, so nothing else may be multiplied meanwhile.
+    On a device of another kind nothing changes. It holds for the whole process, so nothing else may be multiplied
+    meanwhile.
     """
-    kind = factors[0].device.type
-    if kind not in ("cpu", "cuda") or any(factor.dtype != torch.bfloat16 for factor in factors):
+    if kind not in ("cpu", "cuda"):
         yield
         return
     backend: Any = torch.backends.mkldnn if kind == "cpu" else torch.backends.cuda
@@ -37,6 +36,15 @@ def exact_products(*factors: Tensor) -> Iterator[None]:
         yield
     finally:
         settings.fp32_precision = before
+
+
+def exact_products(*factors: Tensor) -> AbstractContextManager[None]:
+    """Inside, float32 products of numbers that these tensors hold are as exact as ever, and faster if all are bfloat16.
+
+    Short products keep all bits of such numbers.
+    """
+    exact = all(factor.dtype == torch.bfloat16 for factor in factors)
+    return short_products(factors[0].device.type) if exact else nullcontext()
 
 
 def exact_product(a: Tensor, b: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from paredown.compress.methods.base import Damping, Shape, register
 from paredown.compress.methods.pruning.base import MASKS, Pruner
 from paredown.compress.methods.pruning.least_squares import Count, LeastSquaresUpdate
-from paredown.compress.numerics.admm import admm_mask
+from paredown.compress.numerics.admm import EVERY, admm
 from paredown.compress.numerics.masks import Sparsity, check_width
 from paredown.compress.numerics.moments import Need, Stats
 from paredown.compress.numerics.sweep import Choose, fixed_mask
@@ -28,13 +28,14 @@ class ADMMMask:
     damping: Damping = 0.01  # relative to the mean diagonal of H
     steps: Count = 300  # at most; it ends once the support no longer changes
     penalty: Penalty = 0.1  # the first rho; the larger, the sooner it settles
+    every: Count = EVERY  # steps between two looks at whether it has, when rho grows
 
     needs = frozenset({Need.GRAM})
 
     def choose(self, weight: Tensor, stats: Stats, sparsity: Sparsity) -> Choose:
         check_width(weight.shape[1], sparsity)
         moment = stats.inputs.unit_moment(self.damping)
-        return fixed_mask(admm_mask(weight.float(), moment, sparsity, self.steps, self.penalty))
+        return fixed_mask(*admm(weight.float(), moment, sparsity, self.steps, self.penalty, self.every))
 
 
 @register("alps")

@@ -32,7 +32,8 @@ class LeastSquaresUpdate:
     def apply(self, weight: Tensor, choose: Choose, stats: Stats, sparsity: Sparsity) -> Masked:
         keep = choose.whole()  # (out, in)
         moment = stats.inputs.unit_moment(self.damping)
-        x = fitted(weight.float() * moment.scale, keep, moment.matrix, self.iterations) / moment.scale
+        start = None if choose.start is None else choose.start * moment.scale
+        x = fitted(weight.float() * moment.scale, keep, moment.matrix, self.iterations, start) / moment.scale
         return Masked(masked(narrowed(x, weight.dtype), keep), keep, sparsity, self.damping)
 
 

@@ -19,6 +19,7 @@ from paredown.compress.methods.pruning.least_squares import Count, LeastSquaresU
 from paredown.compress.numerics.masks import NofM
 from paredown.compress.numerics.moments import Need, Stats
 
+EVERY = 4  # steps of ADMM between two looks at its support
 TRIED = 3  # steps of ADMM, and of conjugate gradients, by which losses are predicted
 ROWS = 256  # of a weight, whose losses are predicted
 
@@ -28,9 +29,9 @@ ROWS = 256  # of a weight, whose losses are predicted
 class ParedownPrune(Aimed):
     target: Literal["own", "dense"] = "dense"
     damping: Damping = 0.01  # of mask and fit, relative to the mean diagonal of H
-    steps: Count = 15  # of ADMM
+    steps: Count = 16  # of ADMM
     penalty: Penalty = 0.3  # its first rho
-    iterations: Count = 10  # of conjugate gradients
+    iterations: Count = 4  # of conjugate gradients, from where ADMM ends
     # of the calibration text, on which gradients are taken where an allocation reads them
     gradient_windows: Annotated[int, Field(ge=1)] = 16
 
@@ -42,7 +43,8 @@ class ParedownPrune(Aimed):
         return "uniform" if isinstance(self.sparsity, NofM) and self.kept is None else "global"
 
     def pair(self) -> tuple[ADMMMask, LeastSquaresUpdate]:
-        return ADMMMask(self.damping, self.steps, self.penalty), LeastSquaresUpdate(self.damping, self.iterations)
+        mask = ADMMMask(self.damping, self.steps, self.penalty, EVERY)
+        return mask, LeastSquaresUpdate(self.damping, self.iterations)
 
     @property
     def spread(self) -> dict[str, float]:

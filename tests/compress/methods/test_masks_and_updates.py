@@ -1,5 +1,6 @@
 """Each mask and update against slow loops of its formula and against exact optima, and every pair of them."""
 
+from contextlib import nullcontext
 from itertools import combinations
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from paredown.compress.errors import PareError
 from paredown.compress.methods import MASKS, UPDATES, build
-from paredown.compress.numerics.admm import UnitMoment, admm_mask
+from paredown.compress.numerics.admm import UnitMoment, admm
 from paredown.compress.numerics.masked_least_squares import damped_gram, fitted, row_losses
 from paredown.compress.numerics.masks import NofM, keep_mask
 from paredown.compress.numerics.moments import GRADIENT_NEEDS, PAIRED_NEEDS, InputStats, Stats
@@ -112,7 +113,30 @@ def test_admm_is_its_slow_form(sparsity, steps):
             if changed == 0:
                 break
             rho, settled = rho * (1.3 if changed >= 0.1 else 1.2 if changed >= 0.005 else 1.1), keep
-    assert torch.equal(admm_mask(weight, UnitMoment(gram), sparsity, steps, 0.1), keep)
+    found, start = admm(weight, UnitMoment(gram), sparsity, steps, 0.1)
+    assert torch.equal(found, keep)
+    torch.testing.assert_close(start.double(), sparse / scale, rtol=1e-2, atol=1e-2)
+
+
+def test_short_products_of_admm_cost_nothing_and_its_weights_are_a_better_start_than_the_dense_ones(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2048, 32, generator=generator) @ torch.randn(32, 256, generator=generator)
+    x += 0.5 * torch.randn(2048, 256, generator=generator)
+    x[:, 3] *= 50  # as of a sink
+    gram = damped_gram((x.T @ x / 2048).double(), 0.01)
+    weight = torch.randn(192, 256, generator=generator)
+    keep, start = admm(weight, UnitMoment(gram), PATTERN, 16, 0.3, 4)
+
+    def loss(x, mask=keep):
+        assert not x[~mask].any()
+        return float(row_losses(weight, x, gram).sum())
+
+    best = loss(fitted(weight, keep, gram, 100))
+    assert loss(fitted(weight, keep, gram, 4, start)) < 1.002 * best < loss(fitted(weight, keep, gram, 4))
+    monkeypatch.setattr("paredown.compress.numerics.admm.short_products", lambda kind: nullcontext())
+    other, _ = admm(weight, UnitMoment(gram), PATTERN, 16, 0.3, 4)
+    assert float((other != keep).float().mean()) < 0.02
+    assert loss(fitted(weight, other, gram, 100), other) == pytest.approx(best, rel=2e-3)
 
 
 def test_the_first_inverse_serves_every_sparsity_until_more_tokens_come():
