@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from paredown.compress.methods.base import Damping, Shape
@@ -25,21 +26,24 @@ class Aimed(Pruner):
         return super().needs | paired
 
     def working_bytes(self, shape: Shape) -> int:
-        """Beside those of a pruner, for a dense target: moments and goal in float64."""
+        """With a dense target, first for the goal and then for a pruner; a cross moment and the goal stay."""
+        plain = super().working_bytes(shape)
+        if self.target == "own":
+            return plain
         out, inner = shape
-        paired = 8 * (2 * inner * inner + 2 * out * inner) if self.target == "dense" else 0
-        return super().working_bytes(shape) + paired
+        return max(plain, 8 * inner * (inner + out)) + 8 * inner * min(inner, out) + 4 * out * inner
 
     def goal(self, weight: Tensor, stats: Stats) -> Tensor:  # (out, in)
         """With `target` dense the weight whose output from the compressed model's input comes nearest to the dense model's.
 
-        A layer that writes to the residual stream makes up for the stream's error too.
+        A layer that writes to the residual stream makes up for the stream's error too. By float32: the ridge is far above
+        its rounding.
         """
         if self.target == "own":
             return weight
-        inputs, residual = stats.inputs, stats.residual
+        inputs, residual = stats.inputs.at(torch.float32), stats.residual
         if residual is None and Need.CROSS not in inputs.needs:  # an expert, or a survey of the dense model
             return weight
-        gram = inputs.gram
-        missing = residual.missing if residual else weight.double() @ (inputs.cross - gram)  # (out, in)
-        return (weight.double() + regressed(missing, gram, self.ridge)).float()
+        wide, gram = weight.float(), inputs.gram
+        missing = residual.missing.float() if residual else wide @ inputs.cross.sub_(gram)  # (out, in)
+        return wide + regressed(missing, gram, self.ridge)
