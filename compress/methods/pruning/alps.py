@@ -53,5 +53,5 @@ class ALPS(Pruner):
 
 
 def admm_bytes(shape: Shape) -> int:
-    """Six float32 copies of a weight (out, in): the wanted one, the point, the dual, what pulls it, and two temporaries."""
-    return 6 * 4 * shape[0] * shape[1]
+    """Eight float32 copies of a weight (out, in): target and start of the fit, which takes more than ADMM, and six more."""
+    return 8 * 4 * shape[0] * shape[1]
