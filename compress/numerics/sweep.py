@@ -84,7 +84,7 @@ def sparsegpt_sweep(
     if choose.pattern and not fused:  # whose masks do not depend on blocks: fewer passes over what is to come
         width *= 2
     # columns are rows here: each step then touches contiguous memory
-    work = torch.empty(size, len(weight), device=weight.device).copy_(weight.T)  # (in, out)
+    work = torch.empty(size, len(weight), dtype=torch.float32, device=weight.device).copy_(weight.T)  # (in, out)
     if bool(inverse.dead.any()):
         work[inverse.dead] = 0.0
     keep = torch.empty(work.shape, dtype=torch.bool, device=work.device)  # (in, out)
