@@ -9,6 +9,7 @@ from torch import Tensor
 
 from paredown.compress.numerics.cholesky import InverseCholesky
 from paredown.compress.numerics.masks import SMALL_GROUP, NofM, Sparsity, beaten_in_group, check_width, keep_mask
+from paredown.compress.numerics.precision import short_products
 
 BLOCK = 128  # columns that are updated at once: errors reach the rest of the matrix as one product per block
 LEAF = 8  # columns within a block that are updated one by one
@@ -72,9 +73,9 @@ def sparsegpt_sweep(
 ) -> tuple[Tensor, Tensor]:
     """Prune column by column; columns to the right make up for each error. Frantar & Alistarh 2023, algorithm 1.
 
-    weight (out, in) any float dtype; computed in float32, `width` columns at a time. `choose.next_columns` is called
-    whenever the next column has no mask yet. `fused`: the columns of a block in one Triton kernel, or in a Python loop;
-    None takes the kernel on a GPU, where Triton is installed.
+    weight (out, in) any float dtype; computed in float32, `width` columns at a time, whose errors reach the rest by a short
+    product. `choose.next_columns` is called whenever the next column has no mask yet. `fused`: the columns of a block in one
+    Triton kernel, or in a Python loop; None takes the kernel on a GPU, where Triton is installed.
     Returns the updated weight (out, in) float32 with zeros where removed, and the mask.
     """
     factor, size = inverse.factor, weight.shape[1]
@@ -92,7 +93,8 @@ def sparsegpt_sweep(
         end = min(begin + width, size)
         local = factor[begin:end, begin:end].contiguous()  # (columns, columns)
         errors, keep[begin:end] = sweep_block(work[begin:end], local, choose, begin)  # (columns, out)
-        work[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1.0)
+        with short_products(work.device.type):
+            work[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1.0)
     return work.T.contiguous(), keep.T.contiguous()
 
 

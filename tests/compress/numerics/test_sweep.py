@@ -1,6 +1,7 @@
 """The sweep against a slow loop and against theorems: what it loses, where it is optimal, and what nothing can beat."""
 
 import math
+from contextlib import nullcontext
 from itertools import combinations
 
 import pytest
@@ -11,11 +12,21 @@ from hypothesis import strategies as st
 from paredown.compress.errors import PareError
 from paredown.compress.numerics.masks import NofM, keep_mask, masked
 from paredown.compress.numerics.moments import InputStats
+from paredown.compress.numerics.precision import short_products
 from paredown.compress.numerics.scores import magnitude_score, wanda_score
 from paredown.compress.numerics.sweep import Choose, adaptive_mask, fixed_mask, sparsegpt_sweep
 from paredown.kernels import obs_sweep
 
 DAMPING = 0.01
+SHORT = "paredown.compress.numerics.sweep.short_products"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def exact():
+    """Products by float32, so that slow loops can be compared entry by entry."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SHORT, lambda kind: nullcontext())
+        yield
 
 
 def problem(out, inner, seed=0, tokens=400, dead=()):
@@ -102,6 +113,16 @@ def shared(curves, total):
     for curve in curves:
         best = [min(best[n - k] + curve[k] for k in range(min(n, len(curve) - 1) + 1)) for n in range(total + 1)]
     return best[total]
+
+
+@pytest.mark.parametrize("sparsity", [NofM(2, 4), 0.5])
+def test_short_products_lose_a_thousandth_at_most(monkeypatch, sparsity):
+    weight, stats = problem(192, 320, tokens=2000, dead=(7,))
+    inverse, hessian = stats.inverse_cholesky(DAMPING), damped(stats)
+    exact, _ = sparsegpt_sweep(weight, inverse, adaptive_mask(sparsity, weight, unasked))
+    monkeypatch.setattr(SHORT, short_products)
+    short, _ = sparsegpt_sweep(weight, inverse, adaptive_mask(sparsity, weight, unasked))
+    assert loss(weight, short, hessian) == pytest.approx(loss(weight, exact, hessian), rel=1e-3)
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.31, 0.8])
