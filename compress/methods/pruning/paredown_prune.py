@@ -31,7 +31,7 @@ class ParedownPrune(Aimed):
     damping: Damping = 0.01  # of mask and fit, relative to the mean diagonal of H
     steps: Count = 16  # of ADMM
     penalty: Penalty = 0.3  # its first rho
-    iterations: Count = 4  # of conjugate gradients, from where ADMM ends
+    iterations: Count = 3  # of conjugate gradients, from where ADMM ends
     # of the calibration text, on which gradients are taken where an allocation reads them
     gradient_windows: Annotated[int, Field(ge=1)] = 16
 
