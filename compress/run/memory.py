@@ -15,7 +15,7 @@ from paredown.compress.shape_job import ShapeJob, block_numbers
 from paredown.compress.survey.depth import profile_bytes
 from paredown.compress.survey.direct import Pairs
 from paredown.compress.survey.expert_fit import ExpertFit
-from paredown.compress.survey.sides import KEPT_BYTES, kept_bytes
+from paredown.compress.survey.sides import held_bytes
 from paredown.compress.survey.survey import TOKENS
 
 
@@ -39,7 +39,7 @@ def memory_parts(job: Job, targets: Sequence[View], calibration: int, evaluation
         "pending": pending_bytes(numbers * element),
         "solver": _statistics(job, edited) + max((method.working_bytes(v.shape) for v in edited), default=0),
         "activations": hidden_bytes(source, texts),
-        "kept": kept if job.paired and (kept := kept_bytes(edited, calibration, element)) <= KEPT_BYTES else 0,
+        "kept": held_bytes(edited, calibration, element, source.device) if job.paired else 0,
         "batch": batch_bytes(source, widest),
         "tuning": _tuning(job, edited, calibration) if job.recipe.reconstruct else 0,
         # needed at the start and at the end, when no block is in memory

@@ -106,7 +106,7 @@ class Run(Walk):
             tuned = self._compress(edited, twin, editor, streams, result)
             doing(f"running {block.name} as compressed, and writing it")
             with result.timed("calibration"):
-                if block.index < len(self.job.blocks) - 1:
+                if block.index < len(self.job.blocks) - 1 and not self._moved(block):
                     streams.calibration.advance(twin if twin and independent else block)
             del twin  # with the original weights
             with result.timed("evaluation"):
@@ -148,10 +148,22 @@ class Run(Walk):
         if twin and streams.dense and job.paired:
             residual = Need.RESIDUAL in job.method.needs
             return observe_both(
-                stream, streams.dense, block, twin, views, job.collected, residual, recipe.router_weight
+                stream,
+                streams.dense,
+                block,
+                twin,
+                views,
+                job.collected,
+                residual,
+                recipe.router_weight,
+                self._moved(block),
             )
         observe = observe_in_turn if recipe.order == "true_sequential" else observe_alone
         return observe(stream, block, views, job.collected, recipe.router_weight)
+
+    def _moved(self, block: Block) -> bool:
+        """Whether collecting moves the stream of the compressed model too: where nothing changes the block afterwards."""
+        return self.job.paired and self.job.recipe.reconstruct is None and block.index < len(self.job.blocks) - 1
 
     def _tune(
         self, edited: EditedBlock, inputs: list[Tensor], dense: Stream, compressed: Stream, result: Result

@@ -62,30 +62,43 @@ def observe_both(
     needs: frozenset[Need],
     residual: bool,
     router_weight: bool = False,
+    onward: bool = False,
 ) -> Iterator[tuple[list[View], dict[str, Stats]]]:
     """Each group of views, with statistics of both streams by view name, in the order in which the block calls them.
 
     The caller edits a group before it asks for the next one, whose input then comes from the edited layers. In the end the
-    dense stream stands behind its block. `residual`: layers that add to the residual stream get a Residual instead of the
-    cross moment.
+    dense stream stands behind its block, and the other one too with `onward`. `residual`: layers that add to the residual
+    stream get a Residual instead of the cross moment.
     """
     in_order = fused_together(groups(stream, block, views))
     layers = ResidualLayers.of(stream, block, in_order) if residual else ResidualLayers([])
-    own = Side(stream, block, layers)
-    other = dense_side(dense, twin, layers.of_twin(twin), [group[0] for group in in_order])
-    for group in in_order:
-        view = group[0]
-        if view.expert is not None:  # the two models do not send the same tokens to an expert
-            yield group, observe(stream, block, group, needs - {Need.CROSS}, router_weight)
+    own = Side(stream, block, layers, views)
+    other = dense_side(dense, twin, layers.of_twin(twin), [group[0] for group in in_order], views)
+    try:
+        for group in in_order:
+            yield group, _of_both(own, other, group, needs, router_weight)
+            own.passed(group)
             return_freed_memory()
-            continue
-        observe_one = observe_residual if view in layers.views else observe_paired
-        stats = observe_one(own, other, view, needs)
-        return_freed_memory()
-        by_name = {} if stats is None else {view.name: stats for view in group}
-        yield group, by_name
-        del stats, by_name  # free them before the next group's are collected
-    other.advance()
+        other.advance()
+        if onward:
+            own.advance()
+    finally:
+        own.close()
+        other.close()
+
+
+def _of_both(
+    own: Side, other: Side, group: list[View], needs: frozenset[Need], router_weight: bool
+) -> dict[str, Stats]:
+    """Statistics of both streams by view name, for one group."""
+    view = group[0]
+    if view.expert is not None:  # the two models do not send the same tokens to an expert
+        return observe(own.stream, own.block, group, needs - {Need.CROSS}, router_weight)
+    observe_one = observe_residual if view in own.layers.views else observe_paired
+    stats = observe_one(own, other, view, needs)
+    other.passed(group)
+    return_freed_memory()
+    return {} if stats is None else {view.name: stats for view in group}
 
 
 def groups(stream: Stream, block: Block, views: list[View]) -> list[list[View]]:

@@ -14,22 +14,27 @@ from paredown.compress.model.blocks import Block, View
 from paredown.compress.model.stream import Stream
 from paredown.compress.numerics.moments import InputStats, Need, Residual, Stats
 from paredown.compress.numerics.precision import exact_product, like
+from paredown.compress.survey.finished import Finished
 from paredown.compress.survey.products import Capture, input_of, run_with_capture
 from paredown.compress.survey.residual import ResidualLayers, silenced
 
-KEPT_BYTES = 2**29  # of inputs and outputs of a dense block's layers that are kept, at most
+# of inputs and outputs of a dense block's layers that are kept, and of outputs of a block's finished parts, at most
+KEPT_BYTES = 2**29
 
 
 class Side:
-    """A stream before a block, and the block's residual layers."""
+    """A stream before a block, the block's residual layers, and the views that are read one after another."""
 
-    def __init__(self, stream: Stream, block: Block, layers: ResidualLayers) -> None:
+    def __init__(self, stream: Stream, block: Block, layers: ResidualLayers, views: Sequence[View] = ()) -> None:
         self.stream, self.layers = stream, layers
-        self._block, self._views = block, {v.name: v for v in block.views()}
+        self.block, self._views = block, {v.name: v for v in block.views()}
+        # running a part again takes a GPU no time
+        self._finished = Finished(stream, block, views, KEPT_BYTES if views and stream.device.type == "cpu" else 0)
 
     def input(self, name: str, i: int) -> Tensor | None:
         """The input (..., in) of the view of this name in batch `i`; None if no token reaches it."""
-        return input_of(self.stream, self._block, self._views[name], i)
+        with self._finished.batch(i):
+            return input_of(self.stream, self.block, self._views[name], i)
 
     def input_and_rest(self, name: str, i: int) -> tuple[Tensor | None, Tensor]:
         """The input of a residual layer, and what the block gives without it and those after it: (batch, length, hidden)
@@ -38,13 +43,24 @@ class Side:
         view = self._views[name]
         if self.layers.alone and not self.layers.before(view):
             return self.input(name, i), self._hidden(i)
-        with silenced(self.layers.after(view)):
-            output, x, own = run_with_capture(self.stream, self._block, view, i)
+        with silenced(self.layers.after(view)), self._finished.batch(i):
+            output, x, own = run_with_capture(self.stream, self.block, view, i)
         return x, output.float() if own is None else output.float() - own.reshape(output.shape).float()
 
     def advance(self) -> None:
         """Move the stream behind the block."""
-        self.stream.advance(self._block)
+        batches = self.stream.advancing(self.block)
+        for i in range(len(self.stream.hidden) + 1):  # once more to end it
+            with self._finished.batch(i):
+                next(batches, None)
+
+    def passed(self, group: Sequence[View]) -> None:
+        """These views are asked for no more, and will not change."""
+        self._finished.add(group)
+
+    def close(self) -> None:
+        """Leave the block as any other."""
+        self._finished.close()
 
     def _hidden(self, i: int) -> Tensor:
         return self.stream.hidden[i].to(self.stream.device).float()
@@ -86,6 +102,12 @@ class KeptSide(Side):
         rest = self._ahead.hidden[i].to(self.stream.device).float()  # rounded as where the block is run whole
         return self.input(name, i), rest - self._output(name, i, rest)
 
+    def passed(self, group: Sequence[View]) -> None:
+        for inputs in self._inputs:
+            inputs.pop(group[0].name, None)
+        if self.layers.views and group[0].name == self.layers.views[-1].name:
+            self._outputs.clear()
+
     def _output(self, name: str, i: int, like: Tensor) -> Tensor:
         """Of a writer, (batch, length, hidden) float32."""
         return self._outputs[i][name].to(like.device).reshape(like.shape).float()
@@ -94,17 +116,30 @@ class KeptSide(Side):
         self.stream.hidden, self.stream.carried = self._ahead.hidden, self._ahead.carried
 
 
-def dense_side(stream: Stream, block: Block, layers: ResidualLayers, firsts: Sequence[View]) -> Side:
-    """What is kept if it takes no more than KEPT_BYTES, else a pass for each group."""
+def dense_side(
+    stream: Stream, block: Block, layers: ResidualLayers, firsts: Sequence[View], views: Sequence[View] = ()
+) -> Side:
+    """What is kept of all groups' `firsts` if it takes no more than KEPT_BYTES, else a pass for each group of `views`."""
     tokens, element = sum(ids.numel() for ids in stream.ids), stream.hidden[0].element_size()
     if (layers.views and not layers.alone) or kept_bytes([*firsts, *layers.views], tokens, element) > KEPT_BYTES:
-        return Side(stream, block, layers)
+        return Side(stream, block, layers, views)
     return KeptSide(stream, block, layers, [v.name for v in firsts if v.expert is None])
 
 
 def kept_bytes(views: Sequence[View], tokens: int, element: int) -> int:
     """Of the inputs of these views, and of outputs that are no wider."""
     return element * tokens * sum(v.shape[1] for v in views if v.expert is None)
+
+
+def held_bytes(views: Sequence[View], tokens: int, element: int, device: torch.device) -> int:
+    """Of what two sides keep at most of a block with these views, while the last of its layers is edited.
+
+    The dense side's inputs are no longer there by then, but where they take more than all outputs of the other side.
+    """
+    kept = kept_bytes(views, tokens, element)
+    finished = element * tokens * sum(v.shape[0] for v in views if v.expert is None) if device.type == "cpu" else 0
+    own = min(finished, KEPT_BYTES)
+    return max(kept, own) if kept <= KEPT_BYTES else 2 * own
 
 
 def observe_paired(own: Side, dense: Side, view: View, needs: frozenset[Need]) -> Stats | None:
