@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
 
@@ -24,6 +24,7 @@ from paredown.compress.run.survey_cache import surveyed
 from paredown.compress.run.walk import Walk, summary
 from paredown.compress.run.write import write_block, write_rest
 from paredown.compress.survey.collect import observe_alone, observe_both, observe_in_turn, shared_copy
+from paredown.compress.survey.residual import Kind
 from paredown.compress.survey.survey import Survey
 
 
@@ -32,6 +33,7 @@ class Run(Walk):
     """A walk that edits single weights."""
 
     job: Job
+    residual_layers: dict[Kind, set[str]] = field(default_factory=dict, init=False)  # found so far
 
     @torch.no_grad()
     def run(self) -> Result:
@@ -146,18 +148,11 @@ class Run(Walk):
         """Groups of layers with their statistics, in the order in which the layers are edited."""
         job, stream, recipe = self.job, streams.calibration, self.job.recipe
         if twin and streams.dense and job.paired:
-            residual = Need.RESIDUAL in job.method.needs
+            residual, onward = Need.RESIDUAL in job.method.needs, self._moved(block)
             return observe_both(
-                stream,
-                streams.dense,
-                block,
-                twin,
-                views,
-                job.collected,
-                residual,
-                recipe.router_weight,
-                self._moved(block),
-            )
+                stream, streams.dense, block, twin, views, job.collected, residual, recipe.router_weight,
+                onward, self.residual_layers,
+            )  # fmt: skip
         observe = observe_in_turn if recipe.order == "true_sequential" else observe_alone
         return observe(stream, block, views, job.collected, recipe.router_weight)
 

@@ -17,7 +17,7 @@ from paredown.compress.model.routing import RouterWeights
 from paredown.compress.model.stream import Stream
 from paredown.compress.numerics.moments import Need, Stats
 from paredown.compress.survey.products import InputObserver
-from paredown.compress.survey.residual import ResidualLayers
+from paredown.compress.survey.residual import Kind, ResidualLayers
 from paredown.compress.survey.sides import Side, dense_side, observe_paired, observe_residual
 
 
@@ -63,15 +63,16 @@ def observe_both(
     residual: bool,
     router_weight: bool = False,
     onward: bool = False,
+    known: dict[Kind, set[str]] | None = None,
 ) -> Iterator[tuple[list[View], dict[str, Stats]]]:
     """Each group of views, with statistics of both streams by view name, in the order in which the block calls them.
 
     The caller edits a group before it asks for the next one, whose input then comes from the edited layers. In the end the
     dense stream stands behind its block, and the other one too with `onward`. `residual`: layers that add to the residual
-    stream get a Residual instead of the cross moment.
+    stream get a Residual instead of the cross moment; those `known` from other blocks are not looked for again.
     """
     in_order = fused_together(groups(stream, block, views))
-    layers = ResidualLayers.of(stream, block, in_order) if residual else ResidualLayers([])
+    layers = ResidualLayers.of(stream, block, in_order, known) if residual else ResidualLayers([])
     own = Side(stream, block, layers, views)
     other = dense_side(dense, twin, layers.of_twin(twin), [group[0] for group in in_order], views)
     try:

@@ -14,6 +14,8 @@ from paredown.compress.model.blocks import Block, View
 from paredown.compress.model.stream import Stream
 from paredown.compress.survey.products import run_with_capture
 
+Kind = tuple[type, tuple[str, ...]]  # the class of a block, and its layers that may be residual ones
+
 
 @dataclass(frozen=True)
 class ResidualLayers:
@@ -26,23 +28,31 @@ class ResidualLayers:
     alone: bool = False
 
     @classmethod
-    def of(cls, stream: Stream, block: Block, groups: list[list[View]]) -> "ResidualLayers":
+    def of(
+        cls, stream: Stream, block: Block, groups: list[list[View]], known: dict[Kind, set[str]] | None = None
+    ) -> "ResidualLayers":
         """Find them by trial among `groups` of views that share an input, in the order in which the block calls them.
 
         With all later ones silent, a layer belongs to them if adding a multiple of its weight adds the same multiple of
-        its output to the block's output.
+        its output to the block's output. What is `known` of an earlier block of the same kind is taken over where nothing
+        else is added to the stream here either.
         """
         width = stream.hidden[0].shape[-1]
         candidates = [
             g[0] for g in groups if len(g) == 1 and g[0].expert is None and g[0].shape[0] == width <= g[0].shape[1]
         ]
-        views: list[View] = []
+        own = {v.name.removeprefix(block.prefix): v for v in candidates}
+        kind, known = (type(block.module), tuple(own)), {} if known is None else known
+        if kind in known and _alone(stream, block, views := [v for name, v in own.items() if name in known[kind]]):
+            return cls(views, True)
+        views = []
         for view in reversed(candidates):
             with silenced(views):
                 if _adds(stream, block, view):
                     views.insert(0, view)
-        with silenced(views):
-            alone = torch.equal(stream.output(block, 0), stream.hidden[0].to(stream.device))
+        alone = _alone(stream, block, views)
+        if alone:
+            known[kind] = {name for name, v in own.items() if v in views}
         return cls(views, alone)
 
     def after(self, view: View) -> list[View]:
@@ -77,6 +87,12 @@ def silenced(views: list[View]) -> Iterator[None]:
             view.assign(weight)
             if bias is not None:
                 view.assign_bias(bias)
+
+
+def _alone(stream: Stream, block: Block, views: list[View]) -> bool:
+    """Whether with these layers silent the block's output is its input."""
+    with silenced(views):
+        return torch.equal(stream.output(block, 0), stream.hidden[0].to(stream.device))
 
 
 def _adds(stream: Stream, block: Block, view: View) -> bool:

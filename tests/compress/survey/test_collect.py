@@ -293,6 +293,24 @@ def test_writers_are_the_layers_whose_output_is_added_to_the_stream(family, dtyp
     assert all(torch.equal(p, before[name]) for name, p in block.module.named_parameters())
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox, side by side"])
+def test_writers_of_a_block_are_those_of_an_earlier_one_of_its_kind(family, tmp_path, save_model, windows, monkeypatch):
+    known, found, passes = {}, [], []
+    for index in range(2):
+        folder = tmp_path / str(index)
+        _, block, walk = opened_strong(folder, WRITERS[family][0], save_model, windows.ids, index)
+        in_order, output = groups(walk, block, block.views()), walk.output
+        passes.append(0)
+        monkeypatch.setattr(walk, "output", lambda *a, run=output: passes.append(passes.pop() + 1) or run(*a))
+        layers = ResidualLayers.of(walk, block, in_order, known)
+        assert layers == ResidualLayers.of(walk, block, in_order)
+        found.append([v.name.removeprefix(block.prefix) for v in layers.views])
+    assert found == [WRITERS[family][1]] * 2 and passes[1] < passes[0]
+    # a kind of which less is known than is added to the stream
+    known = {kind: set() for kind in known}
+    assert ResidualLayers.of(walk, block, in_order, known) == layers and known == {next(iter(known)): set(found[0])}
+
+
 def test_layers_that_only_feed_others_are_no_writers_though_they_are_as_wide(tmp_path, save_model, windows):
     _, block, walk = opened_strong(tmp_path / "m", WRITERS["wide queries"][0], save_model, windows.ids)
     for part in ("q_proj", "k_proj", "v_proj"):
