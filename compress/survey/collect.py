@@ -71,10 +71,14 @@ def observe_both(
     dense stream stands behind its block, and the other one too with `onward`. `residual`: layers that add to the residual
     stream get a Residual instead of the cross moment; those `known` from other blocks are not looked for again.
     """
-    in_order = fused_together(groups(stream, block, views))
+    in_groups = called_groups(stream, block, views)
+    owners = {view.owner for group in in_groups for view in group}
+    # a layer of which no product is seen is edited last, wherever it stands: nothing is final before
+    in_turn = views if all(view.owner in owners for view in views) else []
+    in_order = fused_together(_with_others(in_groups, views))
     layers = ResidualLayers.of(stream, block, in_order, known) if residual else ResidualLayers([])
-    own = Side(stream, block, layers, views)
-    other = dense_side(dense, twin, layers.of_twin(twin), [group[0] for group in in_order], views)
+    own = Side(stream, block, layers, in_turn)
+    other = dense_side(dense, twin, layers.of_twin(twin), [group[0] for group in in_order], in_turn)
     try:
         for group in in_order:
             yield group, _of_both(own, other, group, needs, router_weight)
@@ -104,12 +108,22 @@ def _of_both(
 
 def groups(stream: Stream, block: Block, views: list[View]) -> list[list[View]]:
     """Views that share an input, in the order in which the block calls them; those never called are the last group."""
+    return _with_others(called_groups(stream, block, views), views)
+
+
+def called_groups(stream: Stream, block: Block, views: list[View]) -> list[list[View]]:
+    """As `groups`, without views that the block does not call."""
     observer = InputObserver(views, frozenset(), stream.device)
     with observer:
         stream.output(block, 0)
     by_name = {v.name: v for v in views}
-    called = [[by_name.pop(name) for name in names] for names in observer.groups()]
-    return called + ([list(by_name.values())] if by_name else [])
+    return [[by_name[name] for name in names] for names in observer.groups()]
+
+
+def _with_others(called: list[list[View]], views: list[View]) -> list[list[View]]:
+    known = {view.name for group in called for view in group}
+    others = [view for view in views if view.name not in known]
+    return called + ([others] if others else [])
 
 
 def fused_together(in_order: list[list[View]]) -> list[list[View]]:

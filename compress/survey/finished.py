@@ -1,7 +1,10 @@
-"""Parts of a block that do not change any more: what they gave is kept, batch by batch, and later passes do not run them."""
+"""Parts of a block that do not change any more: what they gave is kept, batch by batch, and later passes do not run them.
+
+What a part is given must not change either: a pass keeps and takes nothing behind the first layer that is still to be edited.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from paredown.compress.model.blocks import Block, View
 from paredown.compress.model.carried import FromBlock, Shared
 from paredown.compress.model.stream import Stream
+from paredown.compress.survey.products import ProductMode
 
 Call = tuple[int, int]  # batch, and which call of it
 
@@ -17,14 +21,15 @@ Call = tuple[int, int]  # batch, and which call of it
 class Finished:
     """Outputs of the largest modules of a block in which no layer is edited any more, at most `room` bytes of them.
 
-    `views` are still to be edited; the block's other layers stay as they are. Where blocks hand on more than hidden
-    states a module may do more than give an output: there only layers themselves are kept. Only passes within `batch` are
-    looked at. `close` leaves the modules as they were.
+    `views` are still to be edited, and their products are seen; the block's other layers stay as they are. Where blocks hand
+    on more than hidden states a module may do more than give an output: there only layers themselves are kept. Only passes
+    within `batch` are looked at. `close` leaves the modules as they were.
     """
 
     def __init__(self, stream: Stream, block: Block, views: Sequence[View], room: int) -> None:
         self._block, self._room = block, room
-        layers = {self._path(view) for view in block.views()}
+        own = {view.name: view for view in block.views()}
+        layers = {self._path(view) for view in own.values()}
         leaves = [leaf for call in stream.calls[0] for leaf in call.leaves()]
         single = any(isinstance(leaf, FromBlock | Shared) for leaf in leaves)
         self._inside: dict[str, set[str]] = {}  # layers of a module
@@ -32,7 +37,7 @@ class Finished:
             found = {layer for layer in layers if f"{layer}.".startswith(f"{path}.")}
             if path and (path in layers if single else found) and not isinstance(module, nn.ModuleList | nn.ModuleDict):
                 self._inside[path] = found
-        self._open = {view.name: self._path(view) for view in views}
+        self._open = {view.name: own[view.name] for view in views if room}
         self._parts: dict[str, _Part] = {}
         self._batch: int | None = None
         self.add([])
@@ -44,15 +49,20 @@ class Finished:
         for part in self._parts.values():
             part.calls = 0
         try:
-            yield
+            with _Watch(list(self._open.values()), self.stop) if self._open else nullcontext():
+                yield
         finally:
-            self._batch = None
+            self.stop()
+
+    def stop(self) -> None:
+        """From here on a pass is as any other."""
+        self._batch = None
 
     def add(self, views: Sequence[View]) -> None:
         """These have been edited."""
         for view in views:
             self._open.pop(view.name, None)
-        waiting = set(self._open.values())
+        waiting = set(map(self._path, self._open.values()))
         for path, layers in self._inside.items():
             if path not in self._parts and waiting.isdisjoint(layers):
                 self._parts[path] = _Part(self._block.module.get_submodule(path), self._run(path))
@@ -87,6 +97,17 @@ class Finished:
             return output
 
         return run
+
+
+class _Watch(ProductMode):
+    """Calls `stop` after a product with one of the views."""
+
+    def __init__(self, views: list[View], stop: Callable[[], None]) -> None:
+        super().__init__(views)
+        self._stop = stop
+
+    def on_product(self, view: View, x: Tensor, output: Tensor, expert: int | None = None) -> None:
+        self._stop()
 
 
 class _Part:
