@@ -28,7 +28,7 @@ class Side:
     def __init__(self, stream: Stream, block: Block, layers: ResidualLayers, views: Sequence[View] = ()) -> None:
         self.stream, self.layers = stream, layers
         self.block, self._views = block, {v.name: v for v in block.views()}
-        # running a part again takes a GPU no time
+        # on a GPU, where running a part again is cheap, it was not measured
         self._finished = Finished(stream, block, views, KEPT_BYTES if views and stream.device.type == "cpu" else 0)
 
     def input(self, name: str, i: int) -> Tensor | None:
