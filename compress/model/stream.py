@@ -54,6 +54,11 @@ class Stream:
     def __post_init__(self) -> None:
         self.carried = self.carried or [{} for _ in self.calls]
 
+    @property
+    def hands_on(self) -> bool:
+        """Whether blocks take more from earlier ones than hidden states."""
+        return any(isinstance(leaf, FromBlock | Shared) for call in self.calls[0] for leaf in call.leaves())
+
     def copy(self) -> "Stream":
         """A second stream that starts from the same hidden states.
 
@@ -210,8 +215,7 @@ def visited(
     The `stream` stays where it is, but for a model whose blocks take what earlier ones hand on: there it stands before the
     block.
     """
-    leaves = [leaf for call in stream.calls[0] for leaf in call.leaves()]
-    hands_on = any(isinstance(leaf, FromBlock | Shared) for leaf in leaves)
+    hands_on = stream.hands_on
     for block in all_blocks:
         now = wanted(block)
         if now or hands_on:

@@ -98,6 +98,7 @@ def _of_both(
     """Statistics of both streams by view name, for one group."""
     view = group[0]
     if view.expert is not None:  # the two models do not send the same tokens to an expert
+        other.passed(group)
         return observe(own.stream, own.block, group, needs - {Need.CROSS}, router_weight)
     observe_one = observe_residual if view in own.layers.views else observe_paired
     stats = observe_one(own, other, view, needs)

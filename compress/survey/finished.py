@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from paredown.compress.model.blocks import Block, View
-from paredown.compress.model.carried import FromBlock, Shared
 from paredown.compress.model.stream import Stream
 from paredown.compress.survey.products import ProductMode
 
@@ -30,8 +29,7 @@ class Finished:
         self._block, self._room = block, room
         own = {view.name: view for view in block.views()}
         layers = {self._path(view) for view in own.values()}
-        leaves = [leaf for call in stream.calls[0] for leaf in call.leaves()]
-        single = any(isinstance(leaf, FromBlock | Shared) for leaf in leaves)
+        single = stream.hands_on
         self._inside: dict[str, set[str]] = {}  # layers of a module
         for path, module in block.module.named_modules() if room else ():
             found = {layer for layer in layers if f"{layer}.".startswith(f"{path}.")}

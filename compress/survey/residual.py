@@ -43,7 +43,8 @@ class ResidualLayers:
         ]
         own = {v.name.removeprefix(block.prefix): v for v in candidates}
         kind, known = (type(block.module), tuple(own)), {} if known is None else known
-        if kind in known and _alone(stream, block, views := [v for name, v in own.items() if name in known[kind]]):
+        views = [v for name, v in own.items() if name in known.get(kind, ())]
+        if kind in known and _alone(stream, block, views):
             return cls(views, True)
         views = []
         for view in reversed(candidates):

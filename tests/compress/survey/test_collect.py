@@ -491,6 +491,8 @@ def test_no_more_is_kept_than_may_be(tmp_path, save_model, windows, monkeypatch)
     for most, kind in ((bytes_, KeptSide), (bytes_ - 1, Side)):
         monkeypatch.setattr(sides, "KEPT_BYTES", most)
         assert type(sides.dense_side(walk.copy(), block, ResidualLayers([]), firsts)) is kind
+        planned = [sides.held_bytes(firsts, windows.tokens, 2, torch.device(on)) for on in ("cpu", "cuda")]
+        assert planned == ([bytes_, bytes_] if kind is KeptSide else [2 * most, 0])
 
 
 def test_a_writer_whose_inputs_are_not_finite_is_named(tmp_path, save_model, windows):

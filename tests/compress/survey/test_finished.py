@@ -58,6 +58,24 @@ def test_what_is_collected_is_the_same(family, part, dense, tmp_path, monkeypatc
     assert len(replayed) == len(again) and all(map(torch.equal, replayed, again))
 
 
+def test_no_more_is_kept_than_there_is_room_for(tmp_path, monkeypatch):
+    room, held = 20_000, []
+
+    class Watched(Finished):
+        def batch(self, i):
+            held.append(sum(part.held(b) for part in self._parts.values() for b in range(2)))
+            return super().batch(i)
+
+    monkeypatch.setattr(sides, "Finished", lambda *known: Watched(*known[:3], room))
+    source, all_blocks, walk = opened("llama", tmp_path / "m")
+    assert len(walk.hidden) == 2
+    walked(source, all_blocks, walk)
+    assert 0 < max(held) <= room
+    room, held[:] = 2**20, []
+    walked(source, all_blocks, start(source, families.IDS, 48))
+    assert max(held) > 20_000
+
+
 def test_a_finished_part_runs_once_for_each_batch_as_far_as_there_is_room(tmp_path, monkeypatch):
     source, all_blocks, walk = opened("llama", tmp_path / "m")
     batches, attention, mlp = len(walk.hidden), all_blocks[0].module.self_attn, all_blocks[0].module.mlp
