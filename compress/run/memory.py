@@ -15,7 +15,7 @@ from paredown.compress.shape_job import ShapeJob, block_numbers
 from paredown.compress.survey.depth import profile_bytes
 from paredown.compress.survey.direct import Pairs
 from paredown.compress.survey.expert_fit import ExpertFit
-from paredown.compress.survey.sides import held_bytes
+from paredown.compress.survey.sides import held_bytes, kept_room
 from paredown.compress.survey.survey import TOKENS
 
 
@@ -32,14 +32,14 @@ def memory_parts(job: Job, targets: Sequence[View], calibration: int, evaluation
     edited = [v for v in targets if v.name.startswith(block.prefix)] or list(targets[:1])
     numbers = sum(prod(v.shape) for v in edited)
     widest = max((v.shape[0] for v in edited), default=0)
-    texts = calibration * (2 if job.follows_dense else 1) + 2 * sum(evaluations)
+    hidden = hidden_bytes(source, calibration * (2 if job.follows_dense else 1) + 2 * sum(evaluations))
     return {
         # its weights as they were read, and the edited ones beside them
         "block": element * (weights + numbers),
         "pending": pending_bytes(numbers * element),
         "solver": _statistics(job, edited) + max((method.working_bytes(v.shape) for v in edited), default=0),
-        "activations": hidden_bytes(source, texts),
-        "kept": held_bytes(edited, calibration, element, source.device) if job.paired else 0,
+        "activations": hidden,
+        "kept": held_bytes(edited, calibration, element, source.device, kept_room(hidden)) if job.paired else 0,
         "batch": batch_bytes(source, widest),
         "tuning": _tuning(job, edited, calibration) if job.recipe.reconstruct else 0,
         # needed at the start and at the end, when no block is in memory

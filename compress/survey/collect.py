@@ -18,7 +18,7 @@ from paredown.compress.model.stream import Stream
 from paredown.compress.numerics.moments import Need, Stats
 from paredown.compress.survey.products import InputObserver
 from paredown.compress.survey.residual import Kind, ResidualLayers
-from paredown.compress.survey.sides import Side, dense_side, observe_paired, observe_residual
+from paredown.compress.survey.sides import Side, dense_side, kept_room, observe_paired, observe_residual
 
 
 def observe(
@@ -77,8 +77,9 @@ def observe_both(
     in_turn = views if all(view.owner in owners for view in views) else []
     in_order = fused_together(_with_others(in_groups, views))
     layers = ResidualLayers.of(stream, block, in_order, known) if residual else ResidualLayers([])
-    own = Side(stream, block, layers, in_turn)
-    other = dense_side(dense, twin, layers.of_twin(twin), [group[0] for group in in_order], in_turn)
+    room = kept_room()
+    own = Side(stream, block, layers, in_turn, room)
+    other = dense_side(dense, twin, layers.of_twin(twin), [group[0] for group in in_order], in_turn, room)
     try:
         for group in in_order:
             yield group, _of_both(own, other, group, needs, router_weight)

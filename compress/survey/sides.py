@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from paredown.compress.errors import PareError
+from paredown.compress.machine import available_memory
 from paredown.compress.model.blocks import Block, View
 from paredown.compress.model.stream import Stream
 from paredown.compress.numerics.moments import InputStats, Need, Residual, Stats
@@ -18,18 +19,24 @@ from paredown.compress.survey.finished import Finished
 from paredown.compress.survey.products import Capture, input_of, run_with_capture
 from paredown.compress.survey.residual import ResidualLayers, silenced
 
-# of inputs and outputs of a dense block's layers that are kept, and of outputs of a block's finished parts, at most
+# of inputs and outputs of a dense block's layers that are kept, and of outputs of a block's finished parts, at least
 KEPT_BYTES = 2**29
+KEPT_PART = 6  # ... and more where a sixth of the memory that is free is more
 
 
 class Side:
-    """A stream before a block, the block's residual layers, and the views that are read one after another."""
+    """A stream before a block, the block's residual layers, and the views that are read one after another.
 
-    def __init__(self, stream: Stream, block: Block, layers: ResidualLayers, views: Sequence[View] = ()) -> None:
+    What is kept of the block takes no more than `room` bytes.
+    """
+
+    def __init__(
+        self, stream: Stream, block: Block, layers: ResidualLayers, views: Sequence[View] = (), room: int = 0
+    ) -> None:
         self.stream, self.layers = stream, layers
         self.block, self._views = block, {v.name: v for v in block.views()}
         # on a GPU, where running a part again is cheap, it was not measured
-        self._finished = Finished(stream, block, views, KEPT_BYTES if views and stream.device.type == "cpu" else 0)
+        self._finished = Finished(stream, block, views, room if views and stream.device.type == "cpu" else 0)
 
     def input(self, name: str, i: int) -> Tensor | None:
         """The input (..., in) of the view of this name in batch `i`; None if no token reaches it."""
@@ -117,13 +124,18 @@ class KeptSide(Side):
 
 
 def dense_side(
-    stream: Stream, block: Block, layers: ResidualLayers, firsts: Sequence[View], views: Sequence[View] = ()
+    stream: Stream, block: Block, layers: ResidualLayers, firsts: Sequence[View], views: Sequence[View], room: int
 ) -> Side:
-    """What is kept of all groups' `firsts` if it takes no more than KEPT_BYTES, else a pass for each group of `views`."""
+    """All groups' `firsts` kept if they take no more than `room` bytes, else a pass for each group of `views`."""
     tokens, element = sum(ids.numel() for ids in stream.ids), stream.hidden[0].element_size()
-    if (layers.views and not layers.alone) or kept_bytes([*firsts, *layers.views], tokens, element) > KEPT_BYTES:
-        return Side(stream, block, layers, views)
+    if (layers.views and not layers.alone) or kept_bytes([*firsts, *layers.views], tokens, element) > room:
+        return Side(stream, block, layers, views, room)
     return KeptSide(stream, block, layers, [v.name for v in firsts if v.expert is None])
+
+
+def kept_room(taken: int = 0) -> int:
+    """How many bytes each of two sides may keep of a block, once `taken` bytes more are in use."""
+    return max(KEPT_BYTES, ((available_memory() or 0) - taken) // KEPT_PART)
 
 
 def kept_bytes(views: Sequence[View], tokens: int, element: int) -> int:
@@ -131,15 +143,15 @@ def kept_bytes(views: Sequence[View], tokens: int, element: int) -> int:
     return element * tokens * sum(v.shape[1] for v in views if v.expert is None)
 
 
-def held_bytes(views: Sequence[View], tokens: int, element: int, device: torch.device) -> int:
-    """Of what two sides keep at most of a block with these views, while the last of its layers is edited.
+def held_bytes(views: Sequence[View], tokens: int, element: int, device: torch.device, room: int) -> int:
+    """Of what two sides with such a `room` keep at most of a block with these views, while its last layer is edited.
 
     The dense side's inputs are no longer there by then, but where they take more than all outputs of the other side.
     """
     kept = kept_bytes(views, tokens, element)
     finished = element * tokens * sum(v.shape[0] for v in views if v.expert is None) if device.type == "cpu" else 0
-    own = min(finished, KEPT_BYTES)
-    return max(kept, own) if kept <= KEPT_BYTES else 2 * own
+    own = min(finished, room)
+    return max(kept, own) if kept <= room else 2 * own
 
 
 def observe_paired(own: Side, dense: Side, view: View, needs: frozenset[Need]) -> Stats | None:

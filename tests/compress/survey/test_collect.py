@@ -475,24 +475,29 @@ def test_a_block_that_adds_more_than_its_known_writers_do_is_run_whole(tmp_path,
     last = [v for v in block.views() if v.name.endswith("down_proj")]
     writers = ResidualLayers.of(walk, block, [last])
     assert writers.views == last and not writers.alone
-    side = sides.dense_side(walk, block, writers, last)
+    side = sides.dense_side(walk, block, writers, last, [], 2**30)
     assert type(side) is Side
     with silenced(last):
         wanted = walk.output(block, 0).float()
     torch.testing.assert_close(side.input_and_rest(last[0].name, 0)[1], wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_no_more_is_kept_than_may_be(tmp_path, save_model, windows, monkeypatch):
+def test_no_more_is_kept_than_may_be(tmp_path, save_model, windows):
     save_model(tmp_path / "m", t.LlamaConfig(**C))
     _, block, walk = opened(tmp_path / "m", windows.ids)
     firsts = [group[0] for group in groups(walk, block, block.views())]
     bytes_ = sides.kept_bytes(firsts, windows.tokens, 2)
     assert bytes_ == 2 * windows.tokens * (64 + 64 + 64 + 96)
     for most, kind in ((bytes_, KeptSide), (bytes_ - 1, Side)):
-        monkeypatch.setattr(sides, "KEPT_BYTES", most)
-        assert type(sides.dense_side(walk.copy(), block, ResidualLayers([]), firsts)) is kind
-        planned = [sides.held_bytes(firsts, windows.tokens, 2, torch.device(on)) for on in ("cpu", "cuda")]
+        assert type(sides.dense_side(walk.copy(), block, ResidualLayers([]), firsts, [], most)) is kind
+        planned = [sides.held_bytes(firsts, windows.tokens, 2, torch.device(on), most) for on in ("cpu", "cuda")]
         assert planned == ([bytes_, bytes_] if kind is KeptSide else [2 * most, 0])
+
+
+@pytest.mark.parametrize(("free", "room"), [(None, 2**29), (2**30, 2**29), (2**35, (2**35 - 2**30) // 6)])
+def test_more_is_kept_where_more_memory_is_free(free, room, monkeypatch):
+    monkeypatch.setattr(sides, "available_memory", lambda: free)
+    assert sides.kept_room(2**30) == room
 
 
 def test_a_writer_whose_inputs_are_not_finite_is_named(tmp_path, save_model, windows):
