@@ -6,11 +6,12 @@ SOURCES := $(shell find compress kernels recipes evaluation -name '*.py' -o -nam
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PACKAGES := -p paredown.compress -p paredown.commands -p paredown.kernels -p paredown.recipes -p paredown.evaluation
 
-.PHONY: help demo test test-serving lint format clean
+.PHONY: help demo test test-slow test-serving lint format clean
 
 help:
 	@echo "make demo    prune the bundled model to 2:4, print before and after, leave out/demo"
 	@echo "make test    lint, types and tests"
+	@echo "make test-slow   README's commands, the rehearsal of the GPU programme, and all kernels compiled"
 	@echo "make test-serving  vLLM, llama.cpp and onnxruntime read what we write (an environment of its own, half an hour)"
 	@echo "make lint    ruff, mypy and the direction of imports only"
 	@echo "make format  rewrite the sources with ruff"
@@ -22,6 +23,9 @@ demo: $(VENV)/installed
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-slow: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
 
 test-serving:
 	tests/serving/make_env.sh .venv-serving $(PYTHON)

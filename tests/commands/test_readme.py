@@ -41,6 +41,7 @@ def new_process(code, *arguments, cwd):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_command_and_every_python_block_runs_in_order(workplace, paredown, monkeypatch, verified_here):
     monkeypatch.chdir(workplace)
     assert len(COMMANDS) >= 7

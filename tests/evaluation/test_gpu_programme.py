@@ -390,6 +390,7 @@ def rehearsed(tmp_path_factory):
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_every_part_runs_in_miniature(rehearsed):
     folder, _ = rehearsed
     found = json.loads((folder / "gpu.json").read_text())
@@ -417,6 +418,7 @@ def test_every_part_runs_in_miniature(rehearsed):
         assert said in page
 
 
+@pytest.mark.slow
 def test_the_kernels_leave_a_dispatch_table(rehearsed):
     (file,) = (rehearsed[0] / "kernels").glob("*.json")
     table = DispatchTable.read(file)
@@ -425,6 +427,7 @@ def test_the_kernels_leave_a_dispatch_table(rehearsed):
     }
 
 
+@pytest.mark.slow
 def test_no_part_needs_lm_eval_or_datasets(rehearsed, tmp_path):
     environment = {**os.environ, **rehearsal.environment(tmp_path, os.environ["PATH"])}
     for name in rehearsal.BLOCKED:

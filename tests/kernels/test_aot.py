@@ -22,12 +22,14 @@ def printed():
     return result.stdout
 
 
+@pytest.mark.slow
 def test_every_kernel_keeps_to_its_budget_on_both_architectures(printed):
     rows = printed.splitlines()[1:]
     assert len(rows) == 2 * len(aot.cases()) and "FAULT" not in printed
     assert all(re.match(r".{40}\s+(80|90)\s+\d+\s+0\s", row) for row in rows)
 
 
+@pytest.mark.slow
 def test_the_sparse_kernel_uses_sparse_tensor_cores_and_about_one_instruction_per_weight(printed):
     rows = [row.split() for row in printed.splitlines() if row.startswith("sparse24 mma.sp, 1 token")]
     assert rows and all(int(row[-3]) > 0 and 0 < float(row[-1]) <= 1.25 for row in rows)

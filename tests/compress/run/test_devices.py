@@ -37,6 +37,7 @@ LLAMA_TOO = [
 ]
 
 
+@pytest.mark.slow
 def test_every_method_runs_on_another_device_and_finds_the_same(tmp_path, save_model):
     """In a process of its own: a device that was made known stays so."""
     pytest.importorskip("torch.utils.backend_registration", reason="this torch takes no device from Python")
