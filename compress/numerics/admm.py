@@ -6,7 +6,7 @@ Meng et al. 2024, ALPS, algorithm 1 (arXiv 2406.07831).
 import torch
 from torch import Tensor
 
-from paredown.compress.numerics.masks import Sparsity, keep_mask
+from paredown.compress.numerics.masks import Sparsity, keep_mask, largest
 from paredown.compress.numerics.precision import short_products
 from paredown.compress.numerics.spectral import cholesky
 
@@ -45,21 +45,24 @@ def admm(
     """
     wanted = weight * moment.scale  # W (out, in)
     rho, inverse = penalty, moment.inverse(penalty)
-    keep = settled = keep_mask(wanted.abs(), sparsity, within="layer")
-    nearest = wanted * keep  # D
-    aside = wanted - nearest  # U
+    point = wanted  # free weights + U
+    nearest = largest(point, sparsity)  # D
+    aside = point - nearest  # U
+    settled = nearest != 0
     for i in range(2, iterations + 1):
         held = wanted + aside
         with short_products(wanted.device.type):
-            point = torch.addmm(held, nearest.sub_(held), inverse, alpha=rho)  # free weights + U
-        keep = keep_mask(point.abs(), sparsity, within="layer")
-        nearest = point * keep
+            moved = nearest.sub_(held) @ inverse
+        point = held.add_(moved, alpha=rho)
+        nearest = largest(point, sparsity)
         aside = point - nearest
-        if i % every == 0:
-            changed = int(torch.count_nonzero(keep ^ settled)) / max(int(torch.count_nonzero(keep)), 1)
-            if not changed or i == iterations:
+        if i % every == 0 and i < iterations:
+            support = nearest != 0
+            changed = int(torch.count_nonzero(support ^ settled)) / max(int(torch.count_nonzero(support)), 1)
+            if not changed:
                 break
             grown = (1.3 if changed >= 0.1 else 1.2 if changed >= 0.005 else 1.1) ** (every / EVERY)
-            rho, aside, settled = rho * grown, aside / grown, keep
+            rho, aside, settled = rho * grown, aside / grown, support
             inverse = moment.inverse(rho)
-    return keep, nearest / moment.scale
+    keep = keep_mask(point.abs(), sparsity, within="layer")
+    return keep, point * keep / moment.scale

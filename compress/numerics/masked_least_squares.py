@@ -23,14 +23,15 @@ def fitted(target: Tensor, keep: Tensor, gram: Tensor, iterations: int, start: T
     computed. Preconditioned by diag A; after each row's number of kept weights in iterations it is exact but for rounding.
     `start` is an approximation to begin from, by default the target itself.
     """
-    x = (target if start is None else start) * keep
+    mask = keep.to(target.dtype)  # a product with bools takes nearly three times as long
+    x = (target if start is None else start) * mask
     diagonal = gram.diagonal()  # (in,)
-    residual = ((target - x) @ gram) * keep
+    residual = ((target - x) @ gram).mul_(mask)
     scaled = residual / diagonal
     direction = scaled.clone()
     norm = (residual * scaled).sum(1, keepdim=True)  # (out, 1)
     for _ in range(iterations):
-        image = (direction @ gram) * keep
+        image = (direction @ gram).mul_(mask)
         step = norm / (direction * image).sum(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
         x.addcmul_(step, direction)
         residual.addcmul_(step, image, value=-1)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from pydantic import PlainValidator
-from torch import Tensor
+from torch import Tensor, nn
 
 from paredown.compress.errors import PareError
 
@@ -74,6 +74,19 @@ def keep_mask(score: Tensor, sparsity: Sparsity, within: Within = "row") -> Tens
     if within == "layer":
         return _keep_fraction(score.reshape(1, -1), sparsity).view_as(score)
     return _keep_fraction(score, sparsity)
+
+
+def largest(weight: Tensor, sparsity: Sparsity) -> Tensor:
+    """The weight (out, in) with zeros but where `keep_mask` of its magnitudes over the layer keeps it; float32 or float64.
+
+    Unlike there, of equal magnitudes at the border of a fraction none stays, which takes less than half of the time.
+    """
+    if isinstance(sparsity, NofM):
+        return weight * _keep_n_of_m(weight.abs(), sparsity)
+    removed = round(sparsity * weight.numel())
+    if not removed:
+        return weight.clone()
+    return nn.functional.hardshrink(weight, float(_smallest(weight.abs().reshape(1, -1), removed)))
 
 
 def kept_count(shape: tuple[int, ...], sparsity: Sparsity) -> int:

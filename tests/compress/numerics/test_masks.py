@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paredown.compress.errors import PareError
-from paredown.compress.numerics.masks import NofM, keep_mask, parse_sparsity, row_wise
+from paredown.compress.numerics.masks import NofM, keep_mask, largest, parse_sparsity, row_wise
 
 
 def slow_n_of_m(score, n, m):
@@ -87,6 +87,17 @@ def test_layer_and_row_differ_where_one_row_is_larger():
     score = torch.tensor([[1.0, 2, 3, 4], [10, 20, 30, 40]])
     assert keep_mask(score, 0.5, "layer").sum(1).tolist() == [0, 4]
     assert keep_mask(score, 0.5, "row").sum(1).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.5, NofM(2, 4), NofM(4, 8)])
+def test_the_largest_are_those_that_the_mask_of_magnitudes_keeps(sparsity):
+    weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(largest(weight, sparsity), weight * keep_mask(weight.abs(), sparsity, within="layer"))
+
+
+def test_of_equal_magnitudes_at_the_border_none_is_among_the_largest():
+    weight = torch.tensor([[1.0, -3.0, 2.0, -2.0, 2.0, 4.0]])
+    assert largest(weight, 0.5).tolist() == [[0.0, -3.0, 0.0, 0.0, 0.0, 4.0]]
 
 
 def test_unquoted_patterns_are_told_how_to_be_quoted_as_yaml_itself_reads_them():
