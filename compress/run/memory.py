@@ -33,13 +33,14 @@ def memory_parts(job: Job, targets: Sequence[View], calibration: int, evaluation
     numbers = sum(prod(v.shape) for v in edited)
     widest = max((v.shape[0] for v in edited), default=0)
     hidden = hidden_bytes(source, calibration * (2 if job.follows_dense else 1) + 2 * sum(evaluations))
+    room = kept_room(source.device, hidden)
     return {
         # its weights as they were read, and the edited ones beside them
         "block": element * (weights + numbers),
         "pending": pending_bytes(numbers * element),
         "solver": _statistics(job, edited) + max((method.working_bytes(v.shape) for v in edited), default=0),
         "activations": hidden,
-        "kept": held_bytes(edited, calibration, element, source.device, kept_room(hidden)) if job.paired else 0,
+        "kept": held_bytes(edited, calibration, element, source.device, room) if job.paired else 0,
         "batch": batch_bytes(source, widest),
         "tuning": _tuning(job, edited, calibration) if job.recipe.reconstruct else 0,
         # needed at the start and at the end, when no block is in memory

@@ -77,7 +77,7 @@ def observe_both(
     in_turn = views if all(view.owner in owners for view in views) else []
     in_order = fused_together(_with_others(in_groups, views))
     layers = ResidualLayers.of(stream, block, in_order, known) if residual else ResidualLayers([])
-    room = kept_room()
+    room = kept_room(stream.device)
     own = Side(stream, block, layers, in_turn, room)
     other = dense_side(dense, twin, layers.of_twin(twin), [group[0] for group in in_order], in_turn, room)
     try:

@@ -21,7 +21,7 @@ from paredown.compress.survey.residual import ResidualLayers, silenced
 
 # of inputs and outputs of a dense block's layers that are kept, and of outputs of a block's finished parts, at least
 KEPT_BYTES = 2**29
-KEPT_PART = 6  # ... and more where a sixth of the memory that is free is more
+KEPT_PART = 6  # ... and on a CPU a sixth of the free memory, where that is more
 
 
 class Side:
@@ -133,9 +133,10 @@ def dense_side(
     return KeptSide(stream, block, layers, [v.name for v in firsts if v.expert is None])
 
 
-def kept_room(taken: int = 0) -> int:
-    """How many bytes each of two sides may keep of a block, once `taken` bytes more are in use."""
-    return max(KEPT_BYTES, ((available_memory() or 0) - taken) // KEPT_PART)
+def kept_room(device: torch.device, taken: int = 0) -> int:
+    """How many bytes of host memory each of two sides may keep of a block, once `taken` bytes more are in use."""
+    free = available_memory() if device.type == "cpu" else None  # copies to a GPU and back should cost more than passes
+    return max(KEPT_BYTES, ((free or 0) - taken) // KEPT_PART)
 
 
 def kept_bytes(views: Sequence[View], tokens: int, element: int) -> int:

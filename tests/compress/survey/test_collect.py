@@ -497,7 +497,8 @@ def test_no_more_is_kept_than_may_be(tmp_path, save_model, windows):
 @pytest.mark.parametrize(("free", "room"), [(None, 2**29), (2**30, 2**29), (2**35, (2**35 - 2**30) // 6)])
 def test_more_is_kept_where_more_memory_is_free(free, room, monkeypatch):
     monkeypatch.setattr(sides, "available_memory", lambda: free)
-    assert sides.kept_room(2**30) == room
+    assert sides.kept_room(torch.device("cpu"), 2**30) == room
+    assert sides.kept_room(torch.device("cuda"), 2**30) == 2**29
 
 
 def test_a_writer_whose_inputs_are_not_finite_is_named(tmp_path, save_model, windows):
