@@ -27,9 +27,8 @@ def fitted(target: Tensor, keep: Tensor, gram: Tensor, iterations: int, start: T
     x = (target if start is None else start) * mask
     diagonal = gram.diagonal()  # (in,)
     residual = ((target - x) @ gram).mul_(mask)
-    scaled = residual / diagonal
-    direction = scaled.clone()
-    norm = (residual * scaled).sum(1, keepdim=True)  # (out, 1)
+    direction = residual / diagonal
+    norm = (residual * direction).sum(1, keepdim=True)  # (out, 1)
     for _ in range(iterations):
         image = (direction @ gram).mul_(mask)
         step = norm / (direction * image).sum(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
