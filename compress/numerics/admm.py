@@ -33,15 +33,35 @@ class UnitMoment:
         return inverse
 
 
+def raised(inverse: Tensor, penalty: float, growth: float) -> Tensor:
+    """Nearly `(A + growth * penalty I)^-1` from `(A + penalty I)^-1`, both (n, n), by one short product.
+
+    The first polynomial of Chebyshev's for `1 / (1 + t)`, with t the eigenvalues of `(growth - 1) * penalty * inverse`,
+    which lie between 0 and `d = growth - 1`: the relative error is at most `d^2 / (d^2 + 8 d + 8)`, 1.5% at 1.42, beside
+    that of rounding.
+    """
+    d = growth - 1
+    scale = 8 / (d * d + 8 * d + 8)
+    with short_products(inverse.device.type):
+        square = inverse @ inverse
+    return square.mul_(-scale * d * penalty).add_(inverse, alpha=scale * growth)
+
+
 def admm(
-    weight: Tensor, moment: UnitMoment, sparsity: Sparsity, iterations: int, penalty: float, every: int = EVERY
+    weight: Tensor,
+    moment: UnitMoment,
+    sparsity: Sparsity,
+    iterations: int,
+    penalty: float,
+    every: int = EVERY,
+    exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Which weights stay (out, in), bool, over the layer or in each group of m; and weights (out, in) near the best.
 
     weight W (out, in) float32; `moment` A of the damped inputs. `penalty` is the first rho: the larger, the sooner the
     support settles, which is looked at after `every` few iterations. The free weights, `(W A - V + rho D) (A + rho I)^-1`,
     are W plus `rho (D - W - U) (A + rho I)^-1`, where U is V / rho: one product an iteration, whose rounding the next
-    makes up for. In the first iteration D is W and U zero.
+    makes up for. In the first iteration D is W and U zero. Where not `exact`, a larger rho's inverse is one `raised`.
     """
     wanted = weight * moment.scale  # W (out, in)
     rho, inverse = penalty, moment.inverse(penalty)
@@ -62,7 +82,7 @@ def admm(
             if not changed:
                 break
             grown = (1.3 if changed >= 0.1 else 1.2 if changed >= 0.005 else 1.1) ** (every / EVERY)
+            inverse = moment.inverse(rho * grown) if exact else raised(inverse, rho, grown)
             rho, aside, settled = rho * grown, aside / grown, support
-            inverse = moment.inverse(rho)
     keep = keep_mask(point.abs(), sparsity, within="layer")
     return keep, point * keep / moment.scale

@@ -29,13 +29,17 @@ class ADMMMask:
     steps: Count = 300  # at most; it ends once the support no longer changes
     penalty: Penalty = 0.1  # the first rho; the larger, the sooner it settles
     every: Count = EVERY  # steps between two looks at whether it has, when rho grows
+    exact: bool = (
+        True  # invert anew for each rho; otherwise from the one before, to a percent or two, for one short product
+    )
 
     needs = frozenset({Need.GRAM})
 
     def choose(self, weight: Tensor, stats: Stats, sparsity: Sparsity) -> Choose:
         check_width(weight.shape[1], sparsity)
         moment = stats.inputs.unit_moment(self.damping)
-        return fixed_mask(*admm(weight.float(), moment, sparsity, self.steps, self.penalty, self.every))
+        asked = (self.steps, self.penalty, self.every, self.exact)
+        return fixed_mask(*admm(weight.float(), moment, sparsity, *asked))
 
 
 @register("alps")

@@ -43,7 +43,7 @@ class ParedownPrune(Aimed):
         return "uniform" if isinstance(self.sparsity, NofM) and self.kept is None else "global"
 
     def pair(self) -> tuple[ADMMMask, LeastSquaresUpdate]:
-        mask = ADMMMask(self.damping, self.steps, self.penalty, EVERY)
+        mask = ADMMMask(self.damping, self.steps, self.penalty, EVERY, exact=False)
         return mask, LeastSquaresUpdate(self.damping, self.iterations)
 
     @property

@@ -8,7 +8,7 @@ import torch
 
 from paredown.compress.errors import PareError
 from paredown.compress.methods import MASKS, UPDATES, build
-from paredown.compress.numerics.admm import UnitMoment, admm
+from paredown.compress.numerics.admm import UnitMoment, admm, raised
 from paredown.compress.numerics.masked_least_squares import damped_gram, fitted, row_losses
 from paredown.compress.numerics.masks import NofM, keep_mask
 from paredown.compress.numerics.moments import GRADIENT_NEEDS, PAIRED_NEEDS, InputStats, Stats
@@ -125,7 +125,7 @@ def test_short_products_of_admm_cost_nothing_and_its_weights_are_a_better_start_
     x[:, 3] *= 50  # as of a sink
     gram = damped_gram((x.T @ x / 2048).double(), 0.01)
     weight = torch.randn(192, 256, generator=generator)
-    keep, start = admm(weight, UnitMoment(gram), PATTERN, 16, 0.3, 4)
+    keep, start = admm(weight, UnitMoment(gram), PATTERN, 16, 0.3, 4, exact=False)
 
     def loss(x, mask=keep):
         assert not x[~mask].any()
@@ -137,6 +137,16 @@ def test_short_products_of_admm_cost_nothing_and_its_weights_are_a_better_start_
     other, _ = admm(weight, UnitMoment(gram), PATTERN, 16, 0.3, 4)
     assert float((other != keep).float().mean()) < 0.02
     assert loss(fitted(weight, other, gram, 100), other) == pytest.approx(best, rel=2e-3)
+
+
+@pytest.mark.parametrize("growth", [1.1, 1.42, 3.0])
+def test_a_raised_inverse_is_as_near_as_its_bound_says_and_no_nearer(growth, monkeypatch):
+    monkeypatch.setattr("paredown.compress.numerics.admm.short_products", lambda kind: nullcontext())
+    values = torch.cat([torch.zeros(1), torch.logspace(-4, 3, 200)]).double()
+    d = growth - 1
+    found = raised(torch.diag(1 / (values + 0.3)), 0.3, growth).diagonal()
+    errors = (found * (values + growth * 0.3) - 1).abs()
+    assert float(errors.max()) == pytest.approx(d**2 / (d**2 + 8 * d + 8), rel=1e-3)
 
 
 def test_the_first_inverse_serves_every_sparsity_until_more_tokens_come():
