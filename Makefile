@@ -11,7 +11,7 @@ PACKAGES := -p paredown.compress -p paredown.commands -p paredown.kernels -p par
 help:
 	@echo "make demo    prune the bundled model to 2:4, print before and after, leave out/demo"
 	@echo "make test    lint, types and tests"
-	@echo "make test-slow   README's commands, the rehearsal of the GPU programme, and all kernels compiled"
+	@echo "make test-slow   tests of ten seconds and more: README's commands, the rehearsal of the GPU programme, all kernels compiled"
 	@echo "make test-serving  vLLM, llama.cpp and onnxruntime read what we write (an environment of its own, half an hour)"
 	@echo "make lint    ruff, mypy and the direction of imports only"
 	@echo "make format  rewrite the sources with ruff"

@@ -56,6 +56,7 @@ def test_every_command_and_every_python_block_runs_in_order(workplace, paredown,
     new_process(each, *(text for kind, text in BLOCKS if kind == "python"), cwd=workplace)
 
 
+@pytest.mark.slow
 def test_the_demo_prints_its_table(tmp_path, paredown, monkeypatch, verified_here):
     """Of a part of its text and of its questions."""
     assert any(command.startswith("paredown demo") for command in COMMANDS)

@@ -102,6 +102,7 @@ def test_a_missing_model_is_told_how_to_get_it_again(tmp_path):
         model_path(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("goes_on", [False, True])
 def test_training_learns_and_writes_what_loads_again(tmp_path, goes_on):
     words = ["def spam(eggs):\n    return eggs + 1\n" * 60, "class Ham:\n    '''A ham.'''\n" * 60]

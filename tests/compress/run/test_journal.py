@@ -321,6 +321,7 @@ with exit_codes():
 """
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_how_to_go_on(tiny_model, text_file, tmp_path):
     command = [sys.executable, "-c", COMPRESS, str(tiny_model), str(text_file), str(tmp_path / "out")]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -97,13 +97,17 @@ def test_what_is_no_model_and_a_model_without_its_tokenizer_are_refused(run, tin
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-def test_notes_go_to_the_logger_and_nothing_to_the_screen(run, tiny_model, text_file, tmp_path, caplog):
+def test_notes_go_to_the_logger(run, tiny_model, caplog):
     assert paredown.compress.logger.name == "paredown"
     with caplog.at_level(logging.INFO, "paredown"):
         run(tiny_model, "wanda-2of4")
     records = [record for record in caplog.records if record.name == "paredown"]
     assert any(record.getMessage().startswith("reading text") for record in records)
     assert {record.levelno for record in records} == {logging.INFO}
+
+
+@pytest.mark.slow
+def test_nothing_goes_to_the_screen(tiny_model, text_file, tmp_path):
     code = f"""
 from paredown.compress import compress
 text = {str(text_file)!r}

@@ -17,6 +17,7 @@ from paredown.compress.run.trials import grid
 with_ray = pytest.mark.skipif(find_spec("ray") is None, reason="no Ray: pip install 'ray>=2.50'")
 
 
+@pytest.mark.slow
 @with_ray
 def test_a_lost_worker_costs_its_trial_a_second_try_and_faults_are_told(tmp_path):
     def stand_in(settings, place, log):

@@ -137,6 +137,7 @@ def test_the_dense_model_is_scored_once_for_all_recoveries(recovered):
     assert first["before"] == second["before"] and first["after"] != second["after"]
 
 
+@pytest.mark.slow
 def test_tasks_and_samples_are_of_the_dense_and_the_recovered_model(
     dense, compressed, text_file, tasks, tmp_path, verified_here
 ):
