@@ -19,8 +19,6 @@ from paredown.compress.storage import kinds
 from paredown.compress.storage.install import packed_layer
 from paredown.compress.storage.spec import DENSE, Layout, Spec
 
-ERROR_ROWS = 1024  # of the weight, whose error is computed together
-
 
 class WeightEdit(ABC):
     """An edited weight (out, in) in its original dtype."""
@@ -78,11 +76,7 @@ class WeightEdit(ABC):
 
         H is the Gram matrix of the inputs, or its diagonal (as of uncorrelated inputs) where only that was collected.
         """
-        wrong = total = 0.0
-        for before, after in zip(original.split(ERROR_ROWS), self.dense().split(ERROR_ROWS), strict=True):
-            wrong += inputs.energy(before.float() - after.float())
-            total += inputs.energy(before)
-        return wrong / max(total, 1e-300)
+        return inputs.energy(original, minus=self.dense()) / max(inputs.energy(original), 1e-300)
 
 
 @dataclass(frozen=True)
@@ -180,7 +174,7 @@ class Factored(WeightEdit):
         if self.shift is None:
             return error
         missing = (self.aim.double() - self.dense().double()) @ inputs.mean  # (out,)
-        total = sum(inputs.energy(rows) for rows in self.aim.split(ERROR_ROWS))
+        total = inputs.energy(self.aim)
         return max(error - float(missing @ missing) / max(total, 1e-300), 0.0)
 
     def relative_error(self, original: Tensor, inputs: InputStats) -> float:
@@ -189,7 +183,7 @@ class Factored(WeightEdit):
             return error
         # E|D x - s|^2 = E|D x|^2 - 2 s . D E[x] + |s|^2
         missing = (original.double() - self.dense().double()) @ inputs.mean  # (out,)
-        total = sum(inputs.energy(rows) for rows in original.split(ERROR_ROWS))
+        total = inputs.energy(original)
         return error + float(self.shift @ (self.shift - 2 * missing)) / max(total, 1e-300)
 
 

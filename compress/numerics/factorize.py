@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from paredown.compress.numerics.metric import Metric, Target, times_moment
-from paredown.compress.numerics.precision import exact_product, like
+from paredown.compress.numerics.precision import rounded_product
 from paredown.compress.numerics.spectral import cholesky, damped, decomposed, eigh, eigh_by_float32, floored, root_of
 from paredown.compress.storage.kinds import stored_numbers
 from paredown.compress.storage.spec import Spec
@@ -149,9 +149,12 @@ def steps(factors: Factors, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:  
     total, count = torch.zeros(factors.rank + 1, dtype=torch.float64, device=left.device), 0
     for x, g in pairs:
         for some_x, some_g in zip(x.split(AT_ONCE), g.split(AT_ONCE), strict=True):
-            # (tokens, k): of each component in g . W x
-            shares = exact_product(some_g, like(left, some_g)) * exact_product(some_x, like(right, some_x).T)
-            total[:-1] += shares.flip(1).cumsum(1).flip(1).double().square().sum(0)
+            # (tokens, k): of each component in g . W x, and of the first ones together
+            shares = rounded_product(some_g, left).float() * rounded_product(some_x, right.T)
+            first = shares.cumsum(1)
+            whole = first[:, -1:].clone()
+            total[0] += whole.square().sum()
+            total[1:] += first.sub_(whole).square_().sum(0)
             count += len(some_x)
     least = (total / (2 * max(count, 1))).cummin(0).values
     return least[:-1] - least[1:]

@@ -1,6 +1,6 @@
 """Statistics of a layer's inputs and outputs: moments summed batch by batch, under the names that methods ask for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -16,6 +16,7 @@ from paredown.compress.numerics.masked_least_squares import damped_gram
 from paredown.compress.numerics.precision import exact_products
 
 STRIP = 512  # columns of the Gram matrix that are summed at a time; what lies above the diagonal is not computed
+ROWS_AT_ONCE = 1024  # of a weight, whose energy is taken together
 TOKENS_AT_ONCE = 64  # squared together, so that they stay in cache
 
 Labels = Literal[
@@ -228,21 +229,31 @@ class InputStats:
         """E[x] of the dense model's input; without CROSS there is one input, and this is its mean."""
         return self._mean(DENSE_MEAN if Need.CROSS in self.needs else Need.MEAN)
 
-    def energy(self, rows: Tensor) -> float:
-        """`tr(R H R^T)` of some rows (rows, in): the mean square of their products with this input, summed over rows.
+    def energy(self, rows: Tensor, minus: Tensor | None = None) -> float:
+        """`tr(R H R^T)` of some rows R (rows, in), or of `rows - minus`: their products' mean square, summed over rows.
 
         Products in float32, their sum in float64. Without a Gram matrix H is diagonal, as of uncorrelated inputs.
         """
-        rows = rows.float()
-        if Need.GRAM not in self.needs:
-            return float((rows.square() @ self.second_moment_diagonal.float()).sum(dtype=torch.float64))
         total = 0.0
-        for i in range(0, self.in_features, STRIP):
-            below = self._sums[Need.GRAM][i:, i : i + STRIP].tril() / max(self.count, 1)  # (in - i, strip)
-            below.diagonal().mul_(0.5)  # what lies off the diagonal is counted twice below
-            product = rows[:, i:] @ below.float()  # (rows, strip)
-            total += 2 * float((product * rows[:, i : i + STRIP]).sum(dtype=torch.float64))
+        for start, strip in self._strips():
+            for i in range(0, len(rows), ROWS_AT_ONCE):
+                part = rows[i : i + ROWS_AT_ONCE, start:].float()
+                if minus is not None:
+                    part = part - minus[i : i + ROWS_AT_ONCE, start:].float()
+                own = part[:, : strip.shape[-1]]
+                product = own * strip if strip.dim() == 1 else part @ strip
+                total += float((product * own).sum(dtype=torch.float64))
         return total
+
+    def _strips(self) -> Iterator[tuple[int, Tensor]]:
+        """Where each strip of columns begins, and H there, float32: on and below the diagonal, doubled below it."""
+        if Need.GRAM not in self.needs:
+            yield 0, self.second_moment_diagonal.float()
+            return
+        for i in range(0, self.in_features, STRIP):
+            below = self._sums[Need.GRAM][i:, i : i + STRIP].float() * (2 / max(self.count, 1))  # (in - i, strip)
+            below[:STRIP].tril_().diagonal().mul_(0.5)
+            yield i, below
 
     def inverse_cholesky(self, damping: float = 0.01) -> InverseCholesky:
         """U upper with U^T U = (H + damping * mean(diag H) I)^-1: see `cholesky`. Computed once per damping."""

@@ -56,3 +56,8 @@ def exact_product(a: Tensor, b: Tensor) -> Tensor:
 def like(a: Tensor, b: Tensor) -> Tensor:
     """`a` rounded to bfloat16 where b is, for an `exact_product` with it: where a mean over tokens averages roundings out."""
     return a.to(b.dtype) if b.dtype == torch.bfloat16 else a
+
+
+def rounded_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in float32, but rounded to bfloat16, with its factors, where a is: for a fraction of an exact one's time."""
+    return a @ like(b, a) if a.dtype == torch.bfloat16 else a.float() @ b.float()

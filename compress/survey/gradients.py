@@ -23,7 +23,7 @@ from paredown.compress.model.rest import materialised_rest
 from paredown.compress.model.stream import Stream, head_positions
 from paredown.compress.numerics.moments import GRADIENT_NEEDS, Labels, Need, Stats
 from paredown.compress.numerics.perplexity import target_nll
-from paredown.compress.numerics.precision import exact_product, like
+from paredown.compress.numerics.precision import exact_product, rounded_product
 from paredown.compress.progress import Counted, ignore
 from paredown.compress.survey.products import InputObserver, routed
 
@@ -48,7 +48,7 @@ def moments(
     """
     squares = delta.float().square()
     if Need.OUTPUT_GRADIENT in needs:
-        folded = delta if weight.shape[0] <= weight.shape[1] else like(exact_product(delta, weight), delta)
+        folded = delta if weight.shape[0] <= weight.shape[1] else rounded_product(delta, weight)
         yield Need.OUTPUT_GRADIENT, exact_product(folded.T, folded)
     if needs & {Need.OUTPUT_GRADIENT, Need.OUTPUT_GRADIENT_DIAGONAL}:
         yield Need.OUTPUT_GRADIENT_DIAGONAL, squares.sum(0)
