@@ -15,22 +15,16 @@ C = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+OPT = {
+    "vocab_size": 128, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "word_embed_proj_dim": 64,
+}  # fmt: skip
 LLAMA = ["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]
 FAMILIES = {
     "llama": (t.LlamaConfig(**C), LLAMA),
     "qwen3": (t.Qwen3Config(**C, head_dim=16), LLAMA),
     "phi3": (t.Phi3Config(**C), (["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"])),
-    "opt": (
-        t.OPTConfig(
-            vocab_size=128,
-            hidden_size=64,
-            ffn_dim=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            word_embed_proj_dim=64,
-        ),
-        (["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]),
-    ),
+    "opt": (t.OPTConfig(**OPT), (["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"])),
     "gpt2": (
         t.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64),
         (["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]),

@@ -29,9 +29,7 @@ class ADMMMask:
     steps: Count = 300  # at most; it ends once the support no longer changes
     penalty: Penalty = 0.1  # the first rho; the larger, the sooner it settles
     every: Count = EVERY  # steps between two looks at whether it has, when rho grows
-    exact: bool = (
-        True  # invert anew for each rho; otherwise from the one before, to a percent or two, for one short product
-    )
+    exact: bool = True  # invert anew for each rho; otherwise nearly, from the inverse before: see `raised`
 
     needs = frozenset({Need.GRAM})
 

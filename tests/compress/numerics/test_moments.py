@@ -162,7 +162,8 @@ def test_a_large_factor_goes_through_the_halves_and_still_inverts():
 
 
 @pytest.mark.parametrize("width", [1, 7, 512, 700, 1100])
-def test_the_gram_and_the_energy_are_whole_though_a_triangle_is_summed_in_strips(width):
+def test_the_gram_and_the_energy_are_whole_though_a_triangle_is_summed_in_strips(width, monkeypatch):
+    monkeypatch.setattr("paredown.compress.numerics.moments.ROWS_AT_ONCE", 2)
     x = torch.randn(40, width, generator=torch.Generator().manual_seed(0)) + 1
     rows = torch.randn(3, width, generator=torch.Generator().manual_seed(1))
     stats = gathered(x, 11, needs={"gram"})
@@ -170,6 +171,9 @@ def test_the_gram_and_the_energy_are_whole_though_a_triangle_is_summed_in_strips
     assert torch.equal(stats.gram, stats.gram.T)
     wanted = float((x.double() @ rows.double().T).square().sum()) / 40
     assert stats.energy(rows) == pytest.approx(wanted, rel=1e-4)
+    half = (rows / 2).bfloat16()
+    assert stats.energy(rows, minus=half) == pytest.approx(stats.energy(rows - half.float()), rel=1e-6)
+    assert stats.energy(rows, minus=half) == pytest.approx(wanted / 4, rel=2e-2)
     diagonal = gathered(x, needs={"second_moment_diagonal"})
     wanted = float((rows.double().square() @ x.double().square().mean(0)).sum())
     assert diagonal.energy(rows.bfloat16().float()) == pytest.approx(wanted, rel=2e-2)

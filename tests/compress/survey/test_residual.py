@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 import transformers as t
-from two_streams import FAMILIES, C, both, inputs_of, opened, opened_strong
+from two_streams import FAMILIES, OPT, C, both, inputs_of, opened, opened_strong
 
 from paredown.compress.checkpoint.source import ModelSource
 from paredown.compress.checkpoint.writer import CheckpointWriter
@@ -42,18 +42,7 @@ WRITERS = {
     ),
     # a norm stands between the layer and the stream
     "gemma2": (t.Gemma2Config(**C, head_dim=16), []),
-    "opt, norms last": (
-        t.OPTConfig(
-            vocab_size=128,
-            hidden_size=64,
-            ffn_dim=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            word_embed_proj_dim=64,
-            do_layer_norm_before=False,
-        ),
-        [],
-    ),
+    "opt, norms last": (t.OPTConfig(**OPT, do_layer_norm_before=False), []),
     "wide queries": (t.LlamaConfig(**{**C, "num_key_value_heads": 4}), ["self_attn.o_proj", "mlp.down_proj"]),
 }
 
